@@ -1,0 +1,295 @@
+"""The FF block inside vLLM: prompt rows run vLLM's own layers, generated rows the sparse block with L and R."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from caprese_kernels import reference
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import ACTIVATIONS, Method
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.packed import ACTIVATION_FUNCTIONS, PackedFF
+
+from .requests import PromptChunk, RequestTable, Step
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
+STATE = "caprese"  # our key in vLLM's per-engine forward context
+
+
+@dataclass
+class State:
+    """Everything Caprese knows about one engine in this process."""
+
+    method: Method
+    requests: RequestTable
+    num_layers: int
+    kernel: str
+    blocks: list[SparseFF] = field(default_factory=list)
+    step: Step | None = None  # None: profiling or a dummy batch, all rows dense
+
+    def begin(self, step: Step) -> None:
+        for block in self.blocks:
+            block.reserve(self.requests.num_slots)
+        self.step = step
+
+    def finish(self, request_id: str) -> None:
+        slot = self.requests.finish(request_id)
+        if slot is not None:
+            for block in self.blocks:
+                block.statistics.pop(slot, None)
+
+    def report(self) -> dict[str, Any]:
+        """What GET /caprese shows. The share counts all FF blocks of the model, replaced or not, per generated token."""
+        tokens = self.blocks[0].generated_tokens
+        read = sum(block.weights_read() for block in self.blocks)
+        total = self.num_layers * self.blocks[0].num_weights * tokens
+        untouched = (self.num_layers - len(self.blocks)) * self.blocks[0].num_weights * tokens
+        return {
+            "enabled": True,
+            "method": self.method.name,
+            "density": self.method.density,
+            "rank": self.method.rank,
+            "layers": list(self.method.layers),
+            "kernel": self.kernel,
+            "live_requests": len(self.requests),
+            "generated_tokens": tokens,
+            "ff_weights_read": (untouched + read) / total if tokens else None,
+        }
+
+
+class SparseFF:
+    """One replaced FF block: packed weights, per-request statistics and selections, counters."""
+
+    def __init__(self, mlp: nn.Module, layer: int, method: Method, act: str, state: State):
+        self.mlp, self.layer, self.method, self.state = mlp, layer, method, state
+        self.packed = _repack(mlp, method.rank, ACTIVATIONS[act])
+        self.num_neurons = self.packed.num_neurons
+        self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
+        device = self.packed.up_plus.device
+        # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
+        griffin = method.name == "griffin"
+        self.keep = torch.zeros((0, self.num_neurons), dtype=torch.bool, device=device) if griffin else None
+        self.tau = None if griffin else torch.zeros(0, dtype=torch.float32, device=device)
+        self.statistics: dict[int, Tensor | reference.CatsStatistic] = {}  # of slots in mid-prompt
+        self.generated_tokens = 0
+        self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
+
+    def run(self, x: Tensor, out: Tensor) -> None:
+        """out[rows] = FF(x[rows]); rows past the step's end are padding and are left as they are."""
+        step = self.state.step
+        if step is None:
+            out.copy_(self._original(x)[0])
+            return
+        if len(step.sparse_rows) < step.num_rows:
+            whole = len(step.dense_rows) == step.num_rows
+            rows = slice(0, step.num_rows) if whole else step.dense_rows
+            y, z, gate_up = self._original(x[rows])
+            out[rows] = y
+            self._observe(step, z, gate_up)
+        if len(step.sparse_rows):
+            whole = len(step.sparse_rows) == step.num_rows
+            rows = slice(0, step.num_rows) if whole else step.sparse_rows
+            out[rows] = self._sparse(x[rows], step.sparse_slots)
+
+    def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """vLLM's own block, unchanged: its output, z [T, F] and the concatenated gate and up [T, 2F]."""
+        gate_up, _ = self.mlp.gate_up_proj(x)  # type: ignore[operator]
+        z = self.mlp.act_fn(gate_up)  # type: ignore[operator]
+        y, _ = self.mlp.down_proj(z)  # type: ignore[operator]
+        return y, z, gate_up
+
+    def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
+        self.generated_tokens += len(slots)
+        if self.keep is not None:
+            keep = self.keep[slots]
+            self._neurons_kept += keep.sum()
+            return reference.griffin_ff(x, self.packed, keep)
+        assert self.tau is not None
+        y, kept = reference.cats_ff(x, self.packed, self.tau[slots])
+        self._neurons_kept += kept.sum()
+        return y
+
+    def _observe(self, step: Step, z: Tensor, gate_up: Tensor) -> None:
+        """Let the statistics of the step's prompt chunks grow; select where a prompt ends."""
+        for chunk in step.chunks:
+            rows = slice(chunk.begin, chunk.end)
+            if self.keep is not None:
+                self._observe_griffin(chunk, z[rows])
+            else:
+                self._observe_cats(chunk, self.packed.act(gate_up[rows, : self.num_neurons]))
+
+    def _observe_griffin(self, chunk: PromptChunk, z: Tensor) -> None:
+        statistic = reference.griffin_statistic(z)
+        if not chunk.first:
+            statistic += self.statistics.pop(chunk.slot)
+        if chunk.last:
+            k = reference.griffin_count(self.method.density, self.num_neurons)
+            assert self.keep is not None
+            self.keep[chunk.slot] = reference.griffin_select(statistic, k)
+        else:
+            self.statistics[chunk.slot] = statistic
+
+    def _observe_cats(self, chunk: PromptChunk, g: Tensor) -> None:
+        if chunk.first:
+            self.statistics[chunk.slot] = reference.CatsStatistic(chunk.prompt_len * self.num_neurons, g.dtype)
+        statistic = self.statistics[chunk.slot]
+        assert isinstance(statistic, reference.CatsStatistic)
+        statistic.add(g)
+        if chunk.last:
+            assert self.tau is not None
+            self.tau[chunk.slot] = statistic.threshold(self.method.density)
+            del self.statistics[chunk.slot]
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for slots; tables double, so that requests that come one by one copy little."""
+        if self.keep is not None and num_slots > len(self.keep):
+            more = self.keep.new_zeros(max(num_slots, 2 * len(self.keep)), self.num_neurons)
+            more[: len(self.keep)] = self.keep
+            self.keep = more
+        if self.tau is not None and num_slots > len(self.tau):
+            grown = self.tau.new_zeros(max(num_slots, 2 * len(self.tau)))
+            grown[: len(self.tau)] = self.tau
+            self.tau = grown
+
+    def weights_read(self) -> int:
+        """FF weights that the generated tokens so far needed: kept neurons, and L and R once a token.
+
+        CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
+        """
+        depth, tokens, kept = self.packed.hidden_size, self.generated_tokens, int(self._neurons_kept)
+        low_rank = 2 * self.method.rank * depth * tokens
+        if self.method.name == "griffin":
+            return 3 * depth * kept + low_rank
+        return depth * (2 * kept + self.num_neurons * tokens) + low_rank
+
+    def fill_adapter(self, adapters: Adapters | None) -> None:
+        """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
+        views = (
+            (self.mlp.gate_up_proj.weight, self.packed.gate),  # type: ignore[union-attr]
+            (self.mlp.down_proj.weight, self.packed.down_plus),  # type: ignore[union-attr]
+        )
+        for weight, packed in views:
+            if packed is None or weight.data_ptr() != packed.data_ptr():
+                raise CapreseError(
+                    f"FF block of layer {self.layer}",
+                    expected="its weights in packed storage after loading",
+                    found="weights that the loader moved",
+                    fix="use the default --load-format",
+                )
+        if adapters is not None:
+            left, right = adapters.left[self.layer], adapters.right[self.layer]
+            self.packed.up_plus[self.num_neurons :].copy_(left.t())
+            self.packed.down_plus[self.num_neurons :].copy_(right)
+
+
+def _repack(mlp: nn.Module, rank: int, act: str) -> PackedFF:
+    """Move an MLP's weights into neuron-major storage with room for L^T and R, before they are loaded.
+
+    vLLM's parameters become views of that storage, of the same names and shapes: weights live once,
+    and loaders as well as the prompt path notice nothing.
+    """
+    gate_up, down = mlp.gate_up_proj, mlp.down_proj
+    assert isinstance(gate_up, MergedColumnParallelLinear)
+    assert isinstance(down, RowParallelLinear)
+    depth, neurons = down.weight.shape
+    rows = gate_up.weight.new_empty(2 * neurons + rank, depth)  # gate, up, L^T
+    down_plus = down.weight.new_empty(neurons + rank, depth)
+    gate_up.weight.data = rows[: 2 * neurons]
+    down.weight.data = down_plus[:neurons].t()
+    for layer in (gate_up, down):
+        layer._cpu_skip_gemm_dispatch = True  # vLLM's CPU backend would pack a copy and drop ours
+    gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.data.split(neurons)
+    return PackedFF(
+        gate=rows[:neurons],
+        up_plus=rows[neurons:],
+        down_plus=down_plus,
+        act=ACTIVATION_FUNCTIONS[act],
+        rank=rank,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=None if down.bias is None else down.bias.data,
+    )
+
+
+def replace_blocks(model: nn.Module, state: State, act: str, context: dict[str, Any]) -> None:
+    """Replace the forward of every FF block that the method names; refuse if one is missing or foreign."""
+    _register_op()
+    context[STATE] = state
+    found = {}
+    for name, module in model.named_modules():
+        match = _LAYER.search(name)
+        if match and int(match[1]) in state.method.layers:
+            found[int(match[1])] = (name, module)
+    for layer in state.method.layers:
+        name, mlp = found.get(layer, ("", None))
+        _check_block(layer, mlp)
+        assert mlp is not None
+        key = f"{name}.caprese"
+        context[key] = block = SparseFF(mlp, layer, state.method, act, state)
+        state.blocks.append(block)
+        mlp.forward = _forward(key)
+
+
+def _forward(key: str) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        torch.ops.caprese.ff(x, out, key)
+        return out
+
+    return forward
+
+
+def _check_block(layer: int, mlp: nn.Module | None) -> None:
+    gate_up, down = getattr(mlp, "gate_up_proj", None), getattr(mlp, "down_proj", None)
+    if not (
+        isinstance(gate_up, MergedColumnParallelLinear)
+        and isinstance(down, RowParallelLinear)
+        and len(gate_up.output_sizes) == 2
+        and hasattr(mlp, "act_fn")
+    ):
+        found = "none" if mlp is None else type(mlp).__name__
+    elif not (type(gate_up.quant_method) is type(down.quant_method) is UnquantizedLinearMethod):
+        found = f"weights handled by {type(gate_up.quant_method).__name__}"
+    else:
+        return
+    raise CapreseError(
+        f"FF block of layer {layer}",
+        expected="layers.N.mlp with unquantized gate_up_proj, act_fn and down_proj",
+        found=found,
+        fix="serve a supported architecture without quantization",
+    )
+
+
+def _ff(x: Tensor, out: Tensor, key: str) -> None:
+    get_forward_context().no_compile_layers[key].run(x, out)
+
+
+def _ff_fake(x: Tensor, out: Tensor, key: str) -> None:
+    return None
+
+
+_library: Library | None = None
+
+
+def _register_op() -> None:
+    """Define torch.ops.caprese.ff(x, out!, key), opaque to the compiler as attention is."""
+    global _library
+    if _library is None:
+        _library = Library("caprese", "FRAGMENT")
+        direct_register_custom_op(
+            "ff",
+            eager_break_during_capture(_ff),
+            mutates_args=["out"],
+            fake_impl=_ff_fake,
+            target_lib=_library,
+        )

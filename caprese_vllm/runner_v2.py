@@ -1,0 +1,56 @@
+"""The V2 model runner (the default on GPUs): a ModelState that plans each real batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+from . import compat
+from .ff import STATE, State
+from .requests import Scheduled
+from .worker import execute_model
+
+
+def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
+    """The model's own ModelState class, with Caprese's bookkeeping."""
+    compat.wrap(compat.V2_EXECUTE_MODEL, execute_model)
+    compat.wrap(compat.V2_FINISH_REQUESTS, _finish_requests)
+    base: Any = resolve_model_state_cls(vllm_config, model)
+
+    class CapreseModelState(base):
+        """Adds no tensors to the model's inputs; only watches which rows are whose."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.prompt_lens: dict[str, int] = {}
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            self.prompt_lens[new_req_data.req_id] = new_req_data.prompt_len
+
+        def remove_request(self, req_id: str) -> None:
+            super().remove_request(req_id)
+            self.prompt_lens.pop(req_id, None)
+
+        def preprocess_state(self, input_batch: Any, *args: Any) -> None:
+            super().preprocess_state(input_batch, *args)  # vLLM calls it for real batches only
+            rows = zip(
+                input_batch.req_ids,
+                [self.prompt_lens[req_id] for req_id in input_batch.req_ids],
+                input_batch.num_computed_tokens_np.tolist(),
+                input_batch.num_scheduled_tokens.tolist(),
+                strict=True,
+            )
+            state.begin(state.requests.begin(Scheduled(*row) for row in rows))
+
+    return CapreseModelState
+
+
+def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> None:
+    original(self, scheduler_output)
+    state = self.vllm_config.compilation_config.static_forward_context.get(STATE)
+    if state is not None:
+        for req_id in scheduler_output.finished_req_ids:
+            state.finish(req_id)

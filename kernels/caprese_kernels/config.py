@@ -1,0 +1,233 @@
+"""Configuration of the method: the one schema that trainer and server share.
+
+`CapreseConfig` is what a user writes (`--caprese-config`, `additional_config["caprese"]`);
+`AdapterConfig` is what an adapter file's header says; `resolve` joins the two for one model
+into a `Method`, which has no open choices left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import CapreseError
+
+MethodName = Literal["griffin", "cats"]
+LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, strict=True)]]
+Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+DEFAULT_DENSITY = 0.5
+DEFAULT_RANK = 256
+# Paper, section 4, note: GRIFFIN on the first half of the layers, CATS on all.
+DEFAULT_LAYERS: dict[str, LayerChoice] = {"griffin": "first-half", "cats": "all"}
+
+# Activations by the name a Hugging Face config gives them; the value is the canonical one.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+
+class BaseModelInfo(BaseModel):
+    """The dimensions of the model that an adapter was made for."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    name_or_path: str
+    architecture: str
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    hidden_act: str
+
+    @classmethod
+    def from_hf(cls, hf_config: Any, name_or_path: str) -> BaseModelInfo:
+        """From a transformers config (Gemma calls its activation `hidden_activation`)."""
+        act = getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None)
+        return cls(
+            name_or_path=name_or_path,
+            architecture=(getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0],
+            hidden_size=hf_config.hidden_size,
+            intermediate_size=hf_config.intermediate_size,
+            num_hidden_layers=hf_config.num_hidden_layers,
+            hidden_act=ACTIVATIONS.get(str(act), str(act)),
+        )
+
+    def check_serves(self, served: BaseModelInfo, where: str) -> None:
+        """Raise CapreseError unless an adapter made for `self` fits the model `served`."""
+        for field in ("architecture", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"):
+            ours, theirs = getattr(self, field), getattr(served, field)
+            if field == "hidden_act":
+                ours, theirs = ACTIVATIONS.get(ours, ours), ACTIVATIONS.get(theirs, theirs)
+            if ours != theirs:
+                raise CapreseError(
+                    f"{where} was made for another model ({self.name_or_path})",
+                    expected=f"{field} {ours!r}",
+                    found=f"{field} {theirs!r} in {served.name_or_path}",
+                    fix="serve the model the adapter was made for, or distill an adapter for this one",
+                )
+
+
+class AdapterConfig(BaseModel):
+    """The `config` entry of an adapter file's header (file version 1)."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    base_model: BaseModelInfo
+    method: MethodName
+    density: Density
+    rank: int = Field(ge=1, strict=True)
+    layers: list[Annotated[int, Field(ge=0, strict=True)]] = Field(min_length=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+    caprese_version: str = ""
+
+
+class CapreseConfig(BaseModel):
+    """What a user asks for when serving. Keys that are not given come from the adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+    weights: str | None = Field(None, description="adapter file, directory that holds one, or Hub id")
+    method: MethodName | None = Field(None, description="sparse method; without weights, the plain baseline")
+    density: Density | None = Field(None, description="share of neurons that a generated token keeps")
+    layers: LayerChoice | None = Field(None, description="layers whose FF blocks are replaced")
+    reselect_interval: Annotated[int, Field(ge=1)] | None = Field(None, description="rho, decode steps between reselections")
+    kernel: Literal["auto", "triton", "cpu", "reference"] = Field("auto", description="implementation of the FF kernels")
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any] | str, where: str) -> CapreseConfig:
+        """From a mapping or JSON text; `where` names the flag or key in the error."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise CapreseError(
+                    where, expected="a JSON object", found=f"{value[:60]!r} ({error.msg})", fix="quote it for the shell"
+                ) from None
+        if not isinstance(value, Mapping):
+            raise CapreseError(
+                where,
+                expected="a JSON object",
+                found=type(value).__name__,
+                fix='write for example {"method": "griffin", "density": 0.5}',
+            )
+        return validate(cls, value, where)
+
+
+def validate(schema: type[Schema], value: Any, where: str) -> Schema:
+    """`schema.model_validate` with the first mistake told as a CapreseError."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The last member of a location may name a branch of a union, which says nothing to a user.
+        key = ".".join(str(part) for part in first["loc"] if str(part) in str(_keys(schema)) or isinstance(part, int))
+        known = ", ".join(schema.model_fields)
+        raise CapreseError(
+            f"{where}: key {key or '.'.join(map(str, first['loc']))!r}",
+            expected=first["msg"][0].lower() + first["msg"][1:] if first["type"] != "extra_forbidden" else f"one of {known}",
+            found=repr(first["input"]) if first["type"] != "missing" else "nothing",
+            fix="correct it",
+        ) from None
+
+
+def _keys(schema: type[BaseModel]) -> set[str]:
+    keys = set(schema.model_fields)
+    for field in schema.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= _keys(field.annotation)
+    return keys
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with nothing left open, for one model."""
+
+    name: MethodName
+    density: float
+    layers: tuple[int, ...]
+    rank: int  # 0: the plain baseline, no adapter
+
+    def __str__(self) -> str:
+        return f"method {self.name}, density {self.density:g}, rank {self.rank}"
+
+
+def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
+    """Layer indices, ascending. "first-half" is floor(N/2) layers (paper, section 4, note)."""
+    if choice == "all":
+        return tuple(range(num_layers))
+    if choice == "first-half":
+        if num_layers < 2:
+            raise CapreseError(
+                "layers", expected="a model of 2 layers or more for 'first-half'", found=f"{num_layers} layer", fix="use 'all'"
+            )
+        return tuple(range(num_layers // 2))
+    wrong = [i for i in choice if i >= num_layers]
+    if wrong or not choice or len(set(choice)) != len(choice):
+        raise CapreseError(
+            "layers",
+            expected=f"one or more different indices from 0 to {num_layers - 1}",
+            found=str(choice),
+            fix="correct the list",
+        )
+    return tuple(sorted(choice))
+
+
+def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseModelInfo) -> tuple[Method, list[str]]:
+    """Join the user's configuration with the adapter's for the model `served`.
+
+    Returns the method and warnings to log. Raises CapreseError for another method than the
+    adapter's, another base model, layers the adapter lacks, or nothing to do at all.
+    """
+    warnings: list[str] = []
+    if adapter is None:
+        if config.method is None:
+            raise CapreseError(
+                "Caprese configuration",
+                expected="'weights', or 'method' for the plain baseline",
+                found="neither",
+                fix="give --caprese-weights FILE",
+            )
+        name: MethodName = config.method
+        density = config.density if config.density is not None else DEFAULT_DENSITY
+        rank = 0
+        layers = resolve_layers(config.layers if config.layers is not None else DEFAULT_LAYERS[name], served.num_hidden_layers)
+    else:
+        adapter.base_model.check_serves(served, f"adapter {config.weights}")
+        if config.method is not None and config.method != adapter.method:
+            raise CapreseError(
+                f"method of adapter {config.weights}",
+                expected=repr(adapter.method),
+                found=f"{config.method!r} in the configuration",
+                fix="leave 'method' out, or distill an adapter for that method",
+            )
+        name, rank, density = adapter.method, adapter.rank, adapter.density
+        if config.density is not None and config.density != adapter.density:
+            warnings.append(f"density {config.density:g} is served with an adapter distilled at {adapter.density:g}")
+            density = config.density
+        layers = tuple(sorted(adapter.layers))
+        if config.layers is not None:
+            layers = resolve_layers(config.layers, served.num_hidden_layers)
+            surplus = sorted(set(layers) - set(adapter.layers))
+            if surplus:
+                raise CapreseError(
+                    f"layers of adapter {config.weights}",
+                    expected=f"layers among {sorted(adapter.layers)}",
+                    found=f"{surplus} in the configuration",
+                    fix="leave 'layers' out, or distill an adapter for these layers",
+                )
+    if name == "griffin" and int(density * served.intermediate_size) < 1:
+        raise CapreseError(
+            "density",
+            expected=f"at least one of {served.intermediate_size} neurons kept",
+            found=f"{density:g}",
+            fix=f"use {1 / served.intermediate_size:.4g} or more",
+        )
+    return Method(name, density, layers, rank), warnings
