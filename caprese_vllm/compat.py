@@ -85,6 +85,13 @@ ADD_ENDPOINTS = Seam(
     "adds GET /caprese when Caprese is enabled; an entry point would make vLLM warn whenever it is merely installed",
     "vLLM has a quiet way to add a route",
 )
+VALIDATE_PARAMS = Seam(
+    "vllm.v1.engine.input_processor",
+    "InputProcessor._validate_params",
+    ("self", "params"),
+    "answers a wrong per-request switch with HTTP 400",
+    "vLLM lets a plugin validate its extra_args",
+)
 V1_PREPARE_INPUTS = Seam(
     "vllm.v1.worker.gpu_model_runner",
     "GPUModelRunner._prepare_inputs",

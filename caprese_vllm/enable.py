@@ -65,6 +65,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
         "version": __version__,
     }
     compat.wrap(compat.ADD_ENDPOINTS, _with_route)
+    compat.wrap(compat.VALIDATE_PARAMS, _validate_params)
     return vllm_config
 
 
@@ -77,6 +78,20 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
     from .route import CapreseRoute
 
     return [*original(supported_tasks), CapreseRoute()]
+
+
+def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a wrong `vllm_xargs: {"caprese": ...}`: vLLM answers a ValueError with HTTP 400."""
+    result = original(self, params, *args, **kwargs)
+    extra = getattr(params, "extra_args", None) or {}
+    if KEY in self.vllm_config.additional_config and extra.get(KEY, "off") != "off":
+        raise CapreseError(
+            'vllm_xargs["caprese"]',
+            expected="'off', or no such key",
+            found=repr(extra[KEY]),
+            fix="leave it out to run the request sparse",
+        )
+    return result
 
 
 def _keep_op_out_of_graphs(vllm_config: Any) -> None:
@@ -93,18 +108,27 @@ def _keep_op_out_of_graphs(vllm_config: Any) -> None:
 def _refuse_config(config: CapreseConfig) -> None:
     if config.reselect_interval is not None:
         raise CapreseError(
-            "reselect_interval", expected="null", found=str(config.reselect_interval), fix="reselection is not available yet"
+            "reselect_interval",
+            expected="null",
+            found=str(config.reselect_interval),
+            fix="reselection is not available yet",
         )
     if config.kernel not in ("auto", "reference"):
         raise CapreseError(
-            "kernel", expected="'auto' or 'reference'", found=repr(config.kernel), fix="that kernel is not available yet"
+            "kernel",
+            expected="'auto' or 'reference'",
+            found=repr(config.kernel),
+            fix="that kernel is not available yet",
         )
 
 
 def _refuse_arguments(args: Any) -> None:
     if args.worker_extension_cls:
         raise CapreseError(
-            "--worker-extension-cls", expected="none: Caprese uses it", found=args.worker_extension_cls, fix="drop the flag"
+            "--worker-extension-cls",
+            expected="none: Caprese uses it",
+            found=args.worker_extension_cls,
+            fix="drop the flag",
         )
 
 

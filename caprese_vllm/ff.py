@@ -49,7 +49,7 @@ class State:
                 block.statistics.pop(slot, None)
 
     def report(self) -> dict[str, Any]:
-        """What GET /caprese shows. The share counts all FF blocks of the model, replaced or not, per generated token."""
+        """What GET /caprese shows. The share is of all FF weights of the model, in replaced blocks or not."""
         tokens = self.blocks[0].generated_tokens
         read = sum(block.weights_read() for block in self.blocks)
         total = self.num_layers * self.blocks[0].num_weights * tokens
@@ -70,7 +70,7 @@ class State:
 class SparseFF:
     """One replaced FF block: packed weights, per-request statistics and selections, counters."""
 
-    def __init__(self, mlp: nn.Module, layer: int, method: Method, act: str, state: State):
+    def __init__(self, mlp: Any, layer: int, method: Method, act: str, state: State):
         self.mlp, self.layer, self.method, self.state = mlp, layer, method, state
         self.packed = _repack(mlp, method.rank, ACTIVATIONS[act])
         self.num_neurons = self.packed.num_neurons
@@ -103,9 +103,9 @@ class SparseFF:
 
     def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """vLLM's own block, unchanged: its output, z [T, F] and the concatenated gate and up [T, 2F]."""
-        gate_up, _ = self.mlp.gate_up_proj(x)  # type: ignore[operator]
-        z = self.mlp.act_fn(gate_up)  # type: ignore[operator]
-        y, _ = self.mlp.down_proj(z)  # type: ignore[operator]
+        gate_up, _ = self.mlp.gate_up_proj(x)
+        z = self.mlp.act_fn(gate_up)
+        y, _ = self.mlp.down_proj(z)
         return y, z, gate_up
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
@@ -131,7 +131,9 @@ class SparseFF:
     def _observe_griffin(self, chunk: PromptChunk, z: Tensor) -> None:
         statistic = reference.griffin_statistic(z)
         if not chunk.first:
-            statistic += self.statistics.pop(chunk.slot)
+            before = self.statistics.pop(chunk.slot)
+            assert isinstance(before, Tensor)
+            statistic = statistic + before
         if chunk.last:
             k = reference.griffin_count(self.method.density, self.num_neurons)
             assert self.keep is not None
@@ -175,8 +177,8 @@ class SparseFF:
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
         views = (
-            (self.mlp.gate_up_proj.weight, self.packed.gate),  # type: ignore[union-attr]
-            (self.mlp.down_proj.weight, self.packed.down_plus),  # type: ignore[union-attr]
+            (self.mlp.gate_up_proj.weight, self.packed.gate),
+            (self.mlp.down_proj.weight, self.packed.down_plus),
         )
         for weight, packed in views:
             if packed is None or weight.data_ptr() != packed.data_ptr():
@@ -192,7 +194,7 @@ class SparseFF:
             self.packed.down_plus[self.num_neurons :].copy_(right)
 
 
-def _repack(mlp: nn.Module, rank: int, act: str) -> PackedFF:
+def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
     """Move an MLP's weights into neuron-major storage with room for L^T and R, before they are loaded.
 
     vLLM's parameters become views of that storage, of the same names and shapes: weights live once,

@@ -16,12 +16,13 @@ from torch import Tensor
 
 
 class Scheduled(NamedTuple):
-    """What one request does in one step: `count` tokens from index `start` on."""
+    """What one request does in one step: `num_tokens` tokens from index `start` on."""
 
     request_id: str
     prompt_len: int
     start: int
-    count: int
+    num_tokens: int
+    dense: bool = False  # the client switched Caprese off for this request
 
 
 class PromptChunk(NamedTuple):
@@ -37,13 +38,13 @@ class PromptChunk(NamedTuple):
 
 @dataclass
 class Step:
-    """One batch. Rows that are neither sparse nor padding run the original block."""
+    """One batch; rows from num_rows on are padding."""
 
     num_rows: int
     chunks: list[PromptChunk]  # of requests without a selection; in row order
     sparse_rows: Tensor  # [S] int64, rows that hold generated tokens
     sparse_slots: Tensor  # [S] int64, the slot of each
-    dense_rows: Tensor  # [P] int64, rows that hold prompt tokens
+    dense_rows: Tensor  # [P] int64, rows that run the original block: prompt tokens, and requests with Caprese off
 
 
 @dataclass
@@ -72,7 +73,11 @@ class RequestTable:
         sparse_slots: list[int] = []
         dense_rows: list[int] = []
         row = 0
-        for request_id, prompt_len, start, count in scheduled:
+        for request_id, prompt_len, start, count, dense in scheduled:
+            if dense:
+                dense_rows.extend(range(row, row + count))
+                row += count
+                continue
             request = self._requests.get(request_id) or self._add(request_id)
             boundary = row + min(max(prompt_len - start, 0), count)
             begin = len(dense_rows)

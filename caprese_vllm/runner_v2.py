@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from . import compat
 from .ff import STATE, State
 from .requests import Scheduled
-from .worker import execute_model
+from .worker import execute_model, switched_off
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
@@ -24,23 +24,26 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
-            self.prompt_lens: dict[str, int] = {}
+            self.watched: dict[str, tuple[int, bool]] = {}  # prompt length, switched off
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.prompt_lens[new_req_data.req_id] = new_req_data.prompt_len
+            off = switched_off(new_req_data.sampling_params)
+            self.watched[new_req_data.req_id] = (new_req_data.prompt_len, off)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
-            self.prompt_lens.pop(req_id, None)
+            self.watched.pop(req_id, None)
 
         def preprocess_state(self, input_batch: Any, *args: Any) -> None:
             super().preprocess_state(input_batch, *args)  # vLLM calls it for real batches only
+            prompt_lens, off = zip(*(self.watched[req_id] for req_id in input_batch.req_ids), strict=True)
             rows = zip(
                 input_batch.req_ids,
-                [self.prompt_lens[req_id] for req_id in input_batch.req_ids],
+                prompt_lens,
                 input_batch.num_computed_tokens_np.tolist(),
                 input_batch.num_scheduled_tokens.tolist(),
+                off,
                 strict=True,
             )
             state.begin(state.requests.begin(Scheduled(*row) for row in rows))

@@ -1,4 +1,4 @@
-"""What runs in each worker process. vLLM imports this module as `worker_extension_cls`, only when Caprese is enabled."""
+"""What runs in each worker process: vLLM imports this as `worker_extension_cls`, only when Caprese is enabled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     device = next(model.parameters()).device
     state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, "reference")
     replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
-    model.caprese_settings, model.caprese_state = settings, state
+    model.caprese = settings["weights"], state
     if vllm_config.use_v2_model_runner:
         from .runner_v2 import model_state_class
 
@@ -61,10 +61,10 @@ def _process_weights(
     original: Callable[..., Any], model: torch.nn.Module, model_config: Any, target_device: torch.device
 ) -> None:
     original(model, model_config, target_device)
-    state = getattr(model, "caprese_state", None)
-    if state is None:
+    ours: Any = getattr(model, "caprese", None)
+    if ours is None:
         return
-    path = model.caprese_settings["weights"]  # type: ignore[index]
+    path, state = ours
     adapters = Adapters.load(path) if path else None
     for block in state.blocks:
         block.fill_adapter(adapters)
@@ -99,19 +99,28 @@ def _prepare_weights(
     return folder, own, use_safetensors, index
 
 
+def switched_off(sampling_params: Any) -> bool:
+    """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end has refused other values."""
+    return KEY in (sampling_params.extra_args or {})
+
+
 # V1 runner -------------------------------------------------------------------------------------
 
 
-def _v1_prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+def _v1_prepare_inputs(
+    original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled_tokens: Any
+) -> Any:
     result = original(self, scheduler_output, num_scheduled_tokens)
     state = _state(self.vllm_config)
     if state is not None:
         batch = self.input_batch
+        off = [switched_off(self.requests[req_id].sampling_params) for req_id in batch.req_ids]
         rows = zip(
             batch.req_ids,
             batch.num_prompt_tokens[: batch.num_reqs].tolist(),
             batch.num_computed_tokens_cpu[: batch.num_reqs].tolist(),
             num_scheduled_tokens.tolist(),
+            off,
             strict=True,
         )
         state.begin(state.requests.begin(Scheduled(*row) for row in rows))

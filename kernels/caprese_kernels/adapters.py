@@ -70,9 +70,7 @@ class Adapters:
             if not torch.isfinite(tensor).all():
                 _refuse(where, f"finite values in {name}", "NaN or Inf")
         layers = sorted(config.layers)
-        return cls(
-            config, {i: tensors[f"layers.{i}.L"] for i in layers}, {i: tensors[f"layers.{i}.R"] for i in layers}
-        )
+        return cls(config, {i: tensors[f"layers.{i}.L"] for i in layers}, {i: tensors[f"layers.{i}.R"] for i in layers})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it appears whole or not at all."""
@@ -95,7 +93,7 @@ class Adapters:
         where = f"adapter {path}"
         config = read_config(path)
         with _open(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return cls.from_tensors(config, tensors, where)
 
 
@@ -145,7 +143,7 @@ def is_adapter_file(path: str | os.PathLike[str]) -> bool:
 
 def find_adapter(weights: str) -> Path:
     """The adapter file that `weights` names: a file, a directory that holds one, or a Hub id."""
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     if path.is_file():
         return path.resolve()
     if path.is_dir():
@@ -170,11 +168,11 @@ def find_adapter(weights: str) -> Path:
 
 def _download(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, DEFAULT_FILE_NAME))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CapreseError(
             "adapter weights",
             expected=f"a local path, or a Hub id whose {DEFAULT_FILE_NAME} can be fetched",

@@ -18,7 +18,7 @@ from .errors import CapreseError
 
 MethodName = Literal["griffin", "cats"]
 LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, strict=True)]]
-Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -94,15 +94,19 @@ class CapreseConfig(BaseModel):
     """What a user asks for when serving. Keys that are not given come from the adapter."""
 
     model_config = ConfigDict(extra="forbid")
-    weights: str | None = Field(None, description="adapter file, directory that holds one, or Hub id")
+    weights: str | None = Field(None, min_length=1, description="adapter file, directory that holds one, or Hub id")
     method: MethodName | None = Field(None, description="sparse method; without weights, the plain baseline")
     density: Density | None = Field(None, description="share of neurons that a generated token keeps")
     layers: LayerChoice | None = Field(None, description="layers whose FF blocks are replaced")
-    reselect_interval: Annotated[int, Field(ge=1)] | None = Field(None, description="rho, decode steps between reselections")
-    kernel: Literal["auto", "triton", "cpu", "reference"] = Field("auto", description="implementation of the FF kernels")
+    reselect_interval: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None, description="rho: decode steps between reselections"
+    )
+    kernel: Literal["auto", "triton", "cpu", "reference"] = Field(
+        "auto", description="implementation of the FF kernels"
+    )
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any] | str, where: str) -> CapreseConfig:
+    def parse(cls, value: Any, where: str) -> CapreseConfig:
         """From a mapping or JSON text; `where` names the flag or key in the error."""
         if isinstance(value, str):
             try:
@@ -126,13 +130,25 @@ def validate(schema: type[Schema], value: Any, where: str) -> Schema:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        # The last member of a location may name a branch of a union, which says nothing to a user.
-        key = ".".join(str(part) for part in first["loc"] if str(part) in str(_keys(schema)) or isinstance(part, int))
-        known = ", ".join(schema.model_fields)
+        errors = error.errors()
+        if not errors[0]["loc"]:
+            raise CapreseError(where, expected="a JSON object", found=repr(value), fix="correct it") from None
+
+        # A member of a location may name a branch of a union, which says nothing to a user.
+        def key_of(e: Any) -> str:
+            return ".".join(str(part) for part in e["loc"] if part in known or isinstance(part, int))
+
+        known = _keys(schema)
+        # A union tells one mistake for each branch: those of the branch that got furthest say what is wrong.
+        errors = [e for e in errors if e["loc"][0] == errors[0]["loc"][0]]
+        errors = [e for e in errors if len(e["loc"]) == max(len(other["loc"]) for other in errors)]
+        first = errors[0]
+        told = [e["msg"][0].lower() + e["msg"][1:] for e in errors if key_of(e) == key_of(first)]
+        if first["type"] == "extra_forbidden":
+            told = ["one of " + ", ".join(schema.model_fields)]
         raise CapreseError(
-            f"{where}: key {key or '.'.join(map(str, first['loc']))!r}",
-            expected=first["msg"][0].lower() + first["msg"][1:] if first["type"] != "extra_forbidden" else f"one of {known}",
+            f"{where}: key {key_of(first) or '.'.join(map(str, first['loc']))!r}",
+            expected=" or ".join(told),
             found=repr(first["input"]) if first["type"] != "missing" else "nothing",
             fix="correct it",
         ) from None
@@ -166,7 +182,10 @@ def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
     if choice == "first-half":
         if num_layers < 2:
             raise CapreseError(
-                "layers", expected="a model of 2 layers or more for 'first-half'", found=f"{num_layers} layer", fix="use 'all'"
+                "layers",
+                expected="a model of 2 layers or more for 'first-half'",
+                found=f"{num_layers} layer",
+                fix="use 'all'",
             )
         return tuple(range(num_layers // 2))
     wrong = [i for i in choice if i >= num_layers]
@@ -198,7 +217,8 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
         name: MethodName = config.method
         density = config.density if config.density is not None else DEFAULT_DENSITY
         rank = 0
-        layers = resolve_layers(config.layers if config.layers is not None else DEFAULT_LAYERS[name], served.num_hidden_layers)
+        choice = DEFAULT_LAYERS[name] if config.layers is None else config.layers
+        layers = resolve_layers(choice, served.num_hidden_layers)
     else:
         adapter.base_model.check_serves(served, f"adapter {config.weights}")
         if config.method is not None and config.method != adapter.method:

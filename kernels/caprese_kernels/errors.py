@@ -1,5 +1,7 @@
 """The one error that a user's mistake raises."""
 
+from typing import Any
+
 
 class CapreseError(ValueError):
     """A mistake in what the user gave, told in one line: what was expected, what was found, what to do.
@@ -12,7 +14,7 @@ class CapreseError(ValueError):
         line = f"{what}: expected {expected}; found {found}; {fix}"
         super().__init__(" ".join(line.split()))  # one line, whatever the parts contain
 
-    def __reduce__(self):  # the default would call __init__ without its keywords when unpickled
+    def __reduce__(self) -> tuple[Any, ...]:  # the default would call __init__ without its keywords when unpickled
         return _rebuild, (self.what, self.expected, self.found, self.fix)
 
 

@@ -55,7 +55,10 @@ class PackedFF:
             )  # fmt: skip
         if self.gate is not None and self.gate.shape != shape:
             raise CapreseError(
-                "packed weights", expected=f"gate of shape {shape}", found=str(tuple(self.gate.shape)), fix="check F and r"
+                "packed weights",
+                expected=f"gate of shape {shape}",
+                found=str(tuple(self.gate.shape)),
+                fix="check F and r",
             )
 
     @property
@@ -82,6 +85,13 @@ class PackedFF:
         **biases: Tensor | None,
     ) -> PackedFF:
         """From weights as torch.nn.Linear holds them: gate, up [F, D], down [D, F]; and L [D, r], R [r, D]. Copies."""
+        if (left is None) != (right is None):
+            raise CapreseError(
+                "packed weights",
+                expected="both of L and R, or neither",
+                found="one of them",
+                fix="give the other one too",
+            )
         up_plus, down_plus = [up], [down.t()]
         if left is not None and right is not None:
             up_plus.append(left.t().to(up))

@@ -1,0 +1,126 @@
+"""Flags, configuration and refusals, up to the point where vLLM would start a process."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from caprese_kernels.errors import CapreseError
+from tests.support.models import make_adapter, make_model
+
+ModelDir = Callable[[str], Path]
+
+
+def parse(*arguments: str) -> Namespace:
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(arguments))
+
+
+def configure(model: Path, caprese: Any, **options: Any) -> Any:
+    options = {"dtype": "float32", "max_model_len": 64, "additional_config": {"caprese": caprese}} | options
+    return EngineArgs(model=str(model), **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--caprese-weights", "A", "--caprese-config", '{"density": 0.5}', "--additional-config", '{"other": 1}'],
+        ["--additional-config", '{"other": 1}', "--caprese-config", '{"density": 0.5}', "--caprese-weights", "A"],
+        ["--additional-config", '{"other": 1, "caprese": {"weights": "A"}}', "--caprese-config.density", "0.5"],
+        ["--caprese-config", '{"density": 0.5, "weights": "A"}', "--additional-config.other", "1"],
+    ],
+    ids=["flags-first", "flags-last", "dotted", "weights-in-config"],
+)
+def test_flags_end_in_additional_config_in_any_order(arguments: list[str]) -> None:
+    assert parse(*arguments).additional_config == {"other": 1, "caprese": {"weights": "A", "density": 0.5}}
+
+
+def test_no_flag_no_trace() -> None:
+    parse("--caprese-weights", "A")
+    assert "caprese" not in parse().additional_config, "a parse left its flags behind in the shared default"
+    assert "caprese" not in EngineArgs(model="x").additional_config
+
+
+def test_a_wrong_configuration_exits_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--caprese-config", '{"density": 2}')
+    assert exit_info.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("caprese: --caprese-config: key 'density'")
+
+
+def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path: Path) -> None:
+    adapter = make_adapter(model_dir("llama"), tmp_path / "a.safetensors", "griffin", rank=4)
+    config = configure(model_dir("llama"), {"weights": str(adapter)})
+    ours = config.additional_config["caprese"]
+    json.dumps(ours)
+    assert (ours["method"], ours["density"], ours["layers"], ours["rank"]) == ("griffin", 0.5, [0, 1], 4)
+    assert Path(ours["weights"]).is_absolute()
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.compilation_config.cudagraph_mode is None or not config.compilation_config.cudagraph_mode
+
+
+@pytest.mark.parametrize(
+    ("caprese", "options", "named"),
+    [
+        ({}, {}, "neither"),
+        ({"weights": "/nowhere/a.safetensors"}, {}, "/nowhere/a.safetensors"),
+        ({"method": "relu"}, {}, "method"),
+        ({"method": "griffin", "density": 0.0}, {}, "density"),
+        ({"method": "griffin", "density": 0.001}, {}, "density"),
+        ({"method": "griffin", "layers": [9]}, {}, "9"),
+        ({"method": "griffin", "kernel": "triton"}, {}, "triton"),
+        ({"method": "griffin", "reselect_interval": 8}, {}, "reselect"),
+        ({"method": "griffin", "unknown": 1}, {}, "unknown"),
+        ({"method": "griffin"}, {"tensor_parallel_size": 2}, "tensor parallelism"),
+        ({"method": "griffin"}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"method": "griffin"}, {"enable_lora": True}, "LoRA"),
+        ({"method": "griffin"}, {"quantization": "fp8", "dtype": "bfloat16"}, "quantization fp8"),
+        (
+            {"method": "griffin"},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative",
+        ),
+        ({"method": "griffin"}, {"load_format": "sharded_state"}, "sharded_state"),
+        ({"method": "griffin"}, {"worker_extension_cls": "some.Extension"}, "some.Extension"),
+        ({"method": "griffin"}, {"runner": "pooling"}, "pooling"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+)
+def test_what_does_not_fit_is_refused_by_name(
+    model_dir: ModelDir, caprese: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(CapreseError, match=r"expected .*; found") as error:
+        configure(model_dir("llama"), caprese, **options)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_another_size_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    adapter = make_adapter(model_dir("llama"), tmp_path / "a.safetensors", "griffin")
+    other = make_model("llama", tmp_path / "other", intermediate_size=99)
+    with pytest.raises(CapreseError, match=r"intermediate_size 97.*intermediate_size 99"):
+        configure(other, {"weights": str(adapter)})
+    with pytest.raises(CapreseError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
+        configure(model_dir("qwen2"), {"weights": str(adapter)})
+
+
+def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=300, architectures=["GPT2LMHeadModel"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CapreseError, match="GPT2LMHeadModel"):
+        configure(tmp_path, {"method": "griffin"}, skip_tokenizer_init=True)
+
+
+def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_path: Path) -> None:
+    adapter = make_adapter(model_dir("llama"), tmp_path / "a.safetensors", "cats", density=0.3)
+    ours = configure(model_dir("llama"), {"weights": str(adapter), "layers": [1, 3]}).additional_config["caprese"]
+    assert (ours["method"], ours["density"], ours["layers"]) == ("cats", 0.3, [1, 3])
+    with pytest.raises(CapreseError, match=r"'cats'.*'griffin'"):
+        configure(model_dir("llama"), {"weights": str(adapter), "method": "griffin"})

@@ -1,0 +1,135 @@
+"""RequestTable under random schedules: every token takes the path that its index in its request decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caprese_vllm.requests import RequestTable, Scheduled, Step
+
+CPU = torch.device("cpu")
+
+
+def begin(table: RequestTable, *scheduled: tuple[str, int, int, int]) -> Step:
+    return table.begin(Scheduled(*one) for one in scheduled)
+
+
+def test_prompt_rows_are_dense_and_generated_rows_sparse() -> None:
+    table = RequestTable(CPU)
+    step = begin(table, ("a", 3, 0, 3), ("b", 5, 0, 2))
+    assert step.dense_rows.tolist() == [0, 1, 2, 3, 4]
+    assert [(c.first, c.last) for c in step.chunks] == [(True, True), (True, False)]
+    step = begin(table, ("a", 3, 3, 1), ("b", 5, 2, 3))
+    assert step.sparse_rows.tolist() == [0]
+    assert step.dense_rows.tolist() == [1, 2, 3]
+    chunk = step.chunks[0]
+    assert (chunk.begin, chunk.end, chunk.first, chunk.last) == (0, 3, False, True)
+
+
+def test_a_preempted_request_keeps_its_selection_and_recomputes_both_kinds_in_one_chunk() -> None:
+    table = RequestTable(CPU)
+    begin(table, ("a", 4, 0, 4))
+    slot = begin(table, ("a", 4, 4, 1)).sparse_slots.tolist()
+    step = begin(table, ("a", 4, 0, 6))  # preempted, then prompt and two generated tokens again
+    assert step.chunks == []
+    assert step.dense_rows.tolist() == [0, 1, 2, 3]
+    assert step.sparse_rows.tolist() == [4, 5]
+    assert step.sparse_slots.tolist() == slot * 2
+
+
+def test_a_request_preempted_in_mid_prompt_begins_its_statistic_again() -> None:
+    table = RequestTable(CPU)
+    begin(table, ("a", 10, 0, 4))
+    (chunk,) = begin(table, ("a", 10, 0, 7)).chunks
+    assert chunk.first
+    (chunk,) = begin(table, ("a", 10, 7, 3)).chunks
+    assert not chunk.first
+    assert chunk.last
+
+
+def test_an_identifier_used_again_is_another_request() -> None:
+    table = RequestTable(CPU)
+    begin(table, ("a", 2, 0, 2))
+    assert table.finish("a") is not None
+    (chunk,) = begin(table, ("a", 3, 0, 3)).chunks
+    assert chunk.first
+    assert chunk.last
+    assert table.finish("never seen") is None
+
+
+@pytest.mark.parametrize("wrong", [("a", 8, 4, 2), ("a", 8, 9, 1)])
+def test_prompt_tokens_that_were_skipped_are_an_error(wrong: tuple[str, int, int, int]) -> None:
+    # Tokens from a prefix cache would leave the statistic incomplete: never silently.
+    with pytest.raises(RuntimeError, match="request a"):
+        begin(RequestTable(CPU), wrong)
+
+
+@dataclass
+class Simulated:
+    prompt_len: int
+    computed: int = 0
+    length: int = 0  # tokens that exist
+    slots: set[int] = field(default_factory=set)
+    seen: list[int] = field(default_factory=list)  # prompt indices in the statistic, in order
+
+
+def check(step: Step, batch: Sequence[tuple[str, int]], live: dict[str, Simulated]) -> None:
+    slot_of = dict(zip(step.sparse_rows.tolist(), step.sparse_slots.tolist(), strict=True))
+    dense = step.dense_rows.tolist()
+    owner = {}  # entry of dense_rows -> (request, index in it)
+    row = 0
+    for name, count in batch:
+        request = live[name]
+        for index in range(request.computed, request.computed + count):
+            if index < request.prompt_len:
+                owner[dense.index(row)] = (name, index)
+                assert row not in slot_of
+            else:
+                assert row not in dense
+                request.slots.add(slot_of[row])
+            row += 1
+    assert step.num_rows == row == len(dense) + len(slot_of)
+    for chunk in step.chunks:
+        names = {owner[entry][0] for entry in range(chunk.begin, chunk.end)}
+        assert len(names) == 1
+        request = live[names.pop()]
+        request.slots.add(chunk.slot)
+        request.seen = [] if chunk.first else request.seen
+        request.seen += [owner[entry][1] for entry in range(chunk.begin, chunk.end)]
+        assert chunk.last == (request.seen == list(range(request.prompt_len)))
+    used = [request.slots for request in live.values() if request.slots]
+    assert all(len(slots) == 1 for slots in used), "a request changed its slot"
+    assert len(set.union(set(), *used)) == len(used), "two live requests share a slot"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_random_schedules(data: st.DataObject) -> None:
+    table, live, made = RequestTable(CPU), {}, 0
+    for _ in range(data.draw(st.integers(1, 25))):
+        for _ in range(data.draw(st.integers(0, 2))):
+            live[f"r{made}"] = Simulated(prompt_len := data.draw(st.integers(1, 12)), length=prompt_len)
+            made += 1
+        for name in list(live):
+            fate = data.draw(st.sampled_from(["run"] * 8 + ["abort", "preempt"]))
+            if fate == "abort":
+                table.finish(name)
+                del live[name]
+            elif fate == "preempt":
+                live[name].computed = 0
+        running = [name for name in live if data.draw(st.booleans())]
+        batch = [(name, data.draw(st.integers(1, live[name].length - live[name].computed))) for name in running]
+        step = table.begin(Scheduled(n, live[n].prompt_len, live[n].computed, count) for n, count in batch)
+        check(step, batch, live)
+        for name, count in batch:
+            request = live[name]
+            request.computed += count
+            if request.computed == request.length:
+                request.length += 1  # a token was sampled
+        assert table.num_slots <= made
+    for name in live:
+        table.finish(name)
+    assert len(table) == 0
