@@ -19,7 +19,7 @@ from .flags import KEY
 logger = init_logger("vllm.caprese")
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM")
-LOAD_FORMATS = ("auto", "hf", "safetensors", "mistral", "pt", "npcache", "dummy")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 WORKER_EXTENSION = "caprese_vllm.worker.WorkerExtension"
 FF_OP = "caprese::ff"
 
@@ -139,6 +139,7 @@ def _refuse_engine(vllm_config: Any) -> None:
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
+        (f"model implementation {model.model_impl}", model.model_impl not in ("auto", "vllm"), "drop --model-impl"),
         (f"runner type {model.runner_type}", model.runner_type != "generate", "serve a generating model"),
         (f"activation {act}", act not in ACTIVATIONS, _one_of(ACTIVATIONS)),
         (f"quantization {model.quantization}", model.quantization is not None, "serve unquantized weights"),

@@ -86,6 +86,7 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
             "speculative",
         ),
         ({"method": "griffin"}, {"load_format": "sharded_state"}, "sharded_state"),
+        ({"method": "griffin"}, {"model_impl": "transformers"}, "implementation transformers"),
         ({"method": "griffin"}, {"worker_extension_cls": "some.Extension"}, "some.Extension"),
         ({"method": "griffin"}, {"runner": "pooling"}, "pooling"),
     ],

