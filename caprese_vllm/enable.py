@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
@@ -123,6 +125,10 @@ def _refuse_config(config: CapreseConfig) -> None:
 
 
 def _refuse_arguments(args: Any) -> None:
+    """What must be refused before vLLM looks at it, because vLLM may fail on it first, and at length."""
+    quantization = args.quantization or _quantized(Path(args.model) / "config.json")
+    if quantization:
+        _refuse_feature(f"quantization {quantization}", "serve unquantized weights")
     if args.worker_extension_cls:
         raise CapreseError(
             "--worker-extension-cls",
@@ -168,7 +174,20 @@ def _refuse_engine(vllm_config: Any) -> None:
     ]
     for feature, in_use, fix in refused:
         if in_use:
-            raise CapreseError("Caprese", expected="an engine it is proven with", found=feature, fix=fix)
+            _refuse_feature(feature, fix)
+
+
+def _refuse_feature(feature: str, fix: str) -> NoReturn:
+    raise CapreseError("Caprese", expected="an engine it is proven with", found=feature, fix=fix)
+
+
+def _quantized(config: Path) -> str | None:
+    """How a local checkpoint says that its weights are quantized."""
+    try:
+        settings = json.loads(config.read_text()).get("quantization_config")
+    except (OSError, ValueError):
+        return None  # a Hub id, or a file that vLLM will complain about
+    return None if settings is None else str(settings.get("quant_method", "of an unnamed kind"))
 
 
 def _activation(hf_config: Any) -> str:

@@ -1,6 +1,7 @@
 """Flags, configuration and refusals, up to the point where vLLM would start a process."""
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
         ({"method": "griffin"}, {"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"method": "griffin"}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"method": "griffin"}, {"enable_lora": True}, "LoRA"),
-        ({"method": "griffin"}, {"quantization": "fp8", "dtype": "bfloat16"}, "quantization fp8"),
+        ({"method": "griffin"}, {"quantization": "fp8"}, "quantization fp8"),
         (
             {"method": "griffin"},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -108,6 +109,15 @@ def test_a_model_of_another_size_is_refused(model_dir: ModelDir, tmp_path: Path)
         configure(other, {"weights": str(adapter)})
     with pytest.raises(CapreseError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
         configure(model_dir("qwen2"), {"weights": str(adapter)})
+
+
+def test_a_quantized_checkpoint_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    shutil.copytree(model_dir("llama"), tmp_path / "quantized")
+    config = tmp_path / "quantized" / "config.json"
+    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    config.write_text(json.dumps(settings))
+    with pytest.raises(CapreseError, match="quantization awq"):
+        configure(tmp_path / "quantized", {"method": "griffin"})
 
 
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
