@@ -82,7 +82,10 @@ class Adapters:
         partial = path.with_name(f".{path.name}.partial")
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.model_dump_json()}
         try:
+            partial.touch()
+            mode = partial.stat().st_mode  # the user's usual one; save_file's files only their owner can read
             save_file(tensors, partial, metadata=header)
+            partial.chmod(mode)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""Which FF blocks of a model are to be sparse, and the refusal of those that this package cannot handle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from caprese_kernels.config import ACTIVATIONS, BaseModelInfo, CapreseConfig, LayerChoice, Method, resolve
+from caprese_kernels.errors import CapreseError
+
+
+def plan(
+    hf_config: Any, name: str, method: str, density: float, rank: int, layers: LayerChoice | None = None
+) -> tuple[BaseModelInfo, Method]:
+    """The base model's dimensions, and the method with nothing left open; CapreseError for what does not fit."""
+    try:
+        info = BaseModelInfo.from_hf(hf_config, name)
+    except (AttributeError, ValidationError):
+        found = (getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0]
+        raise _unsupported(f"model {name}", found) from None
+    asked = CapreseConfig.parse({"method": method, "density": density, "layers": layers}, "caprese distill")
+    resolved, _ = resolve(asked, None, info)
+    if not 1 <= rank <= info.hidden_size:
+        raise CapreseError(
+            "rank", expected=f"1 to {info.hidden_size}, the hidden size", found=str(rank), fix="give another --rank"
+        )
+    if info.hidden_act not in ACTIVATIONS.values():
+        raise _unsupported(f"model {name}", f"activation {info.hidden_act}")
+    return info, replace(resolved, rank=rank)
+
+
+def find_blocks(model: Any, info: BaseModelInfo, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """The FF block of each layer; CapreseError names the first that is none of the kind handled here."""
+    decoder_layers = getattr(model.get_decoder(), "layers", [])
+    shape = (info.hidden_size, info.intermediate_size)
+    blocks = {}
+    for i in layers:
+        block: Any = getattr(decoder_layers[i], "mlp", None) if i < len(decoder_layers) else None
+        parts = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        linear = all(isinstance(part, nn.Linear) and part.weight.is_floating_point() for part in parts)
+        if not (linear and isinstance(getattr(block, "act_fn", None), nn.Module)):
+            raise _unsupported(f"FF block of layer {i}", f"{type(block).__name__} of {info.architecture}")
+        if tuple(block.down_proj.weight.shape) != shape:
+            raise _unsupported(f"FF block of layer {i}", f"down_proj of shape {tuple(block.down_proj.weight.shape)}")
+        blocks[i] = block
+    return blocks
+
+
+def _unsupported(where: str, found: str) -> CapreseError:
+    return CapreseError(
+        where,
+        expected="a gated FF block (gate_proj, up_proj, down_proj, act_fn), as Llama, Qwen2, Qwen3 and Gemma 2 have",
+        found=found,
+        fix="use a model of that kind",
+    )

@@ -1,0 +1,225 @@
+"""Layer-wise distillation (paper, section 3.1): one pass of the original model, then the closed form.
+
+In Python, for a transformers causal LM and its tokenizer:
+
+    samples, skipped = encode(tokenizer, read_rows(Path("math.jsonl")), max_length=2048)
+    info, method = plan(model.config, "Qwen/Qwen2.5-1.5B-Instruct", "griffin", density=0.5, rank=256)
+    distill_layer_wise(model, samples, info, method).save("adapters.safetensors")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from caprese_kernels.adapters import DTYPES, Adapters
+from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
+from caprese_kernels.errors import CapreseError
+
+from . import checkpoint
+from .blocks import find_blocks
+from .data import Sample, split
+from .moments import Batch, Moments, Observer
+from .progress import progress_bar
+from .solve import Solution, solve
+
+# Tokens of a forward pass, padding included (a longer sample runs alone): enough to fill the
+# device, and on a CPU few enough that a checkpoint comes every minute.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass
+class Pass:
+    """The sums of one pass of the original model over all batches, as far as it has come."""
+
+    fit: dict[int, Moments]
+    held_out: dict[int, Moments]
+    batches: int = 0  # done
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, layers: Sequence[int], depth: int, device: torch.device) -> Pass:
+        fit, held_out = ({i: Moments.zeros(depth, device) for i in layers} for _ in range(2))
+        return cls(fit, held_out)
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        parts = {"fit": self.fit, "held_out": self.held_out}
+        tensors = {
+            f"{part}.{i}.{f.name}": getattr(moments, f.name)
+            for part, by_layer in parts.items()
+            for i, moments in by_layer.items()
+            for f in fields(Moments)
+        }
+        checkpoint.save(path, tensors, {"batches": self.batches, "seconds": self.seconds}, identity)
+
+    def resume(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        for part, by_layer in (("fit", self.fit), ("held_out", self.held_out)):
+            for i, moments in by_layer.items():
+                for f in fields(Moments):
+                    getattr(moments, f.name).copy_(tensors[f"{part}.{i}.{f.name}"])
+        self.batches, self.seconds = progress["batches"], progress["seconds"]
+
+
+def make_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch]:
+    """Batches of samples of like length, the longest first (what does not fit fails at once); then those held out."""
+    batches: list[Batch] = []
+    for held_out, part in enumerate(split(samples)):
+        pending: list[Sample] = []
+        for sample in sorted(part, key=lambda s: -len(s.ids)):
+            if pending and len(pending[0].ids) * (len(pending) + 1) > BATCH_TOKENS[device.type]:
+                batches.append(Batch(pending, bool(held_out), device))
+                pending = []
+            pending.append(sample)
+        batches.append(Batch(pending, bool(held_out), device))
+    return batches
+
+
+@torch.no_grad()
+def run_pass(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    resume: Path | None = None,
+    console: Console | None = None,
+) -> Pass:
+    """Feed every sample to the original model and sum the moments of the sparse layers' FF blocks.
+
+    With `resume`, the sums go to that file every minute or so (less often where writing is slow),
+    and a run whose model, samples and settings are the same starts from there, to the same bits.
+    """
+    device = next(model.parameters()).device
+    blocks = find_blocks(model, info, method.layers)
+    _check_ids(samples, model)
+    _check_memory(len(blocks), info.hidden_size, device)
+    state = Pass.begin(method.layers, info.hidden_size, device)
+    batches = make_batches(samples, device)
+    identity: dict[str, Any] = {}
+    if resume is not None:
+        settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+        versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+        identity = checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+        if resume.exists():
+            found = checkpoint.load(resume, identity)
+            if isinstance(found, str):
+                told = f"{found}; starting anew"
+            else:
+                state.resume(*found)
+                told = f"going on after batch {state.batches} of {len(batches)}"
+            if console:
+                console.print(f"checkpoint {resume}: {told}")
+    started, saved, cost = time.monotonic() - state.seconds, time.monotonic(), 0.0
+    with (
+        progress_bar(console, "tok/s") as bar,
+        Observer(blocks, method) as observer,
+        _shortened(model, method) as decoder,
+    ):
+        done = sum(b.num_tokens for b in batches[: state.batches])
+        line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
+        for batch in batches[state.batches :]:
+            observer.expect(batch, state.held_out if batch.held_out else state.fit)
+            decoder(input_ids=batch.ids(), use_cache=False)
+            state.batches += 1
+            state.seconds = time.monotonic() - started
+            bar.advance(line, batch.num_tokens)
+            now = time.monotonic()
+            if resume and now - saved >= max(CHECKPOINT_SECONDS, 10 * cost):
+                state.save(resume, identity)
+                saved = time.monotonic()
+                cost = saved - now
+    return state
+
+
+def distill_layer_wise(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    resume: Path | None = None,
+    console: Console | None = None,
+) -> Adapters:
+    """Adapters for `model` (a transformers causal LM) by the closed form of eq. 7, in the model's dtype.
+
+    Every layer is fitted on its own, earlier blocks being the original ones. The adapters' `training`
+    entry tells samples, tokens, seconds and the errors of each layer (see `Solution`). Two samples
+    or more are needed, one of them to hold out.
+    """
+    if len(samples) < 2:
+        raise CapreseError("samples", expected="2 or more", found=str(len(samples)), fix="give more data")
+    if model.dtype not in DTYPES:
+        raise CapreseError("model", expected=f"one of {DTYPES}", found=str(model.dtype), fix="load it in another dtype")
+    model.eval()
+    state = run_pass(model, samples, info, method, resume, console)
+    started = time.monotonic()
+    solutions: dict[int, Solution] = {}
+    with progress_bar(console, "layers/s") as bar:
+        for i in bar.track(method.layers, description="closed form"):
+            solutions[i] = solve(state.fit[i], state.held_out[i], method.rank, model.dtype)
+    numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
+    first = method.layers[0]  # every layer sees the same tokens
+    training = {
+        "stage": "layer-wise",
+        "solver": "closed-form",
+        "samples": len(samples),
+        "samples_held_out": len(split(samples)[1]),
+        "tokens": int(state.fit[first].rows + state.held_out[first].rows),
+        "seconds": round(state.seconds + time.monotonic() - started, 1),
+        "errors": {str(i): {key: getattr(s, key) for key in numbers} for i, s in solutions.items()},
+    }
+    config = AdapterConfig(
+        base_model=info,
+        method=method.name,
+        density=method.density,
+        rank=method.rank,
+        layers=list(method.layers),
+        training=training,
+    )
+    return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
+
+
+@contextlib.contextmanager
+def _shortened(model: Any, method: Method) -> Iterator[nn.Module]:
+    """The decoder up to the last sparse layer: what comes after it changes nothing here."""
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    decoder.layers = layers[: max(method.layers) + 1]
+    try:
+        yield decoder
+    finally:
+        decoder.layers = layers
+
+
+def _check_ids(samples: Sequence[Sample], model: Any) -> None:
+    size = model.get_input_embeddings().weight.shape[0]
+    for sample in samples:
+        largest = int(sample.ids.max())
+        if largest >= size:
+            raise CapreseError(
+                "tokenizer",
+                expected=f"token ids below {size}, the model's vocabulary",
+                found=f"{largest} in the sample of line {sample.line}",
+                fix="use the model's own tokenizer",
+            )
+
+
+def _check_memory(blocks: int, depth: int, device: torch.device) -> None:
+    needed = 2 * 2 * 8 * depth * depth * blocks  # X'X and X'E in float64, fitted and held out
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise CapreseError(
+            "device memory",
+            expected=f"{needed / 2**30:.1f} GiB for the moments of {blocks} layers",
+            found=f"{free / 2**30:.1f} GiB free",
+            fix="use fewer --layers, or --device cpu",
+        )

@@ -1,0 +1,183 @@
+"""Sums over generated tokens that determine eq. 7, streamed from forward passes; no activation is stored.
+
+Shapes: B samples of up to T tokens, N generated tokens of a batch; D hidden size, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caprese_kernels.config import Method
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.reference import CatsStatistic, griffin_count, griffin_select, griffin_statistic
+
+from .data import Sample
+
+
+@dataclass
+class Moments:
+    """Sums over rows x [D] (FF inputs) with error e [D] and FF output y [D]; they add up over batches and shards.
+
+    float64, because thousands of batches are added. Each batch's own products are float32: its
+    relative rounding, 6e-8 of sqrt(X'X_ii X'X_jj) at entry ij, is random over batches and far below
+    the noise of the data, and float64 products would take up to 64 times longer on a GPU.
+    """
+
+    xx: Tensor  # X'X [D, D]
+    xe: Tensor  # X'E [D, D]
+    ee: Tensor  # tr(E'E) []
+    yy: Tensor  # tr(Y'Y) []
+    rows: Tensor  # [] int64
+
+    @classmethod
+    def zeros(cls, depth: int, device: torch.device | str = "cpu") -> Moments:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(depth, depth), zeros(depth, depth), zeros(), zeros(), zeros().long())
+
+    def add(self, x: Tensor, e: Tensor, y: Tensor) -> None:
+        """Add N rows in place: x, e, y [N, D] of any floating dtype."""
+        x, e = x.float(), e.float()
+        self.xx += x.t() @ x
+        self.xe += x.t() @ e
+        self.ee += e.square().sum(dtype=torch.float64)
+        self.yy += y.float().square().sum(dtype=torch.float64)
+        self.rows += len(x)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def error(self, left: Tensor, right: Tensor) -> float:
+        """||E - X L R||^2 = tr(E'E) - 2 tr(R' L' X'E) + tr(R' L' X'X L R), for L [D, r] and R [r, D] in float64."""
+        cross = ((left.t() @ self.xe) * right).sum()
+        square = ((left.t() @ self.xx @ left) * (right @ right.t())).sum()
+        return max(float(self.ee - 2 * cross + square), 0.0)  # a tiny difference may round below zero
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right. Attention is causal, so no real token sees padding and no mask is needed."""
+
+    samples: Sequence[Sample]
+    held_out: bool
+    device: torch.device | str = "cpu"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.ids) for s in self.samples)
+
+    def ids(self) -> Tensor:
+        """[B, T] int64, padded with token 0."""
+        ids = nn.utils.rnn.pad_sequence([s.ids for s in self.samples], batch_first=True)
+        return ids.long().to(self.device)
+
+    def owners(self) -> Tensor:
+        """The sample of every generated token that is fed, [N]."""
+        counts = torch.tensor([s.num_rows for s in self.samples])
+        return torch.repeat_interleave(torch.arange(len(self.samples)), counts).to(self.device)
+
+    def rows(self) -> Tensor:
+        """Where those tokens are among the B * T flattened ones, [N]."""
+        longest = max(len(s.ids) for s in self.samples)
+        ranges = [torch.arange(s.prompt_length, len(s.ids)) + b * longest for b, s in enumerate(self.samples)]
+        return torch.cat(ranges).to(self.device)
+
+
+def keep_mask(method: Method, batch: Batch, g: Tensor | None, z: Tensor) -> Tensor:
+    """Neurons kept by the batch's generated tokens, [N, F] bool, each sample choosing from its own prompt.
+
+    z [B, T, F] (GRIFFIN: one mask a sample) or g [B, T, F] (CATS: one threshold a sample, paper,
+    section 2.2), by the definitions that serving uses.
+    """
+    lengths, owners = [s.prompt_length for s in batch.samples], batch.owners()
+    if method.name == "griffin":
+        k = griffin_count(method.density, z.shape[-1])
+        masks = [griffin_select(griffin_statistic(z[b, :p]), k) for b, p in enumerate(lengths)]
+        return torch.stack(masks)[owners]
+    assert g is not None
+    thresholds = []
+    for b, p in enumerate(lengths):
+        statistic = CatsStatistic(p * g.shape[-1], g.dtype)
+        statistic.add(g[b, :p])
+        thresholds.append(statistic.threshold(method.density))
+    return g.flatten(0, 1)[batch.rows()].abs().float() >= torch.stack(thresholds)[owners, None]
+
+
+class Observer:
+    """Watches FF blocks (`gate_proj`, `up_proj`, `down_proj`, `act_fn`) and adds to their moments.
+
+    x is the block's input, g its activation's output, z its down projection's input and y its
+    output, all as the model itself computes them. E = FF(x) - FF_sparse(x) is the dropped neurons'
+    part, (1 - keep) z W_2, taken as one product: the difference of two rounded outputs would be noise.
+    """
+
+    def __init__(self, blocks: Mapping[int, nn.Module], method: Method):
+        self.method = method
+        self.batch: Batch | None = None
+        self.moments: Mapping[int, Moments] = {}
+        self.handles = [handle for layer, block in blocks.items() for handle in self._hooks(layer, block)]
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def expect(self, batch: Batch, moments: Mapping[int, Moments]) -> None:
+        """The next forward pass is that of `batch`, and its layers add to `moments`."""
+        self.batch, self.moments = batch, moments
+
+    def _hooks(self, layer: int, block: Any) -> list[Any]:
+        seen: dict[str, Tensor] = {}
+
+        def see_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen["x"] = args[0]
+
+        def see_activation(_: nn.Module, __: object, output: Tensor) -> None:
+            seen["g"] = output
+
+        def see_output(down: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._measure(layer, down, seen["x"], seen.get("g"), args[0], output)
+            seen.clear()
+
+        handles = [block.register_forward_pre_hook(see_input), block.down_proj.register_forward_hook(see_output)]
+        if self.method.name == "cats":
+            handles.append(block.act_fn.register_forward_hook(see_activation))
+        return handles
+
+    def _measure(self, layer: int, down: Any, x: Tensor, g: Tensor | None, z: Tensor, y: Tensor) -> None:
+        assert self.batch is not None
+        if not _finite(x, y):
+            for b, sample in enumerate(self.batch.samples):
+                real = slice(0, len(sample.ids))
+                _check_finite(layer, sample, x[b, real], y[b, real])
+        rows = self.batch.rows()
+        keep = keep_mask(self.method, self.batch, g, z)
+        dropped = torch.where(keep, 0, z.flatten(0, 1)[rows])
+        e = F.linear(dropped, down.weight)
+        if not _finite(e):  # a finite output may have parts that are not, in float16
+            for b, sample in enumerate(self.batch.samples):
+                _check_finite(layer, sample, e[self.batch.owners() == b])
+        self.moments[layer].add(x.flatten(0, 1)[rows], e, y.flatten(0, 1)[rows])
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _check_finite(layer: int, sample: Sample, *tensors: Tensor) -> None:
+    if not _finite(*tensors):
+        raise CapreseError(
+            f"activations of layer {layer}",
+            expected="finite values",
+            found=f"NaN or Inf in the sample of line {sample.line}",
+            fix="use --dtype bfloat16 or float32, or take the line out",
+        )

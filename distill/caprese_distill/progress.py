@@ -1,0 +1,25 @@
+"""The progress bar of long steps."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _Speed(ProgressColumn):
+    """Units a second since this process began (not counting what a checkpoint brought)."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        new = task.completed - task.fields.get("first", 0)
+        return Text(f"{new / task.elapsed:,.0f} {self.unit}" if task.elapsed and new else f"- {self.unit}")
+
+
+def progress_bar(console: Console | None, unit: str) -> Progress:
+    """A bar with the speed in `unit`/s and the time left; without a console, silent."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(*columns, _Speed(unit), TimeRemainingColumn(), console=console, disable=console is None)

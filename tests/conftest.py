@@ -1,0 +1,21 @@
+"""What every folder of tests may use: tiny models, written once a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_dir("llama")`: the directory of that tiny model of tests/support/models.py."""
+    from tests.support.models import make_model
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make_model(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return get
