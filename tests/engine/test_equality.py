@@ -161,6 +161,8 @@ def test_tokens_equal_the_reference(
     with engine(case.model_dir, case.caprese, **({"max_num_batched_tokens": BUDGET} if adapter else {})) as llm:
         check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, what)
         check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{what}, again in another order")
+        one_over = LENGTHS.index(BUDGET + 1)  # alone, and cut by the budget: its last chunk is a single token
+        check(generate(llm, [prompts[one_over]], greedy(NEW_TOKENS)), [expected[one_over]], f"{what}, alone")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""The real thing: `vllm serve` with the demo model and an adapter, asked over HTTP."""
+
+import subprocess
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from openai import BadRequestError, OpenAI
+from rich.console import Console
+
+from caprese_kernels.adapters import Adapters, read_config
+from caprese_kernels.errors import CapreseError
+from caprese_serve.demo.client import ask
+from caprese_serve.demo.problems import Problem, chat, problems
+from caprese_serve.demo.run import ADAPTERS, ENV, FLAGS, MODEL, SERVED_NAME
+from caprese_serve.server import VllmServer, vllm_program
+
+pytestmark = pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="the demo model is not in this tree")
+CPU = ("--dtype", "float32")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    flags = (*FLAGS, *CPU, "--caprese-weights", str(ADAPTERS["griffin"]))
+    log = tmp_path_factory.mktemp("e2e") / "server.log"
+    with VllmServer(MODEL, *flags, log=log, env=ENV, console=QUIET) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: VllmServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Problem]:
+    """Math and reading problems by turns, so that prompts of different lengths meet in one batch."""
+    pairs = zip(problems("math", "test", 5), problems("reading", "test", 5), strict=True)
+    return list(chain.from_iterable(pairs))
+
+
+def test_concurrent_requests_answer_as_sequential_ones(server: VllmServer, asked: list[Problem]) -> None:
+    together, _ = ask(server.url, SERVED_NAME, asked, concurrency=len(asked))
+    alone, _ = ask(server.url, SERVED_NAME, asked, concurrency=1)
+    assert [a.response for a in together] == [a.response for a in alone]
+    assert sum(a.correct for a in together) > len(asked) / 2
+
+
+def test_streaming_gives_the_same_text(client: OpenAI, asked: list[Problem]) -> None:
+    request = {"model": SERVED_NAME, "messages": chat(asked[0].prompt), "temperature": 0, "max_tokens": 60}
+    whole = client.chat.completions.create(**request).choices[0].message.content  # type: ignore[call-overload]
+    chunks = client.chat.completions.create(**request, stream=True)  # type: ignore[call-overload]
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert len(pieces) > 2
+    assert "".join(piece or "" for piece in pieces) == whole
+
+
+def test_a_request_can_turn_caprese_off(server: VllmServer, client: OpenAI, asked: list[Problem]) -> None:
+    def answer(choice: str) -> None:
+        client.chat.completions.create(
+            model=SERVED_NAME, messages=chat(asked[0].prompt), extra_body={"vllm_xargs": {"caprese": choice}}  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    before = server.get("/caprese")
+    answer("off")
+    assert server.get("/caprese") == before, "a dense request was counted as a sparse one"
+    with pytest.raises(BadRequestError, match="caprese"):
+        answer("perhaps")
+
+
+def test_report(server: VllmServer, asked: list[Problem]) -> None:
+    ask(server.url, SERVED_NAME, asked[:2], concurrency=2)
+    adapter, report = read_config(ADAPTERS["griffin"]), server.get("/caprese")
+    assert report["enabled"] is True
+    assert (report["method"], report["density"], report["rank"]) == ("griffin", adapter.density, adapter.rank)
+    assert report["layers"] == sorted(adapter.layers)
+    assert report["generated_tokens"] > 10
+    assert 0 < report["ff_weights_read"] < 1
+
+
+def test_the_log_proves_that_it_is_on(server: VllmServer) -> None:
+    adapter, log = read_config(ADAPTERS["griffin"]), server.log.read_text()
+    proof = f"Caprese: {len(adapter.layers)} of {adapter.base_model.num_hidden_layers} FF blocks replaced"
+    assert log.count(proof) == 1
+    assert f"method griffin, density {adapter.density:g}, rank {adapter.rank}" in log
+
+
+def test_a_wrong_adapter_ends_in_one_line(tmp_path: Path) -> None:
+    """An adapter of another model: told by the process that was started, in seconds, and by VllmServer."""
+    adapters = Adapters.load(ADAPTERS["griffin"])
+    base = adapters.config.base_model.model_copy(update={"intermediate_size": 4096})
+    adapters.config = adapters.config.model_copy(update={"base_model": base})
+    bad = tmp_path / "bad.safetensors"
+    adapters.save(bad)
+    command = [vllm_program(), "serve", str(MODEL), *CPU, "--caprese-weights", str(bad)]
+    # Importing vLLM is all that takes time: ten seconds, more where the machine is busy.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    said = (done.stdout + done.stderr).splitlines()
+    assert not any("Traceback" in line for line in said)
+    (line,) = (line for line in said if line.startswith("caprese: "))
+    assert "expected intermediate_size 4096" in line
+
+
+def test_an_absent_adapter_is_told_by_the_launcher(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.safetensors")
+    server = VllmServer(MODEL, *CPU, "--caprese-weights", absent, log=tmp_path / "log", env=ENV, console=QUIET)
+    with pytest.raises(CapreseError, match=r"exit code 1 .*: caprese: adapter weights: .*absent\.safetensors"), server:
+        pass

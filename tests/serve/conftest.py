@@ -1,0 +1,60 @@
+"""Fixtures of the tests of caprese_serve."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import AdapterConfig, BaseModelInfo
+
+BASE = {
+    "name_or_path": "tests/tiny",
+    "architecture": "LlamaForCausalLM",
+    "hidden_size": 8,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "hidden_act": "silu",
+}
+
+
+@pytest.fixture
+def adapters() -> Adapters:
+    """Rank 2 on the first two of four layers; each L R has norm 2: L and R are corners of the identity."""
+    config = AdapterConfig(
+        base_model=BaseModelInfo.model_validate(BASE),
+        method="griffin",
+        density=0.5,
+        rank=2,
+        layers=[0, 1],
+        training={"stage": "layer-wise", "samples": 7},
+    )
+    left, right = torch.eye(8, 2), 2**0.5 * torch.eye(2, 8)
+    return Adapters(config, {0: left, 1: left.clone()}, {0: right, 1: right.clone()})
+
+
+@pytest.fixture
+def adapter_file(adapters: Adapters, tmp_path: Path) -> Path:
+    path = tmp_path / "adapters.safetensors"
+    adapters.save(path)
+    return path
+
+
+@pytest.fixture
+def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """`caprese("inspect", file)` runs the command in this process, as the console script does; its exit code."""
+    from caprese_serve.cli import main
+
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["caprese", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0)
+
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
