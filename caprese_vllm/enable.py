@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm.config import CUDAGraphMode
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 
 from caprese_kernels import __version__
@@ -83,16 +84,17 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
 
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a wrong `vllm_xargs: {"caprese": ...}`: vLLM answers a ValueError with HTTP 400."""
+    """Refuse a wrong `vllm_xargs: {"caprese": ...}`: HTTP 400."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
     if KEY in self.vllm_config.additional_config and extra.get(KEY, "off") != "off":
-        raise CapreseError(
+        error = CapreseError(
             'vllm_xargs["caprese"]',
             expected="'off', or no such key",
             found=repr(extra[KEY]),
             fix="leave it out to run the request sparse",
         )
+        raise VLLMValidationError(str(error), parameter="vllm_xargs", value=extra[KEY])  # other errors are HTTP 500
     return result
 
 

@@ -40,10 +40,10 @@ def test_flags_end_in_additional_config_in_any_order(arguments: list[str]) -> No
     assert parse(*arguments).additional_config == {"other": 1, "caprese": {"weights": "A", "density": 0.5}}
 
 
-def test_no_flag_no_trace() -> None:
+def test_no_flag_no_trace(model_dir: ModelDir) -> None:
     parse("--caprese-weights", "A")
     assert "caprese" not in parse().additional_config, "a parse left its flags behind in the shared default"
-    assert "caprese" not in EngineArgs(model="x").additional_config
+    assert "caprese" not in EngineArgs(model=str(model_dir("llama"))).additional_config
 
 
 def test_a_wrong_configuration_exits_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

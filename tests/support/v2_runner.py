@@ -61,7 +61,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with engine(job["model"], job["caprese"], **job["engine"]) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        results["runner"] = type(runner).__module__
+        results["v2"] = any(c.__module__ == "vllm.v1.worker.gpu.model_runner" for c in type(runner).__mro__)
         preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
         results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]))
         results["preempted"] = len(preempted)

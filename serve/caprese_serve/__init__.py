@@ -1,0 +1,1 @@
+"""The `caprese` command, and the demo."""

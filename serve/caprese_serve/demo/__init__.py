@@ -1,0 +1,1 @@
+"""A tiny reasoning model, its adapters, and the program that compares them through vLLM."""

@@ -1,0 +1,156 @@
+"""`caprese demo`: the same held-out problems to the full model, GRIFFIN, CATS and Caprese, through `vllm serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from httpx import TransportError
+from openai import OpenAIError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from caprese_kernels.adapters import read_config
+from caprese_kernels.errors import CapreseError
+
+from ..provenance import provenance
+from ..server import VllmServer, vllm_program
+from .client import ask
+from .problems import TASKS, Problem, problems
+from .results import DemoReport, Row, Score, Served, remarks, table
+
+HERE = Path(__file__).parent
+MODEL = HERE / "model"
+ADAPTERS = {"griffin": HERE / "adapters" / "griffin.safetensors", "cats": HERE / "adapters" / "cats.safetensors"}
+SERVED_NAME = "caprese-demo"
+QUESTION = "Leo has 27 apples. Then Leo triples the number of apples. How many apples does Leo have now?"
+WARM_UP = 16  # training problems sent first and not counted
+FLAGS = ("--served-model-name", SERVED_NAME, "--max-model-len", "512", "--max-num-seqs", "64", "--seed", "0",
+         "--enforce-eager", "--disable-uvicorn-access-log")  # fmt: skip
+# A GiB of KV cache holds 64 requests of the demo many times; nothing here needs the network.
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a method or none, with or without its adapter."""
+
+    id: str
+    label: str
+    method: Literal["griffin", "cats"] | None = None
+    adapter: bool = False
+
+    def flags(self) -> tuple[str, ...]:
+        """What it adds to `vllm serve`. A plain method gets the density and layers of the adapter it stands beside."""
+        if self.method is None:
+            return ()
+        if self.adapter:
+            return ("--caprese-weights", str(ADAPTERS[self.method]))
+        config = read_config(ADAPTERS[self.method])
+        settings = {"method": self.method, "density": config.density, "layers": config.layers}
+        return ("--caprese-config", json.dumps(settings))
+
+
+VARIANTS = (
+    Variant("full", "Full"),
+    Variant("griffin", "GRIFFIN", "griffin"),
+    Variant("caprese-griffin", "Caprese (GRIFFIN)", "griffin", adapter=True),
+    Variant("cats", "CATS", "cats"),
+    Variant("caprese-cats", "Caprese (CATS)", "cats", adapter=True),
+)
+
+
+def run(math: int, reading: int, variants: Sequence[str], concurrency: int, output: Path) -> None:
+    """Serve and grade each variant in turn; print the table and write it to `output`."""
+    chosen = _chosen(variants)
+    console = Console()
+    asked = [*problems("math", "test", math), *problems("reading", "test", reading)]
+    rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs", console) for variant in chosen]
+    report = DemoReport(rows=rows, provenance=provenance())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(report.model_dump_json(indent=2) + "\n")
+    console.print()
+    console.print(table(rows))
+    for remark in remarks(report):
+        console.print(f"\n{remark}", highlight=False)
+    console.print(
+        f"\nWritten to {output}.\n\nTry next:\n{_next_steps()}", highlight=False, soft_wrap=True, markup=False
+    )
+
+
+def _chosen(ids: Sequence[str]) -> list[Variant]:
+    known = {variant.id: variant for variant in VARIANTS}
+    unknown = [id for id in ids if id not in known]
+    if unknown:
+        raise CapreseError(
+            "--variants", expected=f"some of {','.join(known)}", found=unknown[0], fix="correct the list"
+        )
+    return [variant for id, variant in known.items() if id in ids]
+
+
+def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs: Path, console: Console) -> Row:
+    """Start a server, warm it up, send all problems, and stop it."""
+    device = () if torch.cuda.is_available() else ("--dtype", "float32")
+    log = logs / f"{variant.id}.log"
+    warm_up = list(problems("math", "train", WARM_UP))
+    console.print(
+        f"[bold]{variant.label}[/bold]  [dim]{escape(' '.join(variant.flags()))}[/dim]", highlight=False, soft_wrap=True
+    )
+    with VllmServer(MODEL, *FLAGS, *device, *variant.flags(), log=log, env=ENV, console=console) as server:
+        try:
+            ask(server.url, SERVED_NAME, warm_up, concurrency)
+            before = _counted(server, variant)
+            with _progress(console) as progress:
+                bar = progress.add_task(f"  started in {server.startup_seconds:.0f} s, asking", total=len(asked))
+                answers, wall = ask(server.url, SERVED_NAME, asked, concurrency, lambda: progress.advance(bar))
+            after = _counted(server, variant)
+        except (OpenAIError, TransportError) as error:
+            raise server.failure(f"{type(error).__name__}: {error}") from None
+    tokens = sum(answer.tokens for answer in answers)
+    math, reading = (Score.of([a.correct for a in answers if a.problem.task == task]) for task in TASKS)
+    return Row(
+        variant=variant.label,
+        math_accuracy=math.accuracy,
+        reading_accuracy=reading.accuracy,
+        mean_tokens=tokens / len(answers),
+        tokens_per_s=tokens / wall,
+        ff_weights_read=after.share_since(before),
+        math=math,
+        reading=reading,
+        served=after,
+        generated_tokens=tokens,
+        wall_s=wall,
+        startup_s=server.startup_seconds,
+    )
+
+
+def _counted(server: VllmServer, variant: Variant) -> Served:
+    """What the server says of itself; without a method there is nothing to ask, and all weights are read."""
+    return Served.dense() if variant.method is None else Served.model_validate(server.get("/caprese"))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _next_steps() -> str:
+    """Commands to go on with, as they can be pasted from here."""
+    vllm, caprese = (_short(Path(vllm_program()).with_name(name)) for name in ("vllm", "caprese"))
+    return f"""  {vllm} serve {_short(MODEL)} --caprese-weights {_short(ADAPTERS["griffin"])} \\
+      --served-model-name {SERVED_NAME} --max-model-len 512
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
+      '{{"model": "{SERVED_NAME}", "temperature": 0, "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+  {caprese} distill YOUR_MODEL --method griffin --data YOUR_SAMPLES.jsonl --output adapters.safetensors"""
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    return shlex.quote(min(str(path), os.path.relpath(path), key=len))

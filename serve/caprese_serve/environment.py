@@ -1,0 +1,125 @@
+"""What the software runs on: versions, processor, memory, GPUs, compiler, and whether vLLM knows the plugin."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+PACKAGES = ("torch", "triton", "vllm", "transformers", "safetensors")
+# Instruction sets that matter to the kernels, as Linux names them.
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "bf16",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything that a bug report needs, as JSON values. Imports torch to ask for GPUs, if it is there."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        **hardware(),
+        "compiler": _first_line("c++", "--version"),
+        "vllm_plugin_registered": any(
+            point.name == "caprese" for point in metadata.entry_points(group="vllm.general_plugins")
+        ),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by name; None for what is not installed."""
+    found: dict[str, str | None] = {"caprese": _version("caprese-vllm"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def hardware() -> dict[str, Any]:
+    info = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    return {
+        "cpu": {
+            "model": model[1] if model else platform.processor() or platform.machine(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "flags": [flag for flag in CPU_FLAGS if flag in present],
+        },
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
+    }
+
+
+def render(found: dict[str, Any]) -> Table:
+    """`collect()` as a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "not installed")
+    cpu = found["cpu"]
+    table.add_row("platform", found["platform"])
+    table.add_row("cpu", f"{cpu['model']}, {cpu['cores']} cores usable ({' '.join(cpu['flags']) or 'no flags known'})")
+    table.add_row("memory", f"{found['memory_gib']} GiB")
+    for index, gpu in enumerate(found["gpus"]):
+        table.add_row(f"gpu {index}", f"{gpu['name']}, {gpu['memory_gib']} GiB, compute {gpu['compute_capability']}")
+    if not found["gpus"]:
+        table.add_row("gpu", "none")
+    table.add_row("c++", found["compiler"] or "none")
+    table.add_row(
+        "vLLM plugin", "registered" if found["vllm_plugin_registered"] else "not registered: install caprese-vllm"
+    )
+    return table
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {
+            "name": gpu.name,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+        }
+        for gpu in gpus
+    ]
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def _first_line(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

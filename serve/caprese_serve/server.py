@@ -1,0 +1,164 @@
+"""`vllm serve` as a context manager: started on a free port, waited for, and stopped whatever happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from caprese_kernels.errors import CapreseError
+
+from . import guard
+
+HOST = "127.0.0.1"
+START_TIMEOUT = 600.0  # seconds; large models load for minutes
+# A log line that says what went wrong: a refusal, a wrong flag, or the last line of a traceback, but not vLLM's
+# "Engine core initialization failed", which comes after the cause.
+_REASON = re.compile(
+    r"^(\([^)]*\) )?((ERROR )?.*\] )?(caprese: |vllm.*: error: |[\w.]*(Error|Exception): (?!Engine core init))"
+)
+
+
+class VllmServer:
+    """A server of one model on the local machine, for as long as the `with` block runs.
+
+    The server and all its child processes end with the block: after an exception, Ctrl-C, SIGTERM, and also when this
+    process is killed hard. Its output goes to the file `log`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *flags: str,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        command: tuple[str, ...] | None = None,
+        timeout: float = START_TIMEOUT,
+        console: Console | None = None,
+    ) -> None:
+        self.log, self.timeout = log, timeout
+        self.console = console or Console(stderr=True)
+        self.port = _free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.command = [*(command or (vllm_program(),)), "serve", os.fspath(model), "--host", HOST]
+        self.command += ["--port", str(self.port), *flags]
+        self.env = {**os.environ, **(env or {})}
+        self.startup_seconds = 0.0
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> VllmServer:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command]
+        with open(self.log, "wb") as log:
+            self._guard = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        return self._guard is not None and self._guard.poll() is None
+
+    def stop(self) -> None:
+        """End the server with all its processes; safe to call twice."""
+        if self._guard is None:
+            return
+        self._guard.terminate()
+        try:
+            self._guard.wait(guard.GRACE + 5)
+        finally:
+            self._guard.kill()
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON that the server answers at `path`."""
+        response = self._request(path)
+        if response.status_code != 200:
+            raise CapreseError(
+                f"GET {self.url}{path}",
+                expected="status 200",
+                found=f"{response.status_code} {response.reason_phrase}",
+                fix=f"see {self.log}",
+            )
+        return response.json()
+
+    def failure(self, found: str) -> CapreseError:
+        """The error that tells why the server is of no use, with what it said last."""
+        return CapreseError("vllm serve", expected="a server that answers", found=found, fix=f"see {self.log}")
+
+    def _request(self, path: str) -> httpx.Response:
+        # No proxies: the server is on this machine.
+        with httpx.Client(trust_env=False, timeout=30) as client:
+            return client.get(self.url + path)
+
+    def _wait_until_healthy(self) -> None:
+        assert self._guard is not None
+        begin = time.monotonic()
+        with self.console.status("starting vllm serve") as status:
+            while True:
+                elapsed = time.monotonic() - begin
+                if (code := self._guard.poll()) is not None:
+                    raise self.failure(f"exit code {code} after {elapsed:.0f} s: {self._reason()}")
+                if elapsed > self.timeout:
+                    raise self.failure(f"no answer within {self.timeout:g} s: {self._reason()}")
+                if self._healthy():
+                    break
+                said = "".join(self._tail(1))[: max(self.console.width - 36, 20)]
+                status.update(f"starting vllm serve, {elapsed:.0f} s  [dim]{escape(said)}[/dim]")
+                time.sleep(0.25)
+        self.startup_seconds = time.monotonic() - begin
+
+    def _healthy(self) -> bool:
+        try:
+            return self._request("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _tail(self, count: int) -> list[str]:
+        """The last lines of the log that say anything."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()][-count:]
+
+    def _reason(self) -> str:
+        lines = self._tail(1000)
+        told = [line for line in lines if _REASON.match(line)]
+        return told[-1] if told else " | ".join(lines[-3:]) or "no output"
+
+
+def vllm_program() -> str:
+    """The `vllm` command of this Python environment."""
+    program = Path(sys.executable).with_name("vllm")
+    if not program.is_file():
+        raise CapreseError(
+            "vllm",
+            expected=f"the vllm command beside {sys.executable}",
+            found="none",
+            fix='install it with pip install "caprese-vllm[cuda]" or, in a checkout, make setup',
+        )
+    return str(program)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
