@@ -1,0 +1,51 @@
+"""Makes the demo's two adapters: generated training problems, then `caprese distill` for each method.
+
+    python benchmarks/demo_adapters.py
+
+The problems come from the generators' training split only. Density and layers were chosen on problems of the training
+split as well: GRIFFIN must lose enough for a recovery to show, and CATS as much as it loses at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from caprese_distill.cli import distill
+from caprese_serve.demo.problems import TASKS, problems
+
+DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
+RANK = 16
+SETTINGS = {  # method: density, layers
+    "griffin": (0.25, "first-half"),
+    "cats": (0.05, "all"),
+}
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """`count` training problems, as many of each task, in the format of `caprese distill --data`."""
+    made = [list(problems(task, "train", count // len(TASKS), seed)) for task in TASKS]
+    rows = [{"prompt": p.prompt, "response": p.response} for group in zip(*made, strict=True) for p in group]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="The demo model.")] = DEMO / "model",
+    output: Annotated[Path, typer.Option(help="Directory of the adapters.")] = DEMO / "adapters",
+    data: Annotated[Path, typer.Option(help="Where to write the training problems.")] = Path("out/demo_train.jsonl"),
+    samples: Annotated[int, typer.Option(help="Training problems.")] = 8000,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 1,
+) -> None:
+    """Write griffin.safetensors and cats.safetensors."""
+    write_rows(data, samples, seed)
+    for method, (density, layers) in SETTINGS.items():
+        file = output / f"{method}.safetensors"
+        distill(str(model), data, file, method=method, density=density, layers=layers, rank=RANK)
+
+
+if __name__ == "__main__":
+    typer.run(main)
