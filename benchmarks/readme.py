@@ -31,10 +31,10 @@ def section(report: DemoReport) -> str:
     ]
     lines += ["", *(f"- {remark}" for remark in remarks(report))]
     source = report.provenance
-    cpu, versions = source["hardware"]["cpu"], source["versions"]
+    cpu, versions, commit = source["hardware"]["cpu"], source["versions"], str(source["git_commit"])[:12]
     lines.append(
         f"- Measured by `{source['command']}` on {cpu['model']} ({cpu['cores']} cores, no GPU), "
-        f"{source['time'][:10]}, vLLM {versions['vllm']}, torch {versions['torch']}, commit {str(source['git_commit'])[:12]}; "
+        f"{source['time'][:10]}, vLLM {versions['vllm']}, torch {versions['torch']}, commit {commit}; "
         f"all figures: [{RESULTS.relative_to(ROOT)}]({RESULTS.relative_to(ROOT)})."
     )
     return "\n".join(lines) + "\n"
