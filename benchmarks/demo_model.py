@@ -9,8 +9,6 @@ import json
 import math
 import os
 import platform
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,7 +275,7 @@ def write(trainer: Trainer, output: Path) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="The model directory to write.")] = DEFAULT_OUTPUT,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 problems.")] = 10000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 problems.")] = 4000,
     minutes: Annotated[float, typer.Option(help="Time limit; the learning rate reaches zero by then.")] = 1440,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the training problems.")] = 0,
     checkpoint: Annotated[Path, typer.Option(help="Where a killed run goes on from.")] = Path("out/demo_model.pt"),
@@ -299,8 +297,9 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(output)
     counts: dict[Task, int] = {"math": test_math, "reading": test_reading}
     scores = {task: accuracy(model, tokenizer, task, count) for task, count in counts.items()}
+    options = f"--steps {steps} --minutes {minutes:g} --seed {seed} --threads {threads}"
     record = {
-        "command": shlex.join(["python", "benchmarks/demo_model.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/demo_model.py {options}",
         "seed": seed,
         "steps": trainer.step,
         "samples": trainer.step * sum(PER_STEP.values()),
