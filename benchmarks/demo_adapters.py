@@ -18,9 +18,9 @@ from caprese_distill.cli import distill
 from caprese_serve.demo.problems import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
-RANK = 16
+RANK = 48
 SETTINGS = {  # method: density, layers
-    "griffin": (0.25, "first-half"),
+    "griffin": (0.5, "first-half"),
     "cats": (0.05, "all"),
 }
 
@@ -37,7 +37,7 @@ def main(
     model: Annotated[Path, typer.Option(help="The demo model.")] = DEMO / "model",
     output: Annotated[Path, typer.Option(help="Directory of the adapters.")] = DEMO / "adapters",
     data: Annotated[Path, typer.Option(help="Where to write the training problems.")] = Path("out/demo_train.jsonl"),
-    samples: Annotated[int, typer.Option(help="Training problems.")] = 8000,
+    samples: Annotated[int, typer.Option(help="Training problems.")] = 16000,
     seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 1,
 ) -> None:
     """Write griffin.safetensors and cats.safetensors."""
