@@ -132,8 +132,11 @@ def _prompt_ids(tokenizer: Any, row: Row) -> list[int]:
 
 
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Samples to fit and samples held out: every tenth by index (of fewer than ten, the last)."""
-    held = set(range(9, len(samples), 10)) or {len(samples) - 1}
+    """Samples to fit and samples held out: a tenth, at least one, drawn the same way every time.
+
+    Drawn, not every tenth: data whose kinds of problems take turns would hold out one kind only.
+    """
+    held = set(random.Random(0).sample(range(len(samples)), max(1, len(samples) // 10)))
     return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in sorted(held)]
 
 

@@ -61,12 +61,19 @@ def test_unusable_samples_are_counted() -> None:
     assert skipped == {"longer than 30 tokens": 1, "empty response": 1}
 
 
-@pytest.mark.parametrize(("count", "held"), [(2, [1]), (9, [8]), (10, [9]), (25, [9, 19])])
-def test_a_tenth_is_held_out(count: int, held: list[int]) -> None:
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (9, 1), (10, 1), (25, 2)])
+def test_a_tenth_is_held_out(count: int, held: int) -> None:
     samples = make_samples(count)
     fit, out = split(samples)
-    assert [samples.index(s) for s in out] == held
-    assert len(fit) + len(out) == count
+    assert len(out) == held
+    assert sorted(samples.index(s) for s in (*fit, *out)) == list(range(count))
+    assert [samples.index(s) for s in split(samples)[1]] == [samples.index(s) for s in out]
+
+
+def test_kinds_of_problems_that_take_turns_are_both_held_out() -> None:
+    samples = make_samples(400)
+    odd = sum(samples.index(s) % 2 for s in split(samples)[1])
+    assert 10 <= odd <= 30  # of 40; a fair draw leaves this once in a thousand, and this draw is fixed
 
 
 def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
