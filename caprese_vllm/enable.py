@@ -43,8 +43,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     _refuse_arguments(args)
     # Statistics of cached tokens are not kept yet, so no request may skip them, and what sparse
     # decoding wrote must not be reused as if it were exact: no prefix cache at all.
-    if args.enable_prefix_caching:
-        logger.warning("Caprese: prefix caching is turned off; it does not work together with Caprese yet")
+    if args.enable_prefix_caching is not False:
+        logger.info("Caprese: prefix caching is turned off; it does not work together with Caprese yet")
     args.enable_prefix_caching = False
 
     vllm_config = original(args, *rest, **kwargs)
@@ -161,6 +161,7 @@ def _refuse_engine(vllm_config: Any) -> None:
         ("LoRA", vllm_config.lora_config is not None, "drop --enable-lora"),
         ("KV transfer", vllm_config.kv_transfer_config is not None, "drop --kv-transfer-config"),
         ("KV-sharing fast prefill", vllm_config.cache_config.kv_sharing_fast_prefill, "drop the flag"),
+        ("run-time weight transfer", vllm_config.weight_transfer_config is not None, "drop the flag"),
         ("sleep mode", model.enable_sleep_mode, "drop --enable-sleep-mode"),
         ("prompt embeddings", model.enable_prompt_embeds, "drop --enable-prompt-embeds"),
         (
@@ -186,10 +187,10 @@ def _refuse_feature(feature: str, fix: str) -> NoReturn:
 def _quantized(config: Path) -> str | None:
     """How a local checkpoint says that its weights are quantized."""
     try:
-        settings = json.loads(config.read_text()).get("quantization_config")
-    except (OSError, ValueError):
-        return None  # a Hub id, or a file that vLLM will complain about
-    return None if settings is None else str(settings.get("quant_method", "of an unnamed kind"))
+        settings = json.loads(config.read_text())["quantization_config"]
+        return str(settings["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a Hub id, no quantization, or a file that vLLM will complain about
 
 
 def _activation(hf_config: Any) -> str:

@@ -24,6 +24,7 @@ from .requests import PromptChunk, RequestTable, Step
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 STATE = "caprese"  # our key in vLLM's per-engine forward context
+ROWS = 512  # tokens whose statistic is taken at once: bounds the float32 temporaries, which vLLM does not profile
 
 
 @dataclass
@@ -129,7 +130,7 @@ class SparseFF:
                 self._observe_cats(chunk, self.packed.act(gate_up[rows, : self.num_neurons]))
 
     def _observe_griffin(self, chunk: PromptChunk, z: Tensor) -> None:
-        statistic = reference.griffin_statistic(z)
+        statistic = torch.stack([reference.griffin_statistic(part) for part in z.split(ROWS)]).sum(dim=0)
         if not chunk.first:
             before = self.statistics.pop(chunk.slot)
             assert isinstance(before, Tensor)
@@ -146,7 +147,8 @@ class SparseFF:
             self.statistics[chunk.slot] = reference.CatsStatistic(chunk.prompt_len * self.num_neurons, g.dtype)
         statistic = self.statistics[chunk.slot]
         assert isinstance(statistic, reference.CatsStatistic)
-        statistic.add(g)
+        for part in g.split(ROWS):
+            statistic.add(part)
         if chunk.last:
             assert self.tau is not None
             self.tau[chunk.slot] = statistic.threshold(self.method.density)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from caprese_kernels.config import CapreseConfig
 from caprese_kernels.errors import CapreseError
@@ -43,15 +43,22 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     for action in parser._actions:
         if action.dest == "additional_config":
             action.__class__ = _Merging
-    _exit_in_one_line()
     return parser
 
 
 def _merge(namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Add to additional_config["caprese"] without changing the parser's shared default."""
+    """Put what our flags say over additional_config["caprese"], without changing the parser's shared default."""
+    _exit_in_one_line()
     known = dict(getattr(namespace, "additional_config", None) or {})
-    known[KEY] = {**known.get(KEY, {}), **settings}
-    namespace.additional_config = known
+    given = known.get(KEY) or {}
+    if not isinstance(given, dict):
+        _print_and_exit(
+            CapreseError(
+                f'additional_config["{KEY}"]', expected="a JSON object", found=repr(given), fix="correct it, or drop it"
+            )
+        )
+    namespace.caprese_flags = {**getattr(namespace, "caprese_flags", {}), **settings}
+    namespace.additional_config = {**known, KEY: {**given, **namespace.caprese_flags}}
 
 
 class _Weights(argparse.Action):
@@ -74,22 +81,22 @@ class _Merging(argparse._StoreAction):
     """--additional-config, which must not erase our flags, whatever their order."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
-        ours = (getattr(namespace, "additional_config", None) or {}).get(KEY, {})
         setattr(namespace, self.dest, values)
-        if ours:
-            _merge(namespace, ours)
+        if getattr(namespace, "caprese_flags", None) or KEY in values:
+            _merge(namespace, {})
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    settings = (self.additional_config or {}).get(KEY)
-    if settings is None:
+    # vLLM also allows objects of other kinds here, which cannot hold our key.
+    settings = self.additional_config.get(KEY) if isinstance(self.additional_config, dict) else None
+    if not settings and settings != {}:
         return original(self, *args, **kwargs)
     from . import enable
 
     return enable.create_engine_config(original, self, settings, *args, **kwargs)
 
 
-def _print_and_exit(error: CapreseError) -> None:
+def _print_and_exit(error: CapreseError) -> NoReturn:
     print(f"caprese: {error}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
@@ -97,6 +104,8 @@ def _print_and_exit(error: CapreseError) -> None:
 def _exit_in_one_line() -> None:
     """On the command line a user's mistake is one line, not a traceback; exit code 1 either way."""
     previous = sys.excepthook
+    if getattr(previous, "__caprese__", False):
+        return
 
     def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if isinstance(error, CapreseError):
@@ -104,4 +113,5 @@ def _exit_in_one_line() -> None:
         else:
             previous(kind, error, traceback)
 
+    excepthook.__caprese__ = True  # type: ignore[attr-defined]
     sys.excepthook = excepthook

@@ -3,6 +3,8 @@
 Only the standard library at import: vLLM swallows errors raised while it imports an entry point.
 """
 
+import logging
+
 _registered = False
 
 
@@ -12,6 +14,11 @@ def register() -> None:
     if _registered:
         return
     _registered = True
+    from caprese_kernels.errors import CapreseError
+
     from . import flags
 
-    flags.install()
+    try:
+        flags.install()
+    except CapreseError as error:  # a vLLM that we do not know must not fail because we are installed
+        logging.getLogger("vllm.caprese").warning("Caprese is not available: %s", error)

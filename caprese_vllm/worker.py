@@ -48,6 +48,8 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     device = next(model.parameters()).device
     state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, "reference")
     replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
+    for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
+        block.reserve(vllm_config.scheduler_config.max_num_seqs)
     model.caprese = settings["weights"], state
     if vllm_config.use_v2_model_runner:
         from .runner_v2 import model_state_class

@@ -123,8 +123,8 @@ def read_config(path: str | os.PathLike[str]) -> AdapterConfig:
         _refuse(where, "a 'config' entry in the header", "none")
     try:
         value: Any = json.loads(header["config"])
-    except json.JSONDecodeError as error:
-        _refuse(where, "JSON in the header's 'config'", f"{error.msg} at character {error.pos}")
+    except (ValueError, RecursionError) as error:  # not JSON, a number too long, lists too deep
+        _refuse(where, "JSON in the header's 'config'", str(error))
     config = validate(AdapterConfig, value, f"config of {where}")
     if len(set(config.layers)) != len(config.layers) or max(config.layers) >= config.base_model.num_hidden_layers:
         _refuse(
@@ -146,7 +146,16 @@ def is_adapter_file(path: str | os.PathLike[str]) -> bool:
 
 def find_adapter(weights: str) -> Path:
     """The adapter file that `weights` names: a file, a directory that holds one, or a Hub id."""
-    path = Path(os.path.expanduser(weights))
+    try:
+        return _find(Path(os.path.expanduser(weights)), weights)
+    except OSError as error:
+        raise CapreseError(
+            "adapter weights", expected="a path that can be read", found=f"{weights[:100]!r} ({error.strerror})",
+            fix="correct the path",
+        ) from None  # fmt: skip
+
+
+def _find(path: Path, weights: str) -> Path:
     if path.is_file():
         return path.resolve()
     if path.is_dir():

@@ -111,9 +111,12 @@ class CapreseConfig(BaseModel):
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # not JSON, a number too long, lists too deep
                 raise CapreseError(
-                    where, expected="a JSON object", found=f"{value[:60]!r} ({error.msg})", fix="quote it for the shell"
+                    where,
+                    expected="a JSON object",
+                    found=f"{value[:60]!r} ({getattr(error, 'msg', error)})",
+                    fix="quote it for the shell",
                 ) from None
         if not isinstance(value, Mapping):
             raise CapreseError(

@@ -213,7 +213,7 @@ WRONG_HEADERS: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "no version": ({"format_version": None}, ("format_version '1'", "None", "upgrade")),
     "unknown version": ({"format_version": "2"}, ("format_version '1'", "'2'", "upgrade")),
     "no config": ({"config": None}, ("'config'", "none")),
-    "bad JSON": ({"config": '{"method": '}, ("JSON in the header's 'config'", "character 11")),
+    "bad JSON": ({"config": '{"method": '}, ("JSON in the header's 'config'", "char 11")),
     "JSON list": ({"config": "[]"}, ("config", "a JSON object", "[]")),
     "JSON NaN": ({"config": json.dumps(make_config(density=float("nan")))}, ("'density'", "nan")),
 }

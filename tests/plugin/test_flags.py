@@ -46,6 +46,21 @@ def test_no_flag_no_trace(model_dir: ModelDir) -> None:
     assert "caprese" not in EngineArgs(model=str(model_dir("llama"))).additional_config
 
 
+def test_the_last_additional_config_wins_but_not_over_flags() -> None:
+    twice = [f'--additional-config={{"caprese": {{"density": {d}}}}}' for d in (0.5, 0.25)]
+    assert parse(*twice).additional_config == {"caprese": {"density": 0.25}}
+    both = parse("--caprese-config", '{"density": 0.75}', *twice, "--caprese-weights", "A")
+    assert both.additional_config == {"caprese": {"density": 0.75, "weights": "A"}}
+
+
+def test_null_is_off_and_other_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    both = parse("--additional-config", '{"caprese": null}', "--caprese-weights", "A")
+    assert both.additional_config == {"caprese": {"weights": "A"}}
+    with pytest.raises(SystemExit):
+        parse("--additional-config", '{"caprese": "x"}', "--caprese-weights", "A")
+    assert "found 'x'" in capsys.readouterr().err
+
+
 def test_a_wrong_configuration_exits_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         parse("--caprese-config", '{"density": 2}')
@@ -70,6 +85,7 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
     [
         ({}, {}, "neither"),
         ({"weights": "/nowhere/a.safetensors"}, {}, "/nowhere/a.safetensors"),
+        ({"weights": "x" * 300 + "/y/z"}, {}, "File name too long"),
         ({"method": "relu"}, {}, "method"),
         ({"method": "griffin", "density": 0.0}, {}, "density"),
         ({"method": "griffin", "density": 0.001}, {}, "density"),
