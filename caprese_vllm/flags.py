@@ -50,7 +50,7 @@ def _merge(namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Put what our flags say over additional_config["caprese"], without changing the parser's shared default."""
     _exit_in_one_line()
     known = dict(getattr(namespace, "additional_config", None) or {})
-    given = known.get(KEY) or {}
+    given = {} if known.get(KEY) is None else known[KEY]
     if not isinstance(given, dict):
         _print_and_exit(
             CapreseError(
@@ -82,14 +82,15 @@ class _Merging(argparse._StoreAction):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
-        if getattr(namespace, "caprese_flags", None) or KEY in values:
+        given = values.get(KEY) if isinstance(values, dict) else None
+        if given is not None or hasattr(namespace, "caprese_flags"):
             _merge(namespace, {})
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     # vLLM also allows objects of other kinds here, which cannot hold our key.
     settings = self.additional_config.get(KEY) if isinstance(self.additional_config, dict) else None
-    if not settings and settings != {}:
+    if settings is None:
         return original(self, *args, **kwargs)
     from . import enable
 

@@ -54,6 +54,7 @@ def test_the_last_additional_config_wins_but_not_over_flags() -> None:
 
 
 def test_null_is_off_and_other_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--additional-config", '{"caprese": null}').additional_config == {"caprese": None}
     both = parse("--additional-config", '{"caprese": null}', "--caprese-weights", "A")
     assert both.additional_config == {"caprese": {"weights": "A"}}
     with pytest.raises(SystemExit):
