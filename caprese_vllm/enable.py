@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter
-from caprese_kernels.config import ACTIVATIONS, BaseModelInfo, CapreseConfig, Method, resolve
+from caprese_kernels.config import ACTIVATIONS, BaseModelInfo, CapreseConfig, Method, activation_of, resolve
 from caprese_kernels.errors import CapreseError
 
 from . import compat
@@ -143,7 +143,7 @@ def _refuse_arguments(args: Any) -> None:
 def _refuse_engine(vllm_config: Any) -> None:
     """Refuse, by name, what Caprese was not shown to work with (design invariant 7)."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    offload, act = vllm_config.offload_config, _activation(model.hf_text_config)
+    offload, act = vllm_config.offload_config, activation_of(model.hf_text_config)
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
@@ -191,10 +191,6 @@ def _quantized(config: Path) -> str | None:
         return str(settings["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a Hub id, no quantization, or a file that vLLM will complain about
-
-
-def _activation(hf_config: Any) -> str:
-    return str(getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None))
 
 
 def _one_of(names: Any) -> str:

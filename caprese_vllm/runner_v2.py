@@ -8,9 +8,9 @@ from typing import Any
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from . import compat
-from .ff import STATE, State
+from .ff import State
 from .requests import Scheduled
-from .worker import execute_model, switched_off
+from .worker import execute_model, state_of, switched_off
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
@@ -53,7 +53,7 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
 
 def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> None:
     original(self, scheduler_output)
-    state = self.vllm_config.compilation_config.static_forward_context.get(STATE)
+    state = state_of(self.vllm_config)
     if state is not None:
         for req_id in scheduler_output.finished_req_ids:
             state.finish(req_id)

@@ -25,12 +25,12 @@ class WorkerExtension:
 
     def caprese_report(self) -> dict[str, Any]:
         """This worker's part of GET /caprese."""
-        state = _state(self.vllm_config)  # type: ignore[attr-defined]
+        state = state_of(self.vllm_config)  # type: ignore[attr-defined]
         assert state is not None
         return state.report()
 
 
-def _state(vllm_config: Any) -> State | None:
+def state_of(vllm_config: Any) -> State | None:
     """The engine's state; None where Caprese is off (another engine of this process may have it on)."""
     return vllm_config.compilation_config.static_forward_context.get(STATE)
 
@@ -113,7 +113,7 @@ def _v1_prepare_inputs(
     original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled_tokens: Any
 ) -> Any:
     result = original(self, scheduler_output, num_scheduled_tokens)
-    state = _state(self.vllm_config)
+    state = state_of(self.vllm_config)
     if state is not None:
         batch = self.input_batch
         off = [switched_off(self.requests[req_id].sampling_params) for req_id in batch.req_ids]
@@ -134,14 +134,14 @@ def execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
     try:
         return original(self, *args, **kwargs)
     finally:
-        state = _state(self.vllm_config)
+        state = state_of(self.vllm_config)
         if state is not None:
             state.step = None
 
 
 def _v1_request_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> None:
     original(self, req_id, req_state)
-    state = _state(self.vllm_config)
+    state = state_of(self.vllm_config)
     if state is not None:
         state.finish(req_id)
 

@@ -38,6 +38,12 @@ ACTIVATIONS = {
 }
 
 
+def activation_of(hf_config: Any) -> str:
+    """The activation's canonical name, or the model's own for an unknown one (Gemma says `hidden_activation`)."""
+    act = str(getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None))
+    return ACTIVATIONS.get(act, act)
+
+
 class BaseModelInfo(BaseModel):
     """The dimensions of the model that an adapter was made for."""
 
@@ -51,15 +57,14 @@ class BaseModelInfo(BaseModel):
 
     @classmethod
     def from_hf(cls, hf_config: Any, name_or_path: str) -> BaseModelInfo:
-        """From a transformers config (Gemma calls its activation `hidden_activation`)."""
-        act = getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None)
+        """From a transformers config."""
         return cls(
             name_or_path=name_or_path,
             architecture=(getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0],
             hidden_size=hf_config.hidden_size,
             intermediate_size=hf_config.intermediate_size,
             num_hidden_layers=hf_config.num_hidden_layers,
-            hidden_act=ACTIVATIONS.get(str(act), str(act)),
+            hidden_act=activation_of(hf_config),
         )
 
     def check_serves(self, served: BaseModelInfo, where: str) -> None:
