@@ -18,7 +18,7 @@ from caprese_kernels import reference
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import ACTIVATIONS, Method
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.packed import ACTIVATION_FUNCTIONS, PackedFF
+from caprese_kernels.packed import PackedFF
 
 from .requests import PromptChunk, RequestTable, Step
 
@@ -112,11 +112,9 @@ class SparseFF:
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
         self.generated_tokens += len(slots)
         if self.keep is not None:
-            keep = self.keep[slots]
-            self._neurons_kept += keep.sum()
-            return reference.griffin_ff(x, self.packed, keep)
+            return reference.griffin_ff(x, self.packed, self.keep, slots)
         assert self.tau is not None
-        y, kept = reference.cats_ff(x, self.packed, self.tau[slots])
+        y, kept = reference.cats_ff(x, self.packed, self.tau, slots)
         self._neurons_kept += kept.sum()
         return y
 
@@ -173,6 +171,7 @@ class SparseFF:
         depth, tokens, kept = self.packed.hidden_size, self.generated_tokens, int(self._neurons_kept)
         low_rank = 2 * self.method.rank * depth * tokens
         if self.method.name == "griffin":
+            kept = tokens * reference.griffin_count(self.method.density, self.num_neurons)
             return 3 * depth * kept + low_rank
         return depth * (2 * kept + self.num_neurons * tokens) + low_rank
 
@@ -212,17 +211,8 @@ def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
     down.weight.data = down_plus[:neurons].t()
     for layer in (gate_up, down):
         layer._cpu_skip_gemm_dispatch = True  # vLLM's CPU backend would pack a copy and drop ours
-    gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.data.split(neurons)
-    return PackedFF(
-        gate=rows[:neurons],
-        up_plus=rows[neurons:],
-        down_plus=down_plus,
-        act=ACTIVATION_FUNCTIONS[act],
-        rank=rank,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=None if down.bias is None else down.bias.data,
-    )
+    bias = None if gate_up.bias is None else gate_up.bias.data
+    return PackedFF(rows, down_plus, act, rank, bias, None if down.bias is None else down.bias.data)
 
 
 def replace_blocks(model: nn.Module, state: State, act: str, context: dict[str, Any]) -> None:

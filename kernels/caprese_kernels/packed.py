@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,44 +30,53 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
 class PackedFF:
     """FF(x) = (act(x W_g) * (x W_1)) W_2 (paper, eq. 1-2), one neuron being D contiguous values in each matrix.
 
-    gate       [F, D]      rows of W_g; None for a block without a gate, whose g = z = act(x W_1)
-    up_plus    [F + r, D]  rows of W_1, then L^T
-    down_plus  [F + r, D]  rows of W_2 (neuron-major), then R
-    *_bias     gate and up [F], down [D]; None where the block has none
+    gate_up_plus  [2F + r, D]  rows of W_g, of W_1, then L^T: one storage, so that many tokens are one matrix product;
+                               [F + r, D] for a block without a gate, whose g = z = act(x W_1)
+    down_plus     [F + r, D]   rows of W_2 (neuron-major), then R
+    activation                 a key of ACTIVATION_FUNCTIONS
+    gate_up_bias  [2F] or [F]  and down_bias [D]; None where the block has none
     r may be 0: the plain sparse block without a low-rank layer.
+
+    Views: gate [F, D] (None without a gate), up_plus [F + r, D], and their biases [F].
     """
 
-    gate: Tensor | None
-    up_plus: Tensor
+    gate_up_plus: Tensor
     down_plus: Tensor
-    act: Activation
+    activation: str
     rank: int = 0
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    gate: Tensor | None = field(init=False)
+    up_plus: Tensor = field(init=False)
+    gate_bias: Tensor | None = field(init=False, default=None)
+    up_bias: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = (self.num_neurons, self.hidden_size)
-        if self.down_plus.shape != self.up_plus.shape:
-            raise CapreseError(
-                "packed weights", expected=f"down_plus of up_plus's shape {tuple(self.up_plus.shape)}",
-                found=str(tuple(self.down_plus.shape)), fix="pack W_2 neuron-major: one row of D values a neuron",
-            )  # fmt: skip
-        if self.gate is not None and self.gate.shape != shape:
+        neurons, extra = self.num_neurons, self.gate_up_plus.shape[0] - self.down_plus.shape[0]
+        if extra not in (0, neurons) or self.down_plus.shape[1] != self.hidden_size:
             raise CapreseError(
                 "packed weights",
-                expected=f"gate of shape {shape}",
-                found=str(tuple(self.gate.shape)),
-                fix="check F and r",
+                expected=f"down_plus [F + {self.rank}, D], and gate_up_plus as long or F rows longer",
+                found=f"{list(self.down_plus.shape)} and {list(self.gate_up_plus.shape)}",
+                fix="pack W_2 neuron-major, one row of D values a neuron, and check F and r",
             )
+        self.gate = self.gate_up_plus[:neurons] if extra else None
+        self.up_plus = self.gate_up_plus[extra:]
+        self.up_bias = self.gate_up_bias
+        if self.gate_up_bias is not None and extra:
+            self.gate_bias, self.up_bias = self.gate_up_bias.split(neurons)
+
+    @property
+    def act(self) -> Activation:
+        return ACTIVATION_FUNCTIONS[self.activation]
 
     @property
     def hidden_size(self) -> int:  # D
-        return self.up_plus.shape[1]
+        return self.gate_up_plus.shape[1]
 
     @property
     def num_neurons(self) -> int:  # F
-        return self.up_plus.shape[0] - self.rank
+        return self.down_plus.shape[0] - self.rank
 
     @property
     def num_matrices(self) -> int:
@@ -79,22 +88,36 @@ class PackedFF:
         gate: Tensor | None,
         up: Tensor,
         down: Tensor,
-        act: Activation,
+        activation: str,
         left: Tensor | None = None,
         right: Tensor | None = None,
-        **biases: Tensor | None,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
     ) -> PackedFF:
         """From weights as torch.nn.Linear holds them: gate, up [F, D], down [D, F]; and L [D, r], R [r, D]. Copies."""
-        if (left is None) != (right is None):
+        pairs = [("L and R", left, right)]
+        if gate is not None:
+            pairs.append(("the biases of gate and up", gate_bias, up_bias))
+        for names, one, other in pairs:
+            if (one is None) != (other is None):
+                raise CapreseError(
+                    "packed weights",
+                    expected=f"both of {names}, or neither",
+                    found="one of them",
+                    fix="give the other one too",
+                )
+        if gate is not None and gate.shape != up.shape:
             raise CapreseError(
                 "packed weights",
-                expected="both of L and R, or neither",
-                found="one of them",
-                fix="give the other one too",
+                expected=f"gate of shape {tuple(up.shape)}",
+                found=str(tuple(gate.shape)),
+                fix="check F and D",
             )
-        up_plus, down_plus = [up], [down.t()]
+        rows, down_rows = [up] if gate is None else [gate, up], [down.t()]
         if left is not None and right is not None:
-            up_plus.append(left.t().to(up))
-            down_plus.append(right.to(down))
+            rows.append(left.t().to(up))
+            down_rows.append(right.to(down))
+        bias = up_bias if gate_bias is None or up_bias is None else torch.cat([gate_bias, up_bias])
         rank = 0 if left is None else left.shape[1]
-        return cls(gate, torch.cat(up_plus), torch.cat(down_plus).contiguous(), act, rank, **biases)
+        return cls(torch.cat(rows), torch.cat(down_rows).contiguous(), activation, rank, bias, down_bias)

@@ -1,4 +1,4 @@
-"""Plain torch: the definition that every faster kernel is compared with.
+"""Plain torch: the definition that every faster kernel is compared with (`backend.Backend` names the functions).
 
 Shapes: x [T, D]; g, z [T, F]; T tokens, D hidden size, F neurons, r rank.
 Statistics are float32 whatever the model's dtype, and *add up* over chunks of a prompt.
@@ -7,16 +7,19 @@ Statistics are float32 whatever the model's dtype, and *add up* over chunks of a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import PackedFF
+from .packed import ACTIVATION_FUNCTIONS, PackedFF
 
 NUM_MAGNITUDES = 1 << 15  # a bfloat16's bits without the sign
 EXACT_VALUES = 1 << 20  # float32 magnitudes kept as they are, up to 4 MiB a layer; see CatsStatistic
+ROWS = 512  # tokens whose statistic is taken at once: bounds the float32 temporaries, which vLLM does not profile
 
 
 def activations(x: Tensor, ff: PackedFF) -> tuple[Tensor, Tensor]:
@@ -46,20 +49,25 @@ def sparse_ff(x: Tensor, ff: PackedFF, keep: Tensor) -> Tensor:
     return _down_plus(x, torch.where(keep, z, 0), ff)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor) -> Tensor:
-    """GRIFFIN for T generated tokens; `keep` [T, F] bool is each token's own request's selection."""
-    return sparse_ff(x, ff, keep)
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
+    """GRIFFIN for T generated tokens: token t keeps the neurons keep[slots[t]].
+
+    `keep` [S, F] bool, one selection a slot; `slots` [T] int64. A slot of -1 is padding: y is zero there.
+    """
+    y = sparse_ff(x, ff, keep[slots])
+    return torch.where(slots[:, None] >= 0, y, 0)
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """CATS for T generated tokens; `tau` [T] float32 is each token's own request's threshold.
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """CATS for T generated tokens: token t keeps the neurons with |g| >= tau[slots[t]] (eq. 5-6), compared in float32.
 
-    A token keeps the neurons with |g| >= tau (eq. 5-6), compared in float32.
-    Returns y [T, D] and the number of neurons kept [T].
+    `tau` [S] float32, one threshold a slot; `slots` [T] int64, -1 for padding, where y is zero and nothing is kept.
+    Returns y [T, D] and the number of neurons kept [T] int64.
     """
     g, z = activations(x, ff)
-    keep = g.abs().float() >= tau[:, None]
-    return _down_plus(x, torch.where(keep, z, 0), ff), keep.sum(dim=1)
+    valid = slots[:, None] >= 0
+    keep = (g.abs().float() >= tau[slots, None]) & valid
+    return torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0), keep.sum(dim=1)
 
 
 def _down_plus(x: Tensor, z: Tensor, ff: PackedFF) -> Tensor:
@@ -83,22 +91,73 @@ def griffin_statistic(z: Tensor) -> Tensor:
     return torch.where(norms > 0, squares / norms, 0.0).sum(dim=0)
 
 
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+    """statistic[slots[i]] += s^2 of the rows offsets[i] to offsets[i + 1] of z, for each of n segments.
+
+    z [P, F]; `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `statistic` [S, F] float32.
+    """
+    for begin, end, slot in _segments(offsets, slots):
+        for part in z[begin:end].split(ROWS):
+            statistic[slot] += griffin_statistic(part)
+
+
 def griffin_count(density: float, num_neurons: int) -> int:
     """k = floor(d F)."""
     return math.floor(density * num_neurons)
 
 
 def griffin_select(statistic: Tensor, k: int) -> Tensor:
-    """Mask [F] bool of the k largest of s^2 [F]; ties go to the lower index."""
-    order = torch.sort(statistic, descending=True, stable=True).indices
+    """Mask, bool, of the k largest in each row of s^2 [F] or [n, F]; ties go to the lower index."""
+    order = torch.sort(statistic, dim=-1, descending=True, stable=True).indices
     keep = torch.zeros_like(statistic, dtype=torch.bool)
-    keep[order[:k]] = True
-    return keep
+    return keep.scatter_(-1, order[..., :k], True)
+
+
+def magnitude_bins(g: Tensor) -> Tensor:
+    """The histogram bin of each |g|: its bits once rounded to bfloat16. int64, flat."""
+    # Non-negative bfloat16 numbers order as their bit patterns do.
+    return g.detach().abs().to(torch.bfloat16).view(torch.int16).long().flatten()
+
+
+def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+    """Count |g|, g = activation(gate), of the rows offsets[i] to offsets[i + 1] into histogram[slots[i]].
+
+    gate [P, F] is what goes into the activation: x W_g, or x W_1 without a gate; its rows may be strided.
+    `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `histogram` [S, NUM_MAGNITUDES] int64.
+    """
+    act = ACTIVATION_FUNCTIONS[activation]
+    for begin, end, slot in _segments(offsets, slots):
+        for part in gate[begin:end].split(ROWS):
+            histogram[slot] += torch.bincount(magnitude_bins(act(part)), minlength=NUM_MAGNITUDES)
+
+
+def _segments(offsets: Tensor, slots: Tensor) -> Iterator[tuple[int, int, int]]:
+    for (begin, end), slot in zip(pairwise(offsets.tolist()), slots.tolist(), strict=True):
+        if slot >= 0:
+            yield begin, end, slot
+
+
+def cats_threshold(histogram: Tensor, density: float) -> Tensor:
+    """tau of each row of `histogram` [n, NUM_MAGNITUDES] int64: float32 [n].
+
+    The (1-d) quantile of all values counted, linear between neighbours. At density 1 nothing is
+    dropped: tau = 0, below which no magnitude lies. A row that counted nothing gives tau = 0 too.
+    """
+    ends = histogram.cumsum(dim=1)
+    total = ends[:, -1:]
+    # float64 holds every rank: there are fewer than 2^53 values.
+    rank = ((1.0 - density) * (total - 1).double()).clamp(min=0)
+    # The value of rank i is the first magnitude whose cumulative count exceeds i.
+    ranks = torch.cat([rank.floor(), rank.ceil()], dim=1).long()
+    bins = torch.searchsorted(ends, ranks, right=True).clamp(max=NUM_MAGNITUDES - 1)
+    below, above = bins.to(torch.int16).view(torch.bfloat16).float().unbind(dim=1)
+    tau = torch.lerp(below, above, (rank - rank.floor()).float()[:, 0])
+    return torch.where((total[:, 0] > 0) & (density < 1.0), tau, 0.0)
 
 
 @dataclass
 class CatsStatistic:
-    """The magnitudes |g| of a prompt's tokens at one layer; adds up over chunks.
+    """The magnitudes |g| of one prompt's tokens at one layer; adds up over chunks.
 
     A histogram over the 32,768 magnitudes of bfloat16, exact for a bfloat16 model. A float32 model
     has finer magnitudes, so a short prompt (`num_values` = prompt tokens x F up to EXACT_VALUES)
@@ -111,37 +170,25 @@ class CatsStatistic:
     histogram: Tensor | None = None  # [NUM_MAGNITUDES] int64
     values: list[Tensor] = field(default_factory=list)  # float32
 
+    @property
+    def exact(self) -> bool:
+        return self.dtype == torch.float32 and self.num_values <= EXACT_VALUES
+
     def add(self, g: Tensor) -> None:
         """Add the tokens of g [T, F]."""
-        magnitudes = g.detach().abs().float().flatten()
-        if self.dtype == torch.float32 and self.num_values <= EXACT_VALUES:
-            self.values.append(magnitudes)
+        if self.exact:
+            self.values.append(g.detach().abs().float().flatten())
             return
-        # Non-negative bfloat16 numbers order as their bit patterns do.
-        bins = magnitudes.to(torch.bfloat16).view(torch.int16).long()
-        counts = torch.bincount(bins, minlength=NUM_MAGNITUDES)
+        counts = torch.bincount(magnitude_bins(g), minlength=NUM_MAGNITUDES)
         self.histogram = counts if self.histogram is None else self.histogram + counts
 
     def threshold(self, density: float) -> Tensor:
-        """tau, the (1-d) quantile of all magnitudes added (linear between neighbours), float32 scalar.
-
-        At density 1 nothing is dropped: tau = 0, below which no magnitude lies.
-        """
-        ordered: Tensor
+        """tau, the (1-d) quantile of all magnitudes added, as `cats_threshold`: float32 scalar."""
         if self.histogram is not None:
-            ends, device = self.histogram.cumsum(0), self.histogram.device
-            total = int(ends[-1])
-        else:
-            ordered, device = torch.cat(self.values).sort().values, self.values[0].device
-            total = len(ordered)
+            return cats_threshold(self.histogram[None], density)[0]
+        ordered = torch.cat(self.values).sort().values
         if density >= 1.0:
-            return torch.zeros((), device=device)
-        rank = (1.0 - density) * (total - 1)
-        low, high = math.floor(rank), math.ceil(rank)
-        if self.histogram is not None:
-            # The value of rank i is the first magnitude whose cumulative count exceeds i.
-            bins = torch.searchsorted(ends, torch.tensor([low, high], device=device), right=True)
-            below, above = bins.to(torch.int16).view(torch.bfloat16).float()
-        else:
-            below, above = ordered[low], ordered[high]
-        return torch.lerp(below, above, rank - low)
+            return torch.zeros((), device=ordered.device)
+        rank = (1.0 - density) * (len(ordered) - 1)
+        low = math.floor(rank)
+        return torch.lerp(ordered[low], ordered[math.ceil(rank)], rank - low)

@@ -58,7 +58,7 @@ class Block:
         left, right = (draw(depth, rank), draw(rank, depth)) if rank else (None, None)
         biases = {"gate_bias": draw(neurons) if gated else None, "up_bias": draw(neurons), "down_bias": draw(depth)}
         self.biases = biases if biased else dict.fromkeys(biases)
-        self.ff = PackedFF.pack(gate, up, down, ACTIVATION_FUNCTIONS[name], left, right, **self.biases)
+        self.ff = PackedFF.pack(gate, up, down, name, left, right, **self.biases)
         self.parts = {"gate": gate, "up": up, "down": down, "left": left, "right": right}
         self.lists: dict[str, Any] = {
             key: None if t is None else t.double().tolist() for key, t in (self.parts | self.biases).items()
@@ -160,8 +160,11 @@ def test_sparse_block(block: Block, count: int, data: st.DataObject) -> None:
     constant = st.booleans().map(lambda kept: [kept] * block.neurons)
     keep = data.draw(st.lists(row | constant, min_size=count, max_size=count))
     y, magnitude = block.loops(x, keep, low_rank=True)
-    for function in (reference.sparse_ff, reference.griffin_ff):
-        assert_within(function(x, block.ff, torch.tensor(keep)), y, block.tolerance(magnitude))
+    assert_within(reference.sparse_ff(x, block.ff, torch.tensor(keep)), y, block.tolerance(magnitude))
+    slots = torch.tensor([-1, *reversed(range(count))])  # from a table of selections, behind a row of padding
+    found = reference.griffin_ff(torch.cat([x[:1], x.flip(0)]), block.ff, torch.tensor(keep), slots)
+    assert not found[0].any()
+    assert_within(found[1:].flip(0), y, block.tolerance(magnitude))
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,14 +172,17 @@ def test_sparse_block(block: Block, count: int, data: st.DataObject) -> None:
 def test_cats_block(block: Block, count: int, data: st.DataObject) -> None:
     """Each token has its own threshold; a magnitude equal to it is kept."""
     x = block.tokens(count)
-    g, _ = reference.activations(x, block.ff)
-    magnitudes = g.abs().float().tolist()
+    rows = torch.cat([x[:1], x.flip(0)])  # a row of padding, and slots in another order than tokens
+    g, _ = reference.activations(rows, block.ff)
+    magnitudes = g[1:].flip(0).abs().float().tolist()
     tau = [data.draw(st.sampled_from([*row, 0.0, math.inf])) for row in magnitudes]
     keep = [[m >= t for m in row] for row, t in zip(magnitudes, tau, strict=True)]
     y, magnitude = block.loops(x, keep, low_rank=True)
-    found, kept = reference.cats_ff(x, block.ff, torch.tensor(tau))
-    assert_within(found, y, block.tolerance(magnitude))
-    assert kept.tolist() == [sum(row) for row in keep]
+    slots = torch.tensor([-1, *reversed(range(count))])
+    found, kept = reference.cats_ff(rows, block.ff, torch.tensor(tau), slots)
+    assert not found[0].any()
+    assert_within(found[1:].flip(0), y, block.tolerance(magnitude))
+    assert kept.tolist() == [0, *(sum(row) for row in reversed(keep))]
 
 
 def test_a_neuron_left_out_cannot_spoil_the_sum() -> None:
@@ -314,12 +320,13 @@ def test_density_one_keeps_all(dtype: torch.dtype) -> None:
     statistic = reference.CatsStatistic(g.numel(), dtype)
     statistic.add(g + 1)
     small = x * 2.0**-6
-    y, kept = reference.cats_ff(small, block.ff, statistic.threshold(1.0).expand(5))
+    y, kept = reference.cats_ff(small, block.ff, statistic.threshold(1.0)[None], torch.zeros(5, dtype=torch.int64))
     assert kept.tolist() == [11] * 5
     assert torch.equal(y, reference.dense_ff(small, block.ff))
     keep = reference.griffin_select(reference.griffin_statistic(z), reference.griffin_count(1.0, 11))
     assert keep.all()
-    assert torch.equal(reference.griffin_ff(x, block.ff, keep.expand(5, -1)), reference.dense_ff(x, block.ff))
+    slots = torch.zeros(5, dtype=torch.int64)
+    assert torch.equal(reference.griffin_ff(x, block.ff, keep[None], slots), reference.dense_ff(x, block.ff))
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -338,14 +345,14 @@ def test_packing(rank: int) -> None:
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
-    silu = ACTIVATION_FUNCTIONS["silu"]
+    silu = "silu"
     gate, up, down = torch.zeros(7, 5), torch.zeros(7, 5), torch.zeros(5, 7)
     left, right = torch.zeros(5, 2), torch.zeros(2, 5)
     with pytest.raises(CapreseError, match=r"gate of shape \(7, 5\); found \(6, 5\)"):
         PackedFF.pack(gate[:6], up, down, silu)
-    with pytest.raises(CapreseError, match=r"down_plus of up_plus's shape \(7, 5\); found \(6, 5\)"):
+    with pytest.raises(CapreseError, match=r"down_plus \[F \+ 0, D\].*found \[6, 5\] and \[14, 5\]"):
         PackedFF.pack(gate, up, down[:, :6], silu)
-    with pytest.raises(CapreseError, match=r"down_plus of up_plus's shape \(9, 5\); found \(8, 5\)"):
+    with pytest.raises(CapreseError, match=r"down_plus \[F \+ 2, D\].*found \[8, 5\] and \[16, 5\]"):
         PackedFF.pack(gate, up, down, silu, left, right[:1])
     for half in ({"left": left}, {"right": right}):  # one without the other, with a gate and without
         for gates in (gate, None):
