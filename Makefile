@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint gpu-check clean
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP)  ## Make .venv with vLLM for CPU and this project (minutes, once)
 
@@ -45,6 +45,11 @@ test: setup  ## Lint, types and all tests
 lint: setup  ## Only ruff and mypy
 	@status=0; for tool in "ruff check" "ruff format --check" "mypy"; do \
 	  echo "== $$tool"; $(BIN)/$$tool || status=1; done; exit $$status
+
+# Not .venv, whose torch may be a build for CPUs, and no setup: a GPU machine may have no network.
+GPU_PYTHON ?= python3
+gpu-check:  ## GPU tests and the kernel benchmark, ten minutes (GPU_PYTHON=python3 is one with CUDA)
+	@$(GPU_PYTHON) benchmarks/gpu_check.py
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter
+from caprese_kernels.backend import choose
 from caprese_kernels.config import ACTIVATIONS, BaseModelInfo, CapreseConfig, Method, activation_of, resolve
 from caprese_kernels.errors import CapreseError
 
@@ -117,13 +120,7 @@ def _refuse_config(config: CapreseConfig) -> None:
             found=str(config.reselect_interval),
             fix="reselection is not available yet",
         )
-    if config.kernel not in ("auto", "reference"):
-        raise CapreseError(
-            "kernel",
-            expected="'auto' or 'reference'",
-            found=repr(config.kernel),
-            fix="that kernel is not available yet",
-        )
+    choose(config.kernel, torch.device(current_platform.device_type))  # raises; compiles before workers need it
 
 
 def _refuse_arguments(args: Any) -> None:

@@ -14,17 +14,18 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from caprese_kernels import reference
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.backend import Backend
 from caprese_kernels.config import ACTIVATIONS, Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
+from caprese_kernels.reference import griffin_count
 
-from .requests import PromptChunk, RequestTable, Step
+from .requests import RequestTable, Step
+from .statistics import Statistics
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 STATE = "caprese"  # our key in vLLM's per-engine forward context
-ROWS = 512  # tokens whose statistic is taken at once: bounds the float32 temporaries, which vLLM does not profile
 
 
 @dataclass
@@ -34,7 +35,7 @@ class State:
     method: Method
     requests: RequestTable
     num_layers: int
-    kernel: str
+    kernels: Backend
     blocks: list[SparseFF] = field(default_factory=list)
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
 
@@ -47,7 +48,7 @@ class State:
         slot = self.requests.finish(request_id)
         if slot is not None:
             for block in self.blocks:
-                block.statistics.pop(slot, None)
+                block.statistics.forget(slot)
 
     def report(self) -> dict[str, Any]:
         """What GET /caprese shows. The share is of all FF weights of the model, in replaced blocks or not."""
@@ -61,7 +62,7 @@ class State:
             "density": self.method.density,
             "rank": self.method.rank,
             "layers": list(self.method.layers),
-            "kernel": self.kernel,
+            "kernel": self.kernels.NAME,
             "live_requests": len(self.requests),
             "generated_tokens": tokens,
             "ff_weights_read": (untouched + read) / total if tokens else None,
@@ -76,12 +77,12 @@ class SparseFF:
         self.packed = _repack(mlp, method.rank, ACTIVATIONS[act])
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
-        device = self.packed.up_plus.device
+        self.statistics = Statistics(method, self.packed, state.kernels)
         # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
-        griffin = method.name == "griffin"
-        self.keep = torch.zeros((0, self.num_neurons), dtype=torch.bool, device=device) if griffin else None
-        self.tau = None if griffin else torch.zeros(0, dtype=torch.float32, device=device)
-        self.statistics: dict[int, Tensor | reference.CatsStatistic] = {}  # of slots in mid-prompt
+        griffin, device = method.name == "griffin", self.packed.up_plus.device
+        self.selections = torch.zeros(
+            (0, self.num_neurons) if griffin else 0, dtype=torch.bool if griffin else torch.float32, device=device
+        )
         self.generated_tokens = 0
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -94,9 +95,7 @@ class SparseFF:
         if len(step.sparse_rows) < step.num_rows:
             whole = len(step.dense_rows) == step.num_rows
             rows = slice(0, step.num_rows) if whole else step.dense_rows
-            y, z, gate_up = self._original(x[rows])
-            out[rows] = y
-            self._observe(step, z, gate_up)
+            out[rows] = self._dense(x[rows], step)
         if len(step.sparse_rows):
             whole = len(step.sparse_rows) == step.num_rows
             rows = slice(0, step.num_rows) if whole else step.sparse_rows
@@ -109,71 +108,41 @@ class SparseFF:
         y, _ = self.mlp.down_proj(z)
         return y, z, gate_up
 
+    def _dense(self, x: Tensor, step: Step) -> Tensor:
+        if not step.chunks and not x.is_cuda:
+            return self.state.kernels.dense_ff(x, self.packed)  # a few rows of requests with Caprese off
+        y, z, gate_up = self._original(x)
+        ended, selections = self.statistics.observe(step.chunks, z, gate_up)
+        if selections is not None:
+            self.selections[ended] = selections
+        return y
+
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
         self.generated_tokens += len(slots)
-        if self.keep is not None:
-            return reference.griffin_ff(x, self.packed, self.keep, slots)
-        assert self.tau is not None
-        y, kept = reference.cats_ff(x, self.packed, self.tau, slots)
+        if self.method.name == "griffin":
+            return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots)
+        y, kept = self.state.kernels.cats_ff(x, self.packed, self.selections, slots)
         self._neurons_kept += kept.sum()
         return y
 
-    def _observe(self, step: Step, z: Tensor, gate_up: Tensor) -> None:
-        """Let the statistics of the step's prompt chunks grow; select where a prompt ends."""
-        for chunk in step.chunks:
-            rows = slice(chunk.begin, chunk.end)
-            if self.keep is not None:
-                self._observe_griffin(chunk, z[rows])
-            else:
-                self._observe_cats(chunk, self.packed.act(gate_up[rows, : self.num_neurons]))
-
-    def _observe_griffin(self, chunk: PromptChunk, z: Tensor) -> None:
-        statistic = torch.stack([reference.griffin_statistic(part) for part in z.split(ROWS)]).sum(dim=0)
-        if not chunk.first:
-            before = self.statistics.pop(chunk.slot)
-            assert isinstance(before, Tensor)
-            statistic = statistic + before
-        if chunk.last:
-            k = reference.griffin_count(self.method.density, self.num_neurons)
-            assert self.keep is not None
-            self.keep[chunk.slot] = reference.griffin_select(statistic, k)
-        else:
-            self.statistics[chunk.slot] = statistic
-
-    def _observe_cats(self, chunk: PromptChunk, g: Tensor) -> None:
-        if chunk.first:
-            self.statistics[chunk.slot] = reference.CatsStatistic(chunk.prompt_len * self.num_neurons, g.dtype)
-        statistic = self.statistics[chunk.slot]
-        assert isinstance(statistic, reference.CatsStatistic)
-        for part in g.split(ROWS):
-            statistic.add(part)
-        if chunk.last:
-            assert self.tau is not None
-            self.tau[chunk.slot] = statistic.threshold(self.method.density)
-            del self.statistics[chunk.slot]
-
     def reserve(self, num_slots: int) -> None:
         """Make room for slots; tables double, so that requests that come one by one copy little."""
-        if self.keep is not None and num_slots > len(self.keep):
-            more = self.keep.new_zeros(max(num_slots, 2 * len(self.keep)), self.num_neurons)
-            more[: len(self.keep)] = self.keep
-            self.keep = more
-        if self.tau is not None and num_slots > len(self.tau):
-            grown = self.tau.new_zeros(max(num_slots, 2 * len(self.tau)))
-            grown[: len(self.tau)] = self.tau
-            self.tau = grown
+        if num_slots > len(self.selections):
+            size = max(num_slots, 2 * len(self.selections))
+            more = self.selections.new_zeros(size, *self.selections.shape[1:])
+            more[: len(self.selections)] = self.selections
+            self.selections = more
 
     def weights_read(self) -> int:
         """FF weights that the generated tokens so far needed: kept neurons, and L and R once a token.
 
         CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
         """
-        depth, tokens, kept = self.packed.hidden_size, self.generated_tokens, int(self._neurons_kept)
+        depth, tokens = self.packed.hidden_size, self.generated_tokens
         low_rank = 2 * self.method.rank * depth * tokens
         if self.method.name == "griffin":
-            kept = tokens * reference.griffin_count(self.method.density, self.num_neurons)
-            return 3 * depth * kept + low_rank
-        return depth * (2 * kept + self.num_neurons * tokens) + low_rank
+            return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
+        return depth * (2 * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""

@@ -9,6 +9,7 @@ import torch
 from vllm.logger import init_logger
 
 from caprese_kernels.adapters import Adapters, is_adapter_file
+from caprese_kernels.backend import choose
 from caprese_kernels.config import BaseModelInfo
 
 from . import compat
@@ -46,7 +47,8 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     hf_config = vllm_config.model_config.hf_text_config
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     device = next(model.parameters()).device
-    state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, "reference")
+    kernels = choose(settings["kernel"], device)
+    state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, kernels)
     replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
     for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
         block.reserve(vllm_config.scheduler_config.max_num_seqs)
@@ -73,7 +75,7 @@ def _process_weights(
     extra = 2 * state.method.rank * sum(b.packed.up_plus[0].nbytes for b in state.blocks)
     logger.info(
         "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, adapter %s",
-        len(state.blocks), state.num_layers, state.method, _ranges(state.method.layers), state.kernel,
+        len(state.blocks), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
         extra / 2**20, path or "none (plain baseline)",
     )  # fmt: skip
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import logging
+import os
+from importlib.util import find_spec
+from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
+from .errors import CapreseError
 from .packed import PackedFF
+
+KernelName = Literal["auto", "triton", "cpu", "reference"]
 
 
 class Backend(Protocol):
@@ -28,3 +36,61 @@ class Backend(Protocol):
         self, gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor
     ) -> None: ...
     def cats_threshold(self, histogram: Tensor, density: float) -> Tensor: ...
+
+
+def choose(kernel: KernelName, device: torch.device) -> Backend:
+    """The implementation called `kernel` for tensors on `device`; "auto" takes the fast one that this machine can run.
+
+    Where there is none, "auto" says so once and takes the reference, which reads every weight. A kernel asked for by
+    name that cannot run raises CapreseError. The C++ kernels are compiled here, if they were not before.
+    """
+    if kernel == "reference":
+        return _reference()
+    fits = "cpu" if device.type == "cpu" else "triton"
+    wanted = fits if kernel == "auto" else kernel
+    reason = _missing(wanted, device)
+    if reason is None:
+        from . import cpu
+
+        return cast(Backend, cpu) if wanted == "cpu" else _gpu()
+    if kernel == "auto":
+        _say_once(f"Caprese: no fast kernels: {reason}. The reference runs instead, which reads every weight")
+        return _reference()
+    raise CapreseError(
+        f"kernel {kernel!r}", expected=f"one that runs on {device.type}", found=reason, fix=f"use 'auto' or {fits!r}"
+    )
+
+
+def _missing(kernel: str, device: torch.device) -> str | None:
+    """Why this machine cannot run the kernels on `device`; None if it can."""
+    if kernel == "cpu":
+        from . import cpu
+
+        if device.type != "cpu":
+            return f"tensors on {device.type}"
+        try:
+            cpu.library()
+        except cpu.Unavailable as error:
+            return str(error)
+        return None
+    if find_spec("triton") is None:
+        return "no package triton"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return None if device.type == "cuda" or interpreted else f"tensors on {device.type}"
+
+
+def _reference() -> Backend:
+    from . import reference
+
+    return cast(Backend, reference)
+
+
+def _gpu() -> Backend:
+    from . import gpu
+
+    return cast(Backend, gpu)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("vllm.caprese").warning(message)  # vLLM's handlers show what is below its own name

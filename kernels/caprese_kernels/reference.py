@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .packed import ACTIVATION_FUNCTIONS, PackedFF
 
+NAME = "reference"
 NUM_MAGNITUDES = 1 << 15  # a bfloat16's bits without the sign
 EXACT_VALUES = 1 << 20  # float32 magnitudes kept as they are, up to 4 MiB a layer; see CatsStatistic
 ROWS = 512  # tokens whose statistic is taken at once: bounds the float32 temporaries, which vLLM does not profile

@@ -1,0 +1,14 @@
+"""The verbs of `caprese bench`."""
+
+from __future__ import annotations
+
+import typer
+
+from .compare import compare
+from .kernel_bench import kernels
+
+app = typer.Typer(
+    help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+for verb in (kernels, compare):
+    app.command()(verb)

@@ -1,0 +1,166 @@
+"""C++ kernels for CPUs: AVX-512 (bfloat16 through vdpbf16ps where there is one) or AVX2, compiled on first use.
+
+A batch of up to GATHER_UP_TO tokens reads only the rows it needs (ff.cpp). A larger one needs nearly every row, and is
+bound by arithmetic: two matrix products of oneDNN over views of the same storage, z masked between them (masked.cpp).
+`reference` documents the functions; `library` raises Unavailable where the kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..packed import ACTIVATION_FUNCTIONS, PackedFF
+from ..reference import cats_threshold
+from .build import Unavailable, library
+
+__all__ = [
+    "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "dense_ff", "griffin_ff", "griffin_observe",
+    "griffin_select", "library", "read_memory",
+]  # fmt: skip
+
+NAME = "cpu"
+# Measured with 1536 x 8960 at density .5 on two cores of an EPYC 9004 (benchmarks/results/cpu/kernels.json): with
+# selections of their own 64 tokens take as long either way, 256 take 1.6 times as long gathered; with one selection
+# gathering wins at 256 still.
+GATHER_UP_TO = 64  # tokens
+SHARED_UNION = 0.6  # of F: up to here gathering wins for more tokens too
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
+
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("gate", "up_plus", "down_plus", "gate_bias", "up_bias", "down_bias")),
+        *((name, _int) for name in ("depth", "neurons", "rank")),
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("x", "y")),
+        *((name, _int) for name in ("tokens", "x_stride")),
+        *((name, _pointer) for name in ("slots", "keep", "tau", "kept")),
+    ]
+
+
+def dense_ff(x: Tensor, ff: PackedFF) -> Tensor:
+    return _gather(x, ff, None) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff)
+
+
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
+    return _sparse(x, ff, slots, keep=keep)
+
+
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    kept = torch.zeros(len(x), dtype=torch.int64)
+    return _sparse(x, ff, slots, tau=tau, kept=kept), kept
+
+
+def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
+    if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
+        return _gather(x, ff, slots, **selections)
+    y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
+    return torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0)
+
+
+def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
+    """Whether a large batch, of samples of a few prompts, needs so few neurons that gathering wins all the same."""
+    if keep is None:
+        return False
+    union = keep[slots[slots >= 0].unique()].any(dim=0).sum()
+    return int(union) <= SHARED_UNION * ff.num_neurons
+
+
+def _gather(x: Tensor, ff: PackedFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
+    """Only the rows that are needed. Without slots: every neuron, no low-rank rows."""
+    x, y = _rows(x), torch.zeros(x.shape, dtype=x.dtype)
+    library().caprese_ff(*_described(x, ff, y, slots, **selections), torch.get_num_threads())
+    return y
+
+
+def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
+    """z+ [T, F + r], zero where a token does not keep a neuron."""
+    x, neurons = _rows(x), ff.num_neurons
+    low_rank = ff.up_plus[neurons:]
+    gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
+    z = torch.empty(len(x), neurons + ff.rank, dtype=x.dtype)
+    described = _described(x, ff, None, slots, **selections)
+    library().caprese_mask(
+        *described, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0)), torch.get_num_threads()
+    )
+    if ff.rank:
+        z[:, neurons:] = F.linear(x, low_rank)
+    return z
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _described(
+    x: Tensor,
+    ff: PackedFF,
+    y: Tensor | None,
+    slots: Tensor | None,
+    keep: Tensor | None = None,
+    tau: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[object, object]:
+    weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
+    sizes = (ff.hidden_size, ff.num_neurons, ff.rank)
+    block = _Block(*map(_address, weights), *sizes, DTYPES[x.dtype], ACTIVATIONS[ff.activation])
+    batch = _Batch(_address(x), _address(y), len(x), x.stride(0), *map(_address, (slots, keep, tau, kept)))
+    return ctypes.byref(block), ctypes.byref(batch)
+
+
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+    z = _rows(z)
+    for begin, end, slot in _segments(offsets, slots):
+        library().caprese_griffin_observe(
+            _pointer(z[begin:end].data_ptr()), _int(z.stride(0)), _int(end - begin), _int(z.shape[1]),
+            DTYPES[z.dtype], _pointer(statistic[slot].data_ptr()), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def griffin_select(statistic: Tensor, k: int) -> Tensor:
+    rows = statistic.reshape(-1, statistic.shape[-1]).contiguous()
+    keep = torch.empty(rows.shape, dtype=torch.bool)
+    for values, mask in zip(rows, keep, strict=True):
+        library().caprese_griffin_select(
+            _pointer(values.data_ptr()), _int(len(values)), _int(k), _pointer(mask.data_ptr())
+        )
+    return keep.view(statistic.shape)
+
+
+def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+    gate = _rows(gate)
+    for begin, end, slot in _segments(offsets, slots):
+        library().caprese_cats_observe(
+            _pointer(gate[begin:end].data_ptr()), _int(gate.stride(0)), _int(end - begin), _int(gate.shape[1]),
+            DTYPES[gate.dtype], ACTIVATIONS[activation], _pointer(histogram[slot].data_ptr()), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _segments(offsets: Tensor, slots: Tensor) -> list[tuple[int, int, int]]:
+    ends = zip(pairwise(offsets.tolist()), slots.tolist(), strict=True)
+    return [(begin, end, slot) for (begin, end), slot in ends if slot >= 0 and end > begin]
+
+
+def read_memory(tensor: Tensor) -> int:
+    """Read every byte of a contiguous tensor with all threads, for measuring the memory's pace; the words' sum."""
+    library().caprese_read.restype = ctypes.c_uint64
+    words = tensor.numel() * tensor.element_size() // 8
+    return int(library().caprese_read(_pointer(tensor.data_ptr()), _int(words), torch.get_num_threads()))

@@ -1,0 +1,181 @@
+// Statistics of prompts and selection, and a read of memory to measure against. `reference.py` is the definition.
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "block.h"
+#include "vector.h"
+
+namespace {
+
+// Tokens that are looked at twice, for their norms and for their columns: a tile of them stays in the caches.
+constexpr int64_t TILE = 64;
+
+template <class T>
+void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float* statistic, int threads) {
+    std::vector<float> scale(TILE), weight(TILE);
+    float *const scales = scale.data(), *const weights = weight.data();
+#pragma omp parallel num_threads(threads)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        const auto [begin, end] = share((neurons + W - 1) / W, part, parts);
+        for (int64_t tile = 0; tile < tokens; tile += TILE) {
+            const int64_t count = std::min(TILE, tokens - tile);
+            const auto [first, last] = share(count, part, parts);
+            for (int64_t t = first; t < last; ++t) {
+                const T* row = z + (tile + t) * stride;
+                // Scaled by the largest entry, the squares of half-precision outliers stay finite.
+                V largest = zero(), square = zero();
+                const auto each = [&](auto&& take) {
+                    int64_t j = 0;
+                    for (; j + W <= neurons; j += W) take(load(row + j));
+                    if (j < neurons) take(load_first(row + j, neurons - j));
+                };
+                each([&](V v) { largest = max(largest, max(v, -v)); });
+                float values[W];
+                store(values, largest);
+                const float top = *std::max_element(values, values + W);
+                scales[t] = top > 0 ? 1.0f / top : 0.0f;
+                const V s = set1(top), inverse = set1(scales[t]);
+                const bool exact = scales[t] < INFINITY;  // a denormal's inverse may be infinite: divide there
+                each([&](V v) {
+                    const V a = exact ? v * inverse : v / s;
+                    square = fma(a, a, square);
+                });
+                weights[t] = top > 0 ? 1.0f / sum(square) : 0.0f;
+                if (!exact) scales[t] = -top;
+            }
+#pragma omp barrier
+            for (int64_t j = begin * W; j < std::min(end * W, neurons); j += W) {
+                const int n = std::min<int64_t>(W, neurons - j);
+                V total = n == W ? load(statistic + j) : load_first(statistic + j, n);
+                for (int64_t t = 0; t < count; ++t) {
+                    if (weights[t] == 0.0f) continue;
+                    const T* at = z + (tile + t) * stride + j;
+                    const V v = n == W ? load(at) : load_first(at, n);
+                    const V a = scales[t] > 0 ? v * set1(scales[t]) : v / set1(-scales[t]);
+                    total = fma(a * a, set1(weights[t]), total);
+                }
+                float values[W];
+                store(values, total);
+                std::copy(values, values + n, statistic + j);
+            }
+#pragma omp barrier
+        }
+    }
+}
+
+constexpr int BINS = 1 << 15;
+
+uint32_t bin_of(float g) {
+    Bf16 rounded;
+    from_float(std::fabs(g), rounded);
+    return rounded.bits;
+}
+
+float activated(float x, int activation) {
+    float values[W];
+    store(values, activate(set1(x), activation));
+    return values[0];
+}
+
+// The bin of act(v) for every value of a 16-bit type: there are only 65,536.
+template <class T>
+std::vector<uint16_t> bins(int activation) {
+    std::vector<uint16_t> table(1 << 16);
+    for (uint32_t bits = 0; bits < table.size(); ++bits) {
+        T g;
+        from_float(activated(to_float(T{static_cast<uint16_t>(bits)}), activation), g);
+        table[bits] = bin_of(to_float(g));
+    }
+    return table;
+}
+
+template <class T>
+struct Bins {
+    const std::vector<uint16_t>& table;
+    explicit Bins(int activation) : table(of(activation)) {}
+    uint32_t operator()(T v) const { return table[v.bits]; }
+
+private:
+    static const std::vector<uint16_t>& of(int activation) {
+        static const std::vector<uint16_t> tables[] = {bins<T>(SILU), bins<T>(GELU), bins<T>(GELU_TANH), bins<T>(RELU)};
+        return tables[activation];
+    }
+};
+template <>
+struct Bins<float> {
+    int activation;
+    explicit Bins(int activation) : activation(activation) {}
+    uint32_t operator()(float v) const { return bin_of(activated(v, activation)); }
+};
+
+template <class T>
+void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int activation, int64_t* histogram,
+          int threads) {
+    const Bins<T> bin(activation);
+    std::vector<uint32_t> counts(static_cast<size_t>(threads) * BINS);
+    uint32_t* const all = counts.data();
+#pragma omp parallel num_threads(threads)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        uint32_t* const own = all + static_cast<size_t>(part) * BINS;
+        const auto [first, last] = share(tokens, part, parts);
+        for (int64_t t = first; t < last; ++t)
+            for (int64_t j = 0; j < neurons; ++j) ++own[bin(gate[t * stride + j]) & (BINS - 1)];
+#pragma omp barrier
+        const auto [begin, end] = share(BINS, part, parts);
+        for (int p = 0; p < parts; ++p)
+            for (int64_t b = begin; b < end; ++b) histogram[b] += all[static_cast<size_t>(p) * BINS + b];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// statistic[F] += s^2 of z [tokens, F], token after token: the bits do not depend on how a prompt is cut.
+void caprese_griffin_observe(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
+                             float* statistic, int threads) {
+    switch (dtype) {
+        case 0: return griffin(static_cast<const float*>(z), stride, tokens, neurons, statistic, threads);
+        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, statistic, threads);
+        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, statistic, threads);
+    }
+}
+
+// histogram[BINS] += the magnitudes of act(gate), gate [tokens, F].
+void caprese_cats_observe(const void* gate, int64_t stride, int64_t tokens, int64_t neurons, int dtype, int activation,
+                          int64_t* histogram, int threads) {
+    switch (dtype) {
+        case 0: return cats(static_cast<const float*>(gate), stride, tokens, neurons, activation, histogram, threads);
+        case 1: return cats(static_cast<const Bf16*>(gate), stride, tokens, neurons, activation, histogram, threads);
+        default: return cats(static_cast<const Half*>(gate), stride, tokens, neurons, activation, histogram, threads);
+    }
+}
+
+// keep[F] = 1 for the k largest of statistic[F], of equals the lower index. Never negative, NaN counts as largest.
+void caprese_griffin_select(const float* statistic, int64_t neurons, int64_t k, uint8_t* keep) {
+    std::fill(keep, keep + neurons, 0);
+    if (k <= 0) return;
+    std::vector<uint32_t> order(neurons);
+    for (int64_t j = 0; j < neurons; ++j) order[j] = bits_of(statistic[j]) & 0x7fffffffu;  // ordered as the floats are
+    std::vector<uint32_t> sorted = order;
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<uint32_t>());
+    const uint32_t least = sorted[k - 1];
+    int64_t equals = k - std::count_if(order.begin(), order.end(), [&](uint32_t v) { return v > least; });
+    for (int64_t j = 0; j < neurons; ++j) keep[j] = order[j] > least || (order[j] == least && equals-- > 0);
+}
+
+// Reads memory with all threads and returns the sum of its words: the pace that reading weights is measured against.
+uint64_t caprese_read(const uint64_t* words, int64_t count, int threads) {
+    uint64_t total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        const auto [begin, end] = share(count, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t i = begin; i < end; ++i) total += words[i];
+    }
+    return total;
+}
+}

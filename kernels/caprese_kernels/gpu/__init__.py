@@ -1,0 +1,57 @@
+"""The Triton backend, for NVIDIA GPUs: backend.Backend, whose functions `reference` defines.
+
+Nothing is synchronized and no host shape depends on data, so all of it can be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..packed import PackedFF
+from . import crossover, gather, masked
+from .crossover import Path
+from .gather import Plan, plan
+from .masked import dense_ff
+from .statistics import cats_observe, cats_threshold, griffin_observe, griffin_select
+
+__all__ = [
+    "NAME",
+    "Path",
+    "Plan",
+    "cats_ff",
+    "cats_observe",
+    "cats_threshold",
+    "dense_ff",
+    "griffin_ff",
+    "griffin_observe",
+    "griffin_select",
+    "plan",
+]
+
+NAME = "triton"
+
+
+def griffin_ff(
+    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan | None = None, path: Path | None = None
+) -> Tensor:
+    """As reference.griffin_ff.
+
+    `plan` is `plan(keep, slots)`, which a caller may make for all layers at once; None makes it here. `path` None is
+    the faster one for this many tokens, as far as measured (`crossover`).
+    """
+    if not len(x):
+        return x.new_empty(x.shape)
+    x = x.contiguous()
+    if (path or crossover.choose("griffin", len(x), x.device)) == "masked":
+        return masked.griffin_ff(x, ff, keep, slots)
+    return gather.griffin_ff(x, ff, keep, slots, plan or gather.plan(keep, slots))
+
+
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, path: Path | None = None) -> tuple[Tensor, Tensor]:
+    """As reference.cats_ff; `path` as in `griffin_ff`."""
+    if not len(x):
+        return x.new_empty(x.shape), slots.new_empty(0)
+    x = x.contiguous()
+    if (path or crossover.choose("cats", len(x), x.device)) == "masked":
+        return masked.cats_ff(x, ff, tau, slots)
+    return gather.cats_ff(x, ff, tau, slots)

@@ -1,0 +1,77 @@
+# mypy: allow-untyped-defs
+"""What the kernels share: activations, and a product with rows of a matrix."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(u, NAME: tl.constexpr):
+    """act(u) in float32; NAME is a key of packed.ACTIVATION_FUNCTIONS."""
+    tl.static_assert(NAME == "silu" or NAME == "gelu" or NAME == "gelu_pytorch_tanh" or NAME == "relu")
+    if NAME == "silu":
+        u = u / (1.0 + tl.exp(-u))
+    elif NAME == "gelu":
+        u = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    elif NAME == "gelu_pytorch_tanh":
+        # (1 + tanh v) / 2 = 1 / (1 + exp(-2v)), with v = sqrt(2 / pi) (u + 0.044715 u^3).
+        u = u / (1.0 + tl.exp(-1.5957691216057308 * u * (1.0 + 0.044715 * u * u)))
+    else:
+        u = tl.where(u < 0.0, 0.0, u)
+    return u
+
+
+@triton.jit
+def rounded_activation(u, bias, j, mask, NAME: tl.constexpr, BIASED: tl.constexpr, DTYPE: tl.constexpr):
+    """g = act(u + bias[j]), [TOKENS, ROWS]: what goes in is rounded to the model's dtype, and so is g."""
+    return activate(rounded(u, bias, j, mask, BIASED, DTYPE).to(tl.float32), NAME).to(DTYPE)
+
+
+@triton.jit
+def rounded(u, bias, j, mask, BIASED: tl.constexpr, DTYPE: tl.constexpr):
+    """u + bias[j] rounded to the model's dtype."""
+    if BIASED:
+        u += tl.load(bias + j, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return u.to(DTYPE)
+
+
+@triton.jit
+def product(g, up):
+    """g * up rounded to their dtype."""
+    return (g.to(tl.float32) * up.to(tl.float32)).to(g.dtype)
+
+
+@triton.jit
+def project(
+    x,
+    weights,
+    tokens,
+    rows,
+    live,
+    T,
+    D,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """x[tokens] times weights[rows], transposed: [TOKENS, ROWS] float32. A row that is not live is not read: zeros.
+
+    x [T, D] and weights [*, D], rows contiguous. All of a row's values go to few neighbouring warps, so that rows
+    left out save their bytes. STAGES loads are under way at once.
+    """
+    total = tl.zeros([TOKENS, ROWS] if DOT else [TOKENS, ROWS, COLUMNS], tl.float32)
+    x += tokens[:, None] * D
+    weights += rows.to(tl.int64)[:, None] * D
+    for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
+        d = start + tl.arange(0, COLUMNS)[None, :]
+        some_x = tl.load(x + d, mask=(tokens < T)[:, None] & (d < D), other=0.0)
+        some_w = tl.load(weights + d, mask=live[:, None] & (d < D), other=0.0, eviction_policy="evict_first")
+        if DOT:
+            total = tl.dot(some_x, tl.trans(some_w), total, input_precision="ieee")
+        else:
+            total += some_x.to(tl.float32)[:, None, :] * some_w.to(tl.float32)[None, :, :]
+    if not DOT:
+        total = tl.sum(total, axis=2)
+    return total

@@ -1,0 +1,119 @@
+"""Few tokens: only the rows that some token of the batch needs are read, each once.
+
+Launches: GRIFFIN `plan` (a list of rows), `griffin_up` (z of those rows), `down` (y); CATS `cats_up`, `down`.
+The r rows of L^T and R are active for every token; they follow the neurons without standing in any list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..packed import PackedFF
+from . import gather_kernels as kernels
+from . import tuning
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The neurons that some token of a batch keeps, ascending: the first count of rows; for one layer or L of them.
+
+    rows [F] or [L, F] int32; count [] or [L] int32, -1 if every token is padding. `plan[i]` is layer i's.
+    """
+
+    rows: Tensor
+    count: Tensor
+
+    def __getitem__(self, layer: int) -> Plan:
+        return Plan(self.rows[layer], self.count[layer])
+
+
+def plan(keep: Tensor, slots: Tensor) -> Plan:
+    """Unite the selections keep[slots]: keep [S, F], or [L, S, F] for L layers in one launch, bool; slots [T] int64."""
+    tables = keep.contiguous().view(torch.uint8).view(-1, *keep.shape[-2:])
+    layers, num_slots, neurons = tables.shape
+    rows = torch.empty((*keep.shape[:-2], neurons), dtype=torch.int32, device=keep.device)
+    count = torch.empty(keep.shape[:-2], dtype=torch.int32, device=keep.device)
+    tokens = min(triton.next_power_of_2(max(len(slots), 1)), tuning.MAX_TOKENS)
+    block = min(tuning.PLAN_CELLS // tokens, tuning.PLAN_BLOCK, triton.next_power_of_2(neurons))
+    kernels.plan_rows[(layers, triton.cdiv(neurons, block))](
+        tables, slots, rows, count, len(slots), num_slots, neurons, TOKENS=tokens, BLOCK=block, num_warps=16
+    )
+    return Plan(rows, count)
+
+
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan) -> Tensor:
+    """As reference.griffin_ff, for T > 0 tokens."""
+    call = _Call(x, ff, slots)
+    arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # `griffin_up` sets it to zero
+    grid = (triton.cdiv(call.width, call.up.rows), call.token_tiles)
+    kernels.griffin_up[grid](
+        *(x, ff.gate_up_plus, ff.gate_up_bias, keep.contiguous().view(torch.uint8), slots, plan.rows, plan.count),
+        *(call.z, arrived, call.down_programs, *call.sizes),
+        ARRIVED=triton.next_power_of_2(call.down_programs),
+        **call.up_options,
+    )
+    return call.down(arrived, plan)
+
+
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """As reference.cats_ff, for T > 0 tokens."""
+    call = _Call(x, ff, slots)
+    zeros = torch.zeros(len(x) + call.down_programs, dtype=torch.int64, device=x.device)  # both counts in one launch
+    kept, arrived = zeros[: len(x)], zeros[len(x) :].view(torch.int32)
+    tiles = triton.cdiv(ff.num_neurons, call.up.rows) + triton.cdiv(ff.rank, call.up.rows)
+    kernels.cats_up[(tiles, call.token_tiles)](
+        *(x, ff.gate_up_plus, ff.gate_up_bias, tau, slots, call.z, kept, *call.sizes), **call.up_options
+    )
+    return call.down(arrived), kept
+
+
+class _Call:
+    """What the kernels of one call have in common: sizes, tiles, and z [T, F + r]."""
+
+    def __init__(self, x: Tensor, ff: PackedFF, slots: Tensor):
+        tokens, depth = x.shape
+        self.x, self.ff, self.slots, self.width = x, ff, slots, ff.num_neurons + ff.rank
+        self.sizes = (tokens, depth, ff.num_neurons, ff.rank)
+        self.up, self.down_tile = tuning.up_tile(tokens), tuning.down_tile(tokens)
+        self.tile = tuning.tokens_tile(tokens)
+        self.token_tiles = triton.cdiv(tokens, self.tile)
+        # Tiles are given for 2-byte elements; wider ones get fewer.
+        self.shrink = x.element_size() // 2
+        self.down_programs = triton.cdiv(depth, self.down_tile.columns // self.shrink) * self.token_tiles
+        self.z = x.new_empty(tokens, self.width)
+        self.up_options = {
+            "ACT": ff.activation,
+            "GATED": ff.gate is not None,
+            "BIASED": ff.gate_up_bias is not None,
+            **self._options(self.up),
+        }
+
+    def _options(self, tile: tuning.Tile) -> dict[str, int | bool]:
+        return {
+            "TOKENS": self.tile,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns // self.shrink,
+            "STAGES": tile.stages,
+            "DOT": self.tile > tuning.VECTOR_TOKENS,
+            "num_warps": tile.warps,
+        }
+
+    def down(self, arrived: Tensor, plan: Plan | None = None) -> Tensor:
+        """y [T, D]; `arrived` int32 zeros, one for each of down_programs."""
+        tokens, depth = self.x.shape
+        splits = tuning.splits(self.down_programs, self.width, self.down_tile, self.x.device)
+        partial = torch.empty(splits, tokens, depth, dtype=torch.float32, device=self.x.device)
+        y = torch.empty_like(self.x)
+        rows, count = (None, None) if plan is None else (plan.rows, plan.count)
+        kernels.down[(self.down_programs // self.token_tiles, splits, self.token_tiles)](
+            *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, arrived, y, *self.sizes),
+            LISTED=plan is not None,
+            BIASED=self.ff.down_bias is not None,
+            **self._options(self.down_tile),
+            maxnreg=tuning.DOWN_REGISTERS,
+        )
+        return y

@@ -1,0 +1,256 @@
+# mypy: allow-untyped-defs
+"""The kernels behind `gather`. z [T, F + r] holds the neurons in the order of a plan, or all of them, then x L."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import product, project, rounded, rounded_activation
+
+
+@triton.jit
+def plan_rows(keep, slots, rows, count, T, S, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (layer, block) lists the block's neurons behind those of the blocks before, which it counts itself."""
+    layer, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    keep += layer * S * F
+    rows += layer * F
+    before = 0
+    for earlier in range(block):
+        before += tl.sum(_union(keep, slots, earlier * BLOCK + tl.arange(0, BLOCK), T, F, TOKENS, BLOCK))
+    neurons = block * BLOCK + tl.arange(0, BLOCK)
+    needed = _union(keep, slots, neurons, T, F, TOKENS, BLOCK)
+    tl.store(rows + before + tl.cumsum(needed, 0) - needed, neurons, mask=needed > 0)
+    if block == tl.num_programs(1) - 1:
+        largest = tl.full([], -1, tl.int64)
+        for first in range(0, T, TOKENS):
+            tokens = first + tl.arange(0, TOKENS)
+            largest = tl.maximum(largest, tl.max(tl.load(slots + tokens, mask=tokens < T, other=-1)))
+        tl.store(count + layer, tl.where(largest >= 0, before + tl.sum(needed), -1))
+
+
+@triton.jit
+def _union(keep, slots, neurons, T, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """1 for each of `neurons` [BLOCK] that some token keeps, else 0."""
+    needed = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, T, TOKENS):
+        tokens = first + tl.arange(0, TOKENS)
+        slot = tl.load(slots + tokens, mask=tokens < T, other=-1)[:, None]
+        kept = tl.load(keep + slot * F + neurons[None, :], mask=(slot >= 0) & (neurons < F)[None, :], other=0)
+        needed = tl.maximum(needed, tl.max(kept.to(tl.int32), axis=0))
+    return needed
+
+
+@triton.jit
+def griffin_up(
+    x,
+    weights,
+    bias,
+    keep,
+    slots,
+    rows,
+    count,
+    z,
+    arrived,
+    down_programs,
+    T,
+    D,
+    F,
+    R,
+    ARRIVED: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
+    first = tl.program_id(0) * ROWS
+    if first + tl.program_id(1) == 0:
+        program = tl.arange(0, ARRIVED)
+        tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
+    listed = tl.load(count)
+    end = tl.where(listed >= 0, listed + R, 0)
+    if first >= end:
+        return
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slots + tokens, mask=tokens < T, other=-1)[:, None]
+    i = first + tl.arange(0, ROWS)
+    neuron = i < listed
+    j = tl.where(neuron, tl.load(rows + i, mask=neuron, other=0), F + i - listed)
+    up_row = j + F if GATED else j
+    up = project(x, weights, tokens, up_row, i < end, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+    if GATED:
+        gate = tl.zeros([TOKENS, ROWS], tl.float32)
+        if first < listed:
+            gate = project(x, weights, tokens, j, neuron, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+        g = rounded_activation(gate, bias, j, neuron, ACT, BIASED, DTYPE)
+        value = product(g, rounded(up, bias, up_row, neuron, BIASED, DTYPE))
+    else:
+        value = rounded_activation(up, bias, j, neuron, ACT, BIASED, DTYPE)
+    value = tl.where(neuron[None, :], value, up.to(DTYPE))
+    kept = tl.load(keep + slot * F + j[None, :], mask=(slot >= 0) & neuron[None, :], other=0) != 0
+    kept |= (slot >= 0) & (i >= listed)[None, :]
+    tl.store(
+        z + tokens[:, None] * (F + R) + i[None, :],
+        tl.where(kept, value, 0.0),
+        mask=(tokens < T)[:, None] & (i < end)[None, :],
+    )
+
+
+@triton.jit
+def cats_up(
+    x,
+    weights,
+    bias,
+    tau,
+    slots,
+    z,
+    kept_count,
+    T,
+    D,
+    F,
+    R,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """z[t, j] of neurons with |g| >= tau[slot], else zero, and of the rows of L^T; how many neurons a token keeps.
+
+    A tile's gate comes first, whole; of W_1 it then reads the rows that some token keeps.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slots + tokens, mask=tokens < T, other=-1)
+    needs_any = tl.max(slot) >= 0
+    neuron_tiles = tl.cdiv(F, ROWS)
+    tile = tl.program_id(0)
+    if tile < neuron_tiles:
+        j = tile * ROWS + tl.arange(0, ROWS)
+        neuron = j < F
+        live = j < tl.where(needs_any, F, 0)
+        gate = project(x, weights, tokens, j, live, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+        g = rounded_activation(gate, bias, j, neuron, ACT, BIASED, DTYPE)
+        threshold = tl.load(tau + slot, mask=slot >= 0, other=float("inf"))[:, None]
+        kept = (tl.abs(g.to(tl.float32)) >= threshold) & (slot >= 0)[:, None] & neuron[None, :]
+        needed = tl.max(kept.to(tl.int32), axis=0) > 0
+        value = g
+        if GATED:
+            up = tl.zeros([TOKENS, ROWS], tl.float32)
+            if tl.max(needed.to(tl.int32)) > 0:
+                up = project(x, weights, tokens, j + F, needed, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+            value = product(g, rounded(up, bias, j + F, neuron, BIASED, DTYPE))
+        value = tl.where(kept, value, 0.0)
+        # Integers: their sum has one value in any order.
+        tl.atomic_add(kept_count + tokens, tl.sum(kept.to(tl.int64), axis=1), mask=tokens < T, sem="relaxed")
+        tl.store(z + tokens[:, None] * (F + R) + j[None, :], value, mask=(tokens < T)[:, None] & neuron[None, :])
+    else:
+        i = F + (tile - neuron_tiles) * ROWS + tl.arange(0, ROWS)
+        live = i < tl.where(needs_any, F + R, 0)
+        row = i + F if GATED else i
+        low_rank = project(x, weights, tokens, row, live, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+        tl.store(
+            z + tokens[:, None] * (F + R) + i[None, :],
+            tl.where((slot >= 0)[:, None], low_rank, 0.0).to(DTYPE),
+            mask=(tokens < T)[:, None] & (i < F + R)[None, :],
+        )
+
+
+@triton.jit
+def down(
+    z,
+    weights,
+    bias,
+    rows,
+    count,
+    slots,
+    partial,
+    arrived,
+    y,
+    T,
+    D,
+    F,
+    R,
+    LISTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """y = z [W_2; R] over the rows of a plan, or over all rows with some z other than zero; zero for padding.
+
+    Program (columns, split, tokens) sums its part of the rows; the one that arrives last adds up the parts in order.
+    """
+    DTYPE: tl.constexpr = z.dtype.element_ty
+    split, num_splits = tl.program_id(1), tl.num_programs(1)
+    d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tokens = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    if LISTED:
+        listed = tl.load(count)
+        total = tl.where(listed >= 0, listed + R, 0)
+    else:
+        total = F + R
+    share = tl.cdiv(tl.cdiv(total, num_splits), 8) * 8  # so that loads of z and of the plan are 16 bytes wide
+    end = tl.minimum((split + 1) * share, total)
+    sums = tl.zeros([TOKENS, COLUMNS] if DOT else [TOKENS, ROWS, COLUMNS], tl.float32)
+    for first in tl.range(split * share, end, ROWS, num_stages=STAGES):
+        i = first + tl.arange(0, ROWS)
+        live = i < end
+        # Loaded also past the end, whose place in memory is not known beforehand: so the loads can be wide.
+        some_z = tl.load(
+            z + tokens[:, None] * (F + R) + i[None, :], mask=(tokens < T)[:, None] & (i < F + R)[None, :], other=0.0
+        )
+        some_z = tl.where(live[None, :], some_z, 0.0)
+        if LISTED:
+            row = tl.where(i < listed, tl.load(rows + i, mask=i < F, other=0), F + i - listed)
+        else:
+            row = i
+            live = live & (tl.max((some_z.to(tl.float32) != 0.0).to(tl.int32), axis=0) > 0)
+        some_w = tl.load(
+            weights + row.to(tl.int64)[:, None] * D + d[None, :],
+            mask=live[:, None] & (d < D)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        if DOT:
+            sums = tl.dot(some_z, some_w, sums, input_precision="ieee")
+        else:
+            sums += some_z.to(tl.float32)[:, :, None] * some_w.to(tl.float32)[None, :, :]
+    if not DOT:
+        sums = tl.sum(sums, axis=1)
+    cell = tokens[:, None] * D + d[None, :]
+    mask = (tokens < T)[:, None] & (d < D)[None, :]
+    tl.store(partial + split * T * D + cell, sums, mask=mask)
+    # All threads have stored before one of them says so; release and acquire make that hold for the whole device.
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
+    if before == num_splits - 1:
+        # From L2 (.cg): a line of L1 could be older than another program's store.
+        if DOT:
+            sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+            for part in tl.range(0, num_splits, loop_unroll_factor=64 // TOKENS):
+                sums += tl.load(partial + part * T * D + cell, mask=mask, other=0.0, cache_modifier=".cg")
+        else:
+            sums = tl.zeros([TOKENS, ROWS, COLUMNS], tl.float32)
+            for first in range(0, num_splits, ROWS):
+                part = (first + tl.arange(0, ROWS))[None, :, None]
+                sums += tl.load(
+                    partial + part * T * D + cell[:, None, :],
+                    mask=(part < num_splits) & mask[:, None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            sums = tl.sum(sums, axis=1)
+        if BIASED:
+            sums += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        valid = tl.load(slots + tokens, mask=tokens < T, other=-1) >= 0
+        tl.store(y + cell, tl.where(valid[:, None], sums, 0.0).to(DTYPE), mask=mask)

@@ -1,0 +1,209 @@
+# mypy: allow-untyped-defs
+"""Statistics of prompts, and selections from them.
+
+GRIFFIN reads z once: a token's F values stay in registers for scale, norm and shares. Segments are cut into blocks of
+tokens where they begin, so a prompt's bits do not depend on what else is in the call.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from . import tuning
+from .arithmetic import activate
+
+cats_threshold = reference.cats_threshold  # torch alone, without synchronization
+
+COLUMNS = 64  # neurons of one program that adds up partial statistics: 256 bytes of each
+PARTS = 32
+
+
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+    """As reference.griffin_observe; z's rows may be strided."""
+    tokens, neurons = z.shape
+    segments = len(slots)
+    if not tokens or not segments:
+        return
+    # A segment's last block may be short: at most one block more for each.
+    blocks = triton.cdiv(tokens, tuning.OBSERVED_TOKENS) + segments
+    partial = torch.empty(blocks, neurons, dtype=torch.float32, device=z.device)
+    options = {"SEGMENTS": triton.next_power_of_2(segments), "TOKENS": tuning.OBSERVED_TOKENS}
+    block = triton.next_power_of_2(neurons)
+    _partial_statistics[(blocks,)](
+        *(z, offsets, slots, partial, z.stride(0), segments, neurons),
+        BLOCK=block,
+        num_warps=tuning.row_warps(block),
+        **options,
+    )
+    _add_statistics[(segments, triton.cdiv(neurons, COLUMNS))](
+        *(offsets, slots, partial, statistic, statistic.stride(0), segments, neurons),
+        PARTS=PARTS,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+        **options,
+    )
+
+
+@triton.jit
+def _blocks(offsets, segments, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of each segment [SEGMENTS]: its first and its end row, and the end of its blocks among all blocks."""
+    segment = tl.arange(0, SEGMENTS)
+    begin = tl.load(offsets + segment, mask=segment < segments, other=0)
+    end = tl.load(offsets + segment + 1, mask=segment < segments, other=0)
+    return segment, begin, end, tl.cumsum(tl.cdiv(end - begin, TOKENS), 0)
+
+
+@triton.jit
+def _partial_statistics(
+    z,
+    offsets,
+    slots,
+    partial,
+    stride,
+    segments,
+    F,
+    SEGMENTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partial[b] = sum of z_i^2 / ||z_i||^2 over the tokens i of block b."""
+    block = tl.program_id(0)
+    segment, begins, ends, block_ends = _blocks(offsets, segments, SEGMENTS, TOKENS)
+    mine = tl.sum((block_ends <= block).to(tl.int32))
+    if mine >= segments:
+        return
+    if tl.load(slots + mine) < 0:
+        return
+    here = segment == mine
+    end = tl.sum(tl.where(here, ends, 0))
+    blocks_here = tl.sum(tl.where(here, tl.cdiv(ends - begins, TOKENS), 0))
+    first_block = tl.sum(tl.where(here, block_ends, 0)) - blocks_here
+    begin = tl.sum(tl.where(here, begins, 0)) + (block - first_block) * TOKENS
+    j = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t in tl.range(begin, tl.minimum(begin + TOKENS, end), num_stages=2):  # the next row is under way
+        value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
+        # Times 2^-e with 2^e the largest one's power of two, which is exact: squares neither overflow nor vanish.
+        exponent = tl.max(tl.abs(value)).to(tl.int32, bitcast=True) >> 23
+        value *= (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+        square = value * value
+        norm = tl.sum(square)
+        # A token of zeros adds nothing; nor does one that is not finite, whose norm is infinite or NaN.
+        total += tl.where((norm > 0) & (norm < float("inf")), square * (1.0 / norm), 0.0)
+    tl.store(partial + block.to(tl.int64) * F + j, total, mask=j < F)
+
+
+@triton.jit
+def _add_statistics(
+    offsets,
+    slots,
+    partial,
+    statistic,
+    stride,
+    segments,
+    F,
+    SEGMENTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """statistic[slot] += the sum of a segment's blocks, in order."""
+    mine = tl.program_id(0)
+    slot = tl.load(slots + mine)
+    segment, begins, ends, block_ends = _blocks(offsets, segments, SEGMENTS, TOKENS)
+    end = tl.sum(tl.where(segment == mine, block_ends, 0))
+    begin = end - tl.sum(tl.where(segment == mine, tl.cdiv(ends - begins, TOKENS), 0))
+    if (slot < 0) | (begin == end):
+        return
+    j = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for first in range(begin, end, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None]
+        total += tl.load(partial + part * F + j, mask=(part < end) & (j < F), other=0.0)
+    cell = statistic + slot * stride + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS) < F
+    tl.store(cell, tl.load(cell, mask=mask) + tl.sum(total, axis=0), mask=mask)
+
+
+def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+    """As reference.cats_observe; gate's rows may be strided."""
+    tokens, neurons = gate.shape
+    segments = len(slots)
+    if not tokens or not segments:
+        return
+    _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
+        *(gate, offsets, slots, histogram, gate.stride(0), histogram.stride(0), segments, neurons),
+        ACT=activation,
+        BORDERS=triton.next_power_of_2(segments + 1),
+        BLOCK=tuning.COUNT_BLOCK,
+        num_warps=8,
+    )
+
+
+@triton.jit
+def _count(
+    gate,
+    offsets,
+    slots,
+    histogram,
+    gate_stride,
+    histogram_stride,
+    segments,
+    F,
+    ACT: tl.constexpr,
+    BORDERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts BLOCK neurons of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    border = tl.arange(0, BORDERS)
+    begins = tl.load(offsets + border, mask=border <= segments, other=0)
+    mine = tl.sum(((begins <= t) & (border <= segments)).to(tl.int32)) - 1
+    if (mine < 0) | (mine >= segments):
+        return
+    slot = tl.load(slots + mine)
+    if slot < 0:
+        return
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(gate + t * gate_stride + j, mask=j < F, other=0.0)
+    g = activate(u.to(tl.float32), ACT).to(u.dtype).to(tl.bfloat16)
+    magnitude = (g.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    # Integers: their sum has one value in any order.
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(histogram + slot * histogram_stride + magnitude, one, mask=j < F, sem="relaxed")
+
+
+def griffin_select(statistic: Tensor, k: int) -> Tensor:
+    """As reference.griffin_select: F up to 65,536."""
+    rows = statistic.contiguous().view(-1, statistic.shape[-1])
+    keep = torch.empty_like(rows, dtype=torch.bool)
+    if len(rows):
+        block = triton.next_power_of_2(rows.shape[1])
+        _select[(len(rows),)](
+            rows, keep.view(torch.uint8), k, rows.shape[1], BLOCK=block, num_warps=tuning.row_warps(block)
+        )
+    return keep.view(statistic.shape)
+
+
+@triton.jit
+def _select(statistic, keep, k, F, BLOCK: tl.constexpr):
+    """Find the bits of the k-th largest value from the highest down, each by one count. Ties go to the lower index.
+
+    Values are not negative: they order as their bits do.
+    """
+    row = tl.program_id(0).to(tl.int64) * F
+    j = tl.arange(0, BLOCK)
+    bits = tl.load(statistic + row + j, mask=j < F, other=0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(j < F, bits, -1)
+    found = 0  # the largest value so far that k others reach
+    for bit in range(31):
+        higher = found | (1 << (30 - bit))
+        found = tl.where(tl.sum((bits >= higher).to(tl.int32)) >= k, higher, found)
+    tie = (bits == found).to(tl.int32)
+    wanted = k - tl.sum((bits > found).to(tl.int32))  # of the values that equal the k-th
+    chosen = (bits > found) | ((tie > 0) & (tl.cumsum(tie, 0) - tie < wanted))
+    tl.store(keep + row + j, chosen.to(tl.uint8), mask=j < F)

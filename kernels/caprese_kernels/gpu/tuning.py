@@ -1,0 +1,82 @@
+"""Tile sizes of the Triton kernels, in one place. Derived for an H200, not measured yet.
+
+What bounds a decode step is weight bytes. With k of F neurons kept, B = 1 and 2-byte weights a block must read
+    GRIFFIN  (3k + 2r) 2D     CATS  (F + 2k + 2r) 2D     dense  3F 2D
+bytes; activations, lists and partial sums are far below 1% of that. Qwen 2.5 14B (D 5120, F 13824, r 256, k = F/2):
+218 MB, so 45 us at the datasheet's 4.8 TB/s; 1.5B (D 1536, F 8960): 43 MB, 9 us; there each launch counts.
+
+- Bytes in flight: 4.8 TB/s for the some 0.7 us that a load takes are 3.4 MB, 25 KB on each of 132 multiprocessors. A
+  tile of UP or DOWN is 4 to 16 KB, some 3 of them are under way in each program, and several programs share a
+  multiprocessor, so that there is enough also where rows that no token needs are masked off (CATS).
+- Small tiles, many programs: the hardware hands them out as others end, so the last ones leave little idle. Programs
+  past a list's end exit after one load.
+- Up to VECTOR_TOKENS tokens multiply and reduce on the CUDA cores: 2.4e12 weights/s times B multiply-adds is under a
+  quarter of their rate for B up to 3. Beyond, tensor cores, with tokens padded to 16 (the tiles' least side).
+- Down: each part of the list leaves a float32 partial sum [B, D] in L2 (50 MB), and the program that adds them up is
+  the kernel's tail. So there are only as many parts as fill the machine once, with WARPS_PER_SM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+VECTOR_TOKENS = 2
+MAX_TOKENS = 64  # tokens of one tile; more tokens are more tiles, each of which reads the weights again
+WARPS_PER_SM = 16  # in the kernel of down, whose stages take up to 64 KB for 4 or 8 of them
+DOWN_REGISTERS = 65536 // (32 * WARPS_PER_SM)  # of a thread, so that they fit: left alone ptxas takes 200
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: neurons; columns: of x in the kernels of gate and up, of y in the kernel of down; in 2-byte elements."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+UP_VECTOR = Tile(rows=4, columns=512, warps=4, stages=4)  # 4 KB a load, a row a warp; 9 programs on a multiprocessor
+UP_DOT = Tile(rows=32, columns=128, warps=4, stages=5)  # 8 KB a load; 8 rows, the tensor cores' width, a warp
+DOWN_VECTOR = Tile(rows=32, columns=256, warps=8, stages=4)  # 16 KB a load, 512 bytes of each row
+# Triton divides the stages of a loop between a list's indices and the rows they name: 8 keep 3 loads of rows under way.
+DOWN_DOT = Tile(rows=32, columns=128, warps=4, stages=8)  # 8 KB a load
+
+PLAN_CELLS = 32768  # tokens times neurons that a program of `plan` looks at at once
+PLAN_BLOCK = 8192  # and of those neurons the most
+MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
+OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
+COUNT_BLOCK = 2048  # magnitudes that one program counts
+
+
+def tokens_tile(tokens: int) -> int:
+    """Tokens of a tile: a power of two."""
+    padded = 1 << max(tokens - 1, 0).bit_length()
+    return padded if padded <= VECTOR_TOKENS else min(max(padded, 16), MAX_TOKENS)
+
+
+def up_tile(tokens: int) -> Tile:
+    return UP_VECTOR if tokens_tile(tokens) <= VECTOR_TOKENS else UP_DOT
+
+
+def down_tile(tokens: int) -> Tile:
+    return DOWN_VECTOR if tokens_tile(tokens) <= VECTOR_TOKENS else DOWN_DOT
+
+
+def splits(programs: int, rows: int, tile: Tile, device: torch.device) -> int:
+    """Parts of the sum over `rows` neurons, where one part takes `programs` programs."""
+    return max(1, min(WARPS_PER_SM // tile.warps * num_sms(device) // programs, -(-rows // tile.rows)))
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors; 2 for the interpreter, which is enough to see that splits are summed."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def row_warps(block: int) -> int:
+    """Warps for a row of `block` values held in registers: at most 32 values a thread, where 32 warps suffice."""
+    return min(max(block // 1024, 4), 32)

@@ -1,0 +1,131 @@
+"""The Triton kernels compiled for an H200 (sm_90), on any machine: Triton brings its own assembler.
+
+The interpreter takes more than the compiler does, and it does not know how wide a load is. The launchers run as they
+are; each launch is compiled for its arguments instead of being run. `test_gpu.py` runs this module as a process.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from caprese_kernels import gpu, reference
+from caprese_kernels.gpu import gather_kernels, masked, statistics
+from caprese_kernels.packed import PackedFF
+
+H200 = GPUTarget("cuda", 90, 32)
+OPTIONS = ("num_warps", "maxnreg")
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+class Compiler:
+    """In place of a kernel: compiles it as a launch would, and keeps the result."""
+
+    def __init__(self, kernel: Any, compiled: dict[str, Any]):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(0 < n < 65_536 for n in grid[1:]), grid
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        assert len(args) + len(kwargs) == len(values), "no argument given twice"
+        assert set(values) == set(self.kernel.arg_names)
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            # What Triton does at a launch: None and 1 are constants, and multiples of 16 are known as such.
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+                continue
+            number = value.data_ptr() if isinstance(value, Tensor) else value
+            signature[parameter.name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if number % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        self.compiled[self.kernel.__name__] = triton.compile(source, target=H200, options=options)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the launches since then were compiled to, by kernel."""
+    found: dict[str, Any] = {}
+    for module, names in (
+        (gather_kernels, ("plan_rows", "griffin_up", "cats_up", "down")),
+        (masked, ("_activate_and_mask",)),
+        (statistics, ("_partial_statistics", "_add_statistics", "_count", "_select")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Compiler(getattr(module, name), found))
+    return found
+
+
+def block(depth: int, neurons: int, rank: int, dtype: torch.dtype, act: str, gated: bool, biased: bool) -> PackedFF:
+    inputs = neurons * (2 if gated else 1)
+    weights = torch.zeros(inputs + rank, depth, dtype=dtype), torch.zeros(neurons + rank, depth, dtype=dtype)
+    biases = (torch.zeros(inputs, dtype=dtype), torch.zeros(depth, dtype=dtype)) if biased else (None, None)
+    return PackedFF(*weights, act, rank, *biases)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_rows_are_read_wide_and_ahead(compiled: dict[str, Any], tokens: int) -> None:
+    """bfloat16 and aligned rows: weights come 16 bytes a thread, copied asynchronously; nothing spills."""
+    ff, keep = block(256, 512, 16, torch.bfloat16, "silu", True, False), torch.zeros(4, 512, dtype=torch.bool)
+    x, slots = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.int64)
+    found = {}
+    gpu.griffin_ff(x, ff, keep, slots, path="gather")
+    found |= {f"griffin {name}": kernel for name, kernel in compiled.items()}
+    gpu.cats_ff(x, ff, torch.zeros(4), slots, path="gather")
+    found |= {"cats up": compiled["cats_up"], "cats down": compiled["down"]}
+    for name, kernel in found.items():
+        ptx = kernel.asm["ptx"]
+        if name != "griffin plan_rows":
+            # .cg is the form of 16 bytes; it appears for each of several stages.
+            assert len(re.findall(r"cp\.async\.cg\.shared\.global", ptx)) >= 6, name
+        assert ("mma" in ptx) == (tokens == 16 and name != "griffin plan_rows"), name
+    assert "atom.global.gpu.acq_rel.add" in found["griffin down"].asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("ff", "tokens"),
+    [
+        pytest.param(block(1, 1, 1, torch.bfloat16, "relu", True, True), 1, id="ones"),
+        pytest.param(block(33, 45, 3, torch.float32, "gelu", False, True), 17, id="fp32"),
+        pytest.param(block(33, 45, 0, torch.float16, "gelu_pytorch_tanh", True, True), 2, id="fp16"),
+    ],
+)
+def test_any_size(compiled: dict[str, Any], ff: PackedFF, tokens: int) -> None:
+    """Sizes of 1, which Triton makes constants; odd ones, whose rows are not aligned; each dtype and activation."""
+    dtype, neurons = ff.down_plus.dtype, ff.num_neurons
+    x, slots = torch.zeros(tokens, ff.hidden_size, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+    keep, tau = torch.zeros(2, neurons, dtype=torch.bool), torch.zeros(2)
+    for path in ("gather", "masked"):
+        gpu.griffin_ff(x, ff, keep, slots, path=path)
+        gpu.cats_ff(x, ff, tau, slots, path=path)
+    gpu.dense_ff(x, ff)
+    assert set(compiled) == {"plan_rows", "griffin_up", "cats_up", "down", "_activate_and_mask"}
+
+
+@pytest.mark.parametrize(("tokens", "neurons", "segments"), [(1, 1, 1), (40, 64, 3)])
+def test_statistics(compiled: dict[str, Any], tokens: int, neurons: int, segments: int) -> None:
+    z, offsets = torch.zeros(tokens, neurons, dtype=torch.bfloat16), torch.zeros(segments + 1, dtype=torch.int64)
+    slots = torch.zeros(segments, dtype=torch.int64)
+    gpu.griffin_observe(z, offsets, slots, torch.zeros(2, neurons))
+    gpu.cats_observe(z, "silu", offsets, slots, torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64))
+    gpu.griffin_select(torch.zeros(segments, neurons), 1)
+    assert set(compiled) == {"_partial_statistics", "_add_statistics", "_count", "_select"}
