@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -22,7 +22,7 @@ from caprese_serve.provenance import provenance
 from .report import Columns, Plot, Result, Row, table, terminal
 
 if TYPE_CHECKING:
-    from caprese_kernels.backend import Backend
+    from caprese_kernels.backend import Backend, KernelName
 
     from .kernel_cases import Group
     from .kernel_measure import Settings
@@ -151,15 +151,7 @@ def load_backend(name: str, device: str) -> Backend:
         raise CapreseError(
             "--backend", expected=f"one for the device {device}", found=name, fix="give the --device that it is for"
         )
-    choose = getattr(backend, "choose", None)
-    if choose is not None:
-        return choose(name, torch.device(device))
-    from importlib import import_module
-
-    fastest = "gpu" if device == "cuda" else "cpu"
-    module: Any = import_module("caprese_kernels." + {"triton": "gpu", "auto": fastest}.get(name, name))
-    module.NAME = getattr(module, "NAME", name)
-    return module
+    return backend.choose(cast("KernelName", name), torch.device(device))
 
 
 def _belongs(row: Row, group: Group) -> bool:

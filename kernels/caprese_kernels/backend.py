@@ -6,15 +6,14 @@ import functools
 import logging
 import os
 from importlib.util import find_spec
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .config import KernelName
 from .errors import CapreseError
 from .packed import PackedFF
-
-KernelName = Literal["auto", "triton", "cpu", "reference"]
 
 
 class Backend(Protocol):

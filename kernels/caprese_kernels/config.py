@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import CapreseError
 
 MethodName = Literal["griffin", "cats"]
+KernelName = Literal["auto", "triton", "cpu", "reference"]
 LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, strict=True)]]
 Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 
@@ -106,9 +107,7 @@ class CapreseConfig(BaseModel):
     reselect_interval: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="rho: decode steps between reselections"
     )
-    kernel: Literal["auto", "triton", "cpu", "reference"] = Field(
-        "auto", description="implementation of the FF kernels"
-    )
+    kernel: KernelName = Field("auto", description="implementation of the FF kernels")
 
     @classmethod
     def parse(cls, value: Any, where: str) -> CapreseConfig:

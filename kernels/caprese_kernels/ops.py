@@ -7,24 +7,17 @@ one by one; the functions of the same names here take it whole. `reference` defi
 from __future__ import annotations
 
 from functools import cache
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from . import backend, reference
-from .backend import Backend
+from .backend import Backend, choose
 from .packed import PackedFF
 
 
 @cache
 def _backend(device: torch.device) -> Backend:
-    if device.type == "cuda":
-        from . import gpu
-
-        return gpu
-    choose = getattr(backend, "choose", None)
-    return cast(Backend, choose("auto", device) if choose else reference)
+    return choose("auto", device)
 
 
 def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:

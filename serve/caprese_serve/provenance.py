@@ -24,12 +24,16 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit that this file is checked out from, with "-dirty" where tracked files differ; None outside git."""
+    """The commit that this file is checked out from; None outside git.
+
+    With "-dirty" where tracked files differ, other than the results that a run is about to write anew.
+    """
     here = Path(__file__)
     if not _git(here.parent, "ls-files", here.name):  # not ours: an environment inside someone's repository
         return None
     commit = _git(here.parent, "rev-parse", "HEAD")
-    return f"{commit}-dirty" if commit and _git(here.parent, "status", "--porcelain", "-uno") else commit
+    changed = _git(here.parent, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -261,8 +261,11 @@ class TestOneEngine:
                 tokens = list(sample.token_ids)
                 assert sample.logprobs is not None
                 found = [step[token].logprob for step, token in zip(sample.logprobs, tokens, strict=True)]
+                reference = case.one(prompt, forced=tokens)
                 # Logits of about 10 in float32, summed in another order through 4 layers: 1e-5, ten times over twice.
-                assert found == pytest.approx(case.one(prompt, forced=tokens).logprobs, abs=1e-3)
+                # A neuron whose |g| lies within rounding of tau may fall on either side: one of 160, at the border.
+                slack = 1e-3 if reference.closest > 1e-5 else 1e-2
+                assert found == pytest.approx(reference.logprobs, abs=slack)
                 assert found != pytest.approx(case.one(prompt, forced=tokens, method=None).logprobs, abs=1e-1)
 
 

@@ -84,7 +84,7 @@ def block(depth: int, neurons: int, rank: int, dtype: torch.dtype, act: str, gat
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_rows_are_read_wide_and_ahead(compiled: dict[str, Any], tokens: int) -> None:
-    """bfloat16 and aligned rows: weights come 16 bytes a thread, copied asynchronously; nothing spills."""
+    """bfloat16 and aligned rows: weights come 16 bytes a thread, copied asynchronously, several stages ahead."""
     ff, keep = block(256, 512, 16, torch.bfloat16, "silu", True, False), torch.zeros(4, 512, dtype=torch.bool)
     x, slots = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.int64)
     found = {}

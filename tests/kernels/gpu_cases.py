@@ -105,7 +105,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(statistics, "COLUMNS", 16)
-    monkeypatch.setattr(statistics, "PARTS", 4)
+    monkeypatch.setattr(statistics, "PARTS", 2)
 
 
 TILED = [
@@ -197,6 +197,36 @@ def test_a_plan_made_beforehand_gives_the_same_bits() -> None:
     for layer in range(2):
         given = gpu.griffin_ff(x, block, keep[layer], slots, plan=plans[layer], path="gather")
         assert torch.equal(given, gpu.griffin_ff(x, block, keep[layer], slots, path="gather"))
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter alone shows each load")
+@pytest.mark.parametrize("padding", ["none", "middle", "all"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_rows_that_a_token_needs_are_read_once(tokens: int, gated: bool, padding: str) -> None:
+    """And no others: of gate, W_1 and W_2 the union of the selections; of L and R all; of CATS's gate all."""
+    case = Case(40, 45, 3, tokens, 0.25, torch.float32, "silu", gated, padding=padding, seed=8100)
+    p = conformance.problem(case, DEVICE)
+    some, low_rank = bool((p.slots >= 0).any()), 3
+    griffin = p.keep_rows.any(dim=0).long().tolist()
+    assert not p.perhaps.any(), "which neurons CATS keeps is sure"
+    cats = p.surely.any(dim=0).long().tolist()
+    every, always = [int(some)] * 45, [int(some)] * low_rank
+    calls = {
+        "griffin": (griffin if gated else [], griffin, griffin, lambda: gpu.griffin_ff(p.x, p.ff, p.keep, p.slots)),
+        "cats": (
+            *(every if gated else [], cats if gated else every, cats),
+            lambda: gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather"),
+        ),
+    }
+    for gate, up, down, call in calls.values():
+        with interpreter.reads(p.ff.gate_up_plus, p.ff.down_plus) as (up_reads, down_reads):
+            call()
+        assert up_reads.tolist() == [[n] * 40 for n in gate + up + always]
+        assert down_reads.tolist() == [[n] * 40 for n in down + always]
 
 
 # -- which path, and how many launches ---------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Every backend that this machine can run against the contract; and the contract's checks against broken backends."""
 
 import importlib
-import math
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,30 +36,52 @@ CASE_CHECKS = (
 class Target:
     """A backend's module, the cases it runs, and what it promises: for batches of fewer than `gathers_below` tokens
     also that weights which no token keeps are not read, and that a token's bits do not depend on its batch.
+
+    The C++ backend is several: code for the processor at hand, and for lesser ones (`march`, and what that needs of
+    the processor); and the path of large batches, taken by small ones too (`gathers_below` 0).
     """
 
     name: str
     cases: tuple[Case, ...]
     gathers_below: float
     promises: tuple[Callable[..., None], ...] = ()
+    march: str = "native"
+    needs: str = ""
 
-    def load(self) -> Any:
+    @property
+    def label(self) -> str:
+        path = "-masked" if self.name == "cpu" and not self.gathers_below else ""
+        return self.name + path + (f"-{self.march}" if self.march != "native" else "")
+
+    def load(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """The module; skips where it cannot run, with the reason."""
         if self.name == "cpu" and not shutil.which(os.environ.get("CXX") or "g++"):
             pytest.skip("caprese_kernels.cpu needs a C++ compiler: $CXX or g++")
-        return importlib.import_module(f"caprese_kernels.{self.name}")
+        if self.needs and self.needs not in Path("/proc/cpuinfo").read_text().split():
+            pytest.skip(f"this processor has no {self.needs}")
+        module = importlib.import_module(f"caprese_kernels.{self.name}")
+        if self.name == "cpu":
+            library = module.library(self.march)
+            monkeypatch.setattr(module, "library", lambda: library)
+            monkeypatch.setattr(module, "GATHER_UP_TO", self.gathers_below - 1)
+        return module
 
 
+CHUNKS = (conformance.check_chunks_do_not_matter,)
 TARGETS = (
     Target("reference", tuple(FULL[::7]), gathers_below=0),
-    Target("cpu", tuple(FULL), gathers_below=65, promises=(conformance.check_chunks_do_not_matter,)),
+    Target("cpu", tuple(FULL), gathers_below=65, promises=CHUNKS),
+    Target("cpu", tuple(FULL[::14]), gathers_below=0, promises=CHUNKS),
+    # AVX-512 without bfloat16's own instructions, and AVX2.
+    Target("cpu", tuple(FULL[::14]), gathers_below=65, promises=CHUNKS, march="x86-64-v4", needs="avx512bw"),
+    Target("cpu", tuple(FULL[::14]), gathers_below=65, promises=CHUNKS, march="x86-64-v3", needs="avx2"),
 )
 
 
 def each_case() -> list[Any]:
     """A case's checks follow each other: its inputs are built once."""
     return [
-        pytest.param(target, case, check, id=f"{target.name}-{check.__name__}-{case.id}")
+        pytest.param(target, case, check, id=f"{target.label}-{check.__name__}-{case.id}")
         for target in TARGETS
         for case in target.cases
         for check in (
@@ -71,28 +93,28 @@ def each_case() -> list[Any]:
 
 
 @pytest.mark.parametrize(("target", "case", "check"), each_case())
-def test_conforms(target: Target, case: Case, check: Callable[..., None]) -> None:
-    check(target.load(), CPU, case)
+def test_conforms(target: Target, case: Case, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(target.load(monkeypatch), CPU, case)
 
 
 @pytest.mark.parametrize(
-    ("target", "case"), [pytest.param(t, c, id=f"{t.name}-{c.id}") for t in TARGETS for c in t.cases]
+    ("target", "case"), [pytest.param(t, c, id=f"{t.label}-{c.id}") for t in TARGETS for c in t.cases]
 )
-def test_requests_stand_alone(target: Target, case: Case) -> None:
+def test_requests_stand_alone(target: Target, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     same_bits = case.tokens < target.gathers_below
-    conformance.check_request_stands_alone(target.load(), CPU, case, same_bits=same_bits)
+    conformance.check_request_stands_alone(target.load(monkeypatch), CPU, case, same_bits=same_bits)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("neurons", [1, 2, 7, 64, 100, 129, 257, 1000, 10_007])
-def test_selects(target: Target, neurons: int) -> None:
-    conformance.check_griffin_select(target.load(), CPU, neurons)
+def test_selects(target: Target, neurons: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.check_griffin_select(target.load(monkeypatch), CPU, neurons)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("seed", range(3))
-def test_thresholds(target: Target, seed: int) -> None:
-    conformance.check_cats_threshold(target.load(), CPU, seed)
+def test_thresholds(target: Target, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.check_cats_threshold(target.load(monkeypatch), CPU, seed)
 
 
 def test_few_neurons_may_fall_on_either_side() -> None:

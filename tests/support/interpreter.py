@@ -4,9 +4,12 @@ numpy has no bfloat16. The interpreter keeps its bits as uint16, which `tl.dot` 
 float32's low bits off instead of rounding to nearest even.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -39,3 +42,24 @@ def mend() -> None:
         return create_dot(self, a, b, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+
+
+@contextmanager
+def reads(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """How often each element of some contiguous tensors is loaded, int64."""
+    counts = [torch.zeros(t.numel(), dtype=torch.int64) for t in tensors]
+    load = InterpreterBuilder.create_masked_load
+
+    def spy(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        addresses = np.broadcast_to(ptrs.data, np.shape(mask.data))[np.asarray(mask.data)].astype(np.int64)
+        for tensor, count in zip(tensors, counts, strict=True):
+            elements = (addresses - tensor.data_ptr()) // tensor.element_size()
+            inside = elements[(elements >= 0) & (elements < tensor.numel())]
+            count.index_add_(0, torch.from_numpy(inside), torch.ones(len(inside), dtype=torch.int64))
+        return load(self, ptrs, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = spy
+    try:
+        yield [count.view(t.shape) for t, count in zip(tensors, counts, strict=True)]
+    finally:
+        InterpreterBuilder.create_masked_load = load

@@ -49,6 +49,7 @@ PLAN_CELLS = 32768  # tokens times neurons that a program of `plan` looks at at 
 PLAN_BLOCK = 8192  # and of those neurons the most
 MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
 OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
+SHARED_BYTES = 200_000  # of a multiprocessor's 228 KB
 COUNT_BLOCK = 2048  # magnitudes that one program counts
 
 
@@ -80,3 +81,8 @@ def num_sms(device: torch.device) -> int:
 def row_warps(block: int) -> int:
     """Warps for a row of `block` values held in registers: at most 32 values a thread, where 32 warps suffice."""
     return min(max(block // 1024, 4), 32)
+
+
+def row_stages(row_bytes: int) -> int:
+    """Stages of a loop over rows held in registers: up to two more are under way, as far as shared memory holds them."""
+    return 1 + min(2, SHARED_BYTES // row_bytes)
