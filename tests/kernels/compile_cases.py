@@ -97,6 +97,8 @@ def test_rows_are_read_wide_and_ahead(compiled: dict[str, Any], tokens: int) -> 
         if name != "griffin plan_rows":
             # .cg is the form of 16 bytes; it appears for each of several stages.
             assert len(re.findall(r"cp\.async\.cg\.shared\.global", ptx)) >= 6, name
+            # One token: values also come out of shared memory 16 bytes at a time.
+            assert tokens > 1 or re.search(r"ld\.shared\.v4", ptx), name
         assert ("mma" in ptx) == (tokens == 16 and name != "griffin plan_rows"), name
     assert "atom.global.gpu.acq_rel.add" in found["griffin down"].asm["ptx"]
 

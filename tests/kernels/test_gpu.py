@@ -143,12 +143,14 @@ class TestOnGpu:
 
         z = torch.randn(2048, 18944, device="cuda").bfloat16()
         offsets, slots = torch.tensor([0, 700, 2048], device="cuda"), torch.tensor([1, 0], device="cuda")
-        found, wanted = (torch.zeros(2, 18944, device="cuda") for _ in range(2))
+        found = torch.zeros(2, 18944, device="cuda")
         gpu.griffin_observe(z, offsets, slots, found)
-        reference.griffin_observe(z.double(), offsets, slots, wanted)
-        # Each share has some 4 roundings beside its norm's, and a sum over some 100 blocks of 16 tokens rounds some
-        # 120 times, by 2^-24 each and as often up as down.
-        torch.testing.assert_close(found, wanted, rtol=120 * 2**-24, atol=0)
+        squares = z.double().square()
+        shares = squares / squares.sum(dim=1, keepdim=True)
+        wanted = torch.stack([shares[700:].sum(dim=0), shares[:700].sum(dim=0)]).float()
+        # Some 50 roundings in a norm (a thread's 19 to 37 squares, then a tree), 16 in a block, 9 over 85 blocks, and a
+        # handful in a share; each at most 2^-24 of terms that are all positive.
+        torch.testing.assert_close(found, wanted, rtol=100 * 2**-24, atol=0)
         counted, expected = (
             torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64, device="cuda") for _ in range(2)
         )
@@ -202,9 +204,7 @@ class TestOnGpu:
                 tensor.copy_(value)
 
     def test_nothing_synchronizes(self) -> None:
-        p = problem("cuda")
-        tables = torch.zeros(2, 45, device="cuda"), torch.zeros(2, 1 << 15, dtype=torch.int64, device="cuda")
-        calls = operator_calls(p)
+        calls = operator_calls(problem("cuda"))
         for run in range(2):
             torch.cuda.set_sync_debug_mode("error" if run else "default")  # what the first run compiles may wait
             try:
@@ -212,7 +212,6 @@ class TestOnGpu:
                     getattr(torch.ops.caprese, name)(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        assert not any(table.any() for table in tables)
 
     def test_torch_compile(self) -> None:
         check_compiled("cuda", "inductor")

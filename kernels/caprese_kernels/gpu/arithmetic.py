@@ -54,24 +54,26 @@ def project(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     """x[tokens] times weights[rows], transposed: [TOKENS, ROWS] float32. A row that is not live is not read: zeros.
 
-    x [T, D] and weights [*, D], rows contiguous. All of a row's values go to few neighbouring warps, so that rows
-    left out save their bytes. STAGES loads are under way at once.
+    x [T, D] and weights [*, D], rows contiguous. A row's values go to whole warps, so that rows left out save their
+    bytes. STAGES loads are under way at once. TOKENS is 1 for T = 1 alone: then multiply and add, else tensor cores.
     """
-    total = tl.zeros([TOKENS, ROWS] if DOT else [TOKENS, ROWS, COLUMNS], tl.float32)
-    x += tokens[:, None] * D
+    total = tl.zeros([ROWS, COLUMNS] if TOKENS == 1 else [TOKENS, ROWS], tl.float32)
     weights += rows.to(tl.int64)[:, None] * D
     for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
-        d = start + tl.arange(0, COLUMNS)[None, :]
-        some_x = tl.load(x + d, mask=(tokens < T)[:, None] & (d < D), other=0.0)
-        some_w = tl.load(weights + d, mask=live[:, None] & (d < D), other=0.0, eviction_policy="evict_first")
-        if DOT:
-            total = tl.dot(some_x, tl.trans(some_w), total, input_precision="ieee")
+        d = start + tl.arange(0, COLUMNS)
+        some_w = tl.load(
+            weights + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        if TOKENS == 1:
+            some_x = tl.load(x + d, mask=d < D, other=0.0)
+            total += some_x.to(tl.float32)[None, :] * some_w.to(tl.float32)
         else:
-            total += some_x.to(tl.float32)[:, None, :] * some_w.to(tl.float32)[None, :, :]
-    if not DOT:
-        total = tl.sum(total, axis=2)
+            mask = (tokens < T)[:, None] & (d < D)[None, :]
+            some_x = tl.load(x + tokens[:, None] * D + d[None, :], mask=mask, other=0.0)
+            total = tl.dot(some_x, tl.trans(some_w), total, input_precision="ieee")
+    if TOKENS == 1:
+        total = tl.sum(total, axis=1)[None, :]
     return total

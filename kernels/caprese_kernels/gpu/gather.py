@@ -98,7 +98,6 @@ class _Call:
             "ROWS": tile.rows,
             "COLUMNS": tile.columns // self.shrink,
             "STAGES": tile.stages,
-            "DOT": self.tile > tuning.VECTOR_TOKENS,
             "num_warps": tile.warps,
         }
 

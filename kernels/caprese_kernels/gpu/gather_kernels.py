@@ -63,7 +63,6 @@ def griffin_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
     first = tl.program_id(0) * ROWS
@@ -81,11 +80,11 @@ def griffin_up(
     neuron = i < listed
     j = tl.where(neuron, tl.load(rows + i, mask=neuron, other=0), F + i - listed)
     up_row = j + F if GATED else j
-    up = project(x, weights, tokens, up_row, i < end, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+    up = project(x, weights, tokens, up_row, i < end, T, D, TOKENS, ROWS, COLUMNS, STAGES)
     if GATED:
         gate = tl.zeros([TOKENS, ROWS], tl.float32)
         if first < listed:
-            gate = project(x, weights, tokens, j, neuron, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+            gate = project(x, weights, tokens, j, neuron, T, D, TOKENS, ROWS, COLUMNS, STAGES)
         g = rounded_activation(gate, bias, j, neuron, ACT, BIASED, DTYPE)
         value = product(g, rounded(up, bias, up_row, neuron, BIASED, DTYPE))
     else:
@@ -120,7 +119,6 @@ def cats_up(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     """z[t, j] of neurons with |g| >= tau[slot], else zero, and of the rows of L^T; how many neurons a token keeps.
 
@@ -136,7 +134,7 @@ def cats_up(
         j = tile * ROWS + tl.arange(0, ROWS)
         neuron = j < F
         live = j < tl.where(needs_any, F, 0)
-        gate = project(x, weights, tokens, j, live, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+        gate = project(x, weights, tokens, j, live, T, D, TOKENS, ROWS, COLUMNS, STAGES)
         g = rounded_activation(gate, bias, j, neuron, ACT, BIASED, DTYPE)
         threshold = tl.load(tau + slot, mask=slot >= 0, other=float("inf"))[:, None]
         kept = (tl.abs(g.to(tl.float32)) >= threshold) & (slot >= 0)[:, None] & neuron[None, :]
@@ -145,7 +143,7 @@ def cats_up(
         if GATED:
             up = tl.zeros([TOKENS, ROWS], tl.float32)
             if tl.max(needed.to(tl.int32)) > 0:
-                up = project(x, weights, tokens, j + F, needed, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+                up = project(x, weights, tokens, j + F, needed, T, D, TOKENS, ROWS, COLUMNS, STAGES)
             value = product(g, rounded(up, bias, j + F, neuron, BIASED, DTYPE))
         value = tl.where(kept, value, 0.0)
         # Integers: their sum has one value in any order.
@@ -155,7 +153,7 @@ def cats_up(
         i = F + (tile - neuron_tiles) * ROWS + tl.arange(0, ROWS)
         live = i < tl.where(needs_any, F + R, 0)
         row = i + F if GATED else i
-        low_rank = project(x, weights, tokens, row, live, T, D, TOKENS, ROWS, COLUMNS, STAGES, DOT)
+        low_rank = project(x, weights, tokens, row, live, T, D, TOKENS, ROWS, COLUMNS, STAGES)
         tl.store(
             z + tokens[:, None] * (F + R) + i[None, :],
             tl.where((slot >= 0)[:, None], low_rank, 0.0).to(DTYPE),
@@ -184,7 +182,6 @@ def down(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
 ):
     """y = z [W_2; R] over the rows of a plan, or over all rows with some z other than zero; zero for padding.
 
@@ -201,32 +198,36 @@ def down(
         total = F + R
     share = tl.cdiv(tl.cdiv(total, num_splits), 8) * 8  # so that loads of z and of the plan are 16 bytes wide
     end = tl.minimum((split + 1) * share, total)
-    sums = tl.zeros([TOKENS, COLUMNS] if DOT else [TOKENS, ROWS, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS] if TOKENS == 1 else [TOKENS, COLUMNS], tl.float32)
     for first in tl.range(split * share, end, ROWS, num_stages=STAGES):
         i = first + tl.arange(0, ROWS)
         live = i < end
-        # Loaded also past the end, whose place in memory is not known beforehand: so the loads can be wide.
-        some_z = tl.load(
-            z + tokens[:, None] * (F + R) + i[None, :], mask=(tokens < T)[:, None] & (i < F + R)[None, :], other=0.0
-        )
-        some_z = tl.where(live[None, :], some_z, 0.0)
+        # z is loaded also past the end, whose place in memory is not known beforehand: so the loads can be wide.
+        if TOKENS == 1:
+            some_z = tl.where(live, tl.load(z + i, mask=i < F + R, other=0.0), 0.0)
+            needed = some_z.to(tl.float32) != 0.0
+        else:
+            mask = (tokens < T)[:, None] & (i < F + R)[None, :]
+            some_z = tl.load(z + tokens[:, None] * (F + R) + i[None, :], mask=mask, other=0.0)
+            some_z = tl.where(live[None, :], some_z, 0.0)
+            needed = tl.max((some_z.to(tl.float32) != 0.0).to(tl.int32), axis=0) > 0
         if LISTED:
             row = tl.where(i < listed, tl.load(rows + i, mask=i < F, other=0), F + i - listed)
         else:
             row = i
-            live = live & (tl.max((some_z.to(tl.float32) != 0.0).to(tl.int32), axis=0) > 0)
+            live = needed
         some_w = tl.load(
             weights + row.to(tl.int64)[:, None] * D + d[None, :],
             mask=live[:, None] & (d < D)[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        if DOT:
-            sums = tl.dot(some_z, some_w, sums, input_precision="ieee")
+        if TOKENS == 1:
+            sums += some_z.to(tl.float32)[:, None] * some_w.to(tl.float32)
         else:
-            sums += some_z.to(tl.float32)[:, :, None] * some_w.to(tl.float32)[None, :, :]
-    if not DOT:
-        sums = tl.sum(sums, axis=1)
+            sums = tl.dot(some_z, some_w, sums, input_precision="ieee")
+    if TOKENS == 1:
+        sums = tl.sum(sums, axis=0)[None, :]
     cell = tokens[:, None] * D + d[None, :]
     mask = (tokens < T)[:, None] & (d < D)[None, :]
     tl.store(partial + split * T * D + cell, sums, mask=mask)
@@ -235,21 +236,17 @@ def down(
     before = tl.atomic_add(arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel")
     if before == num_splits - 1:
         # From L2 (.cg): a line of L1 could be older than another program's store.
-        if DOT:
+        if TOKENS == 1:
+            sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for first in range(0, num_splits, ROWS):
+                part = (first + tl.arange(0, ROWS))[:, None]
+                mask_part = (part < num_splits) & (d < D)[None, :]
+                sums += tl.load(partial + part * D + d[None, :], mask=mask_part, other=0.0, cache_modifier=".cg")
+            sums = tl.sum(sums, axis=0)[None, :]
+        else:
             sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
             for part in tl.range(0, num_splits, loop_unroll_factor=64 // TOKENS):
                 sums += tl.load(partial + part * T * D + cell, mask=mask, other=0.0, cache_modifier=".cg")
-        else:
-            sums = tl.zeros([TOKENS, ROWS, COLUMNS], tl.float32)
-            for first in range(0, num_splits, ROWS):
-                part = (first + tl.arange(0, ROWS))[None, :, None]
-                sums += tl.load(
-                    partial + part * T * D + cell[:, None, :],
-                    mask=(part < num_splits) & mask[:, None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-            sums = tl.sum(sums, axis=1)
         if BIASED:
             sums += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         valid = tl.load(slots + tokens, mask=tokens < T, other=-1) >= 0

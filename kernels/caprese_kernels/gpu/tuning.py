@@ -10,8 +10,8 @@ bytes; activations, lists and partial sums are far below 1% of that. Qwen 2.5 14
   multiprocessor, so that there is enough also where rows that no token needs are masked off (CATS).
 - Small tiles, many programs: the hardware hands them out as others end, so the last ones leave little idle. Programs
   past a list's end exit after one load.
-- Up to VECTOR_TOKENS tokens multiply and reduce on the CUDA cores: 2.4e12 weights/s times B multiply-adds is under a
-  quarter of their rate for B up to 3. Beyond, tensor cores, with tokens padded to 16 (the tiles' least side).
+- One token multiplies and adds on the CUDA cores: 2.4e12 weights/s are 7% of their rate, and with conversions, masks
+  and addresses the loop issues some five instructions for each. More tokens take tensor cores, padded to 16.
 - Down: each part of the list leaves a float32 partial sum [B, D] in L2 (50 MB), and the program that adds them up is
   the kernel's tail. So there are only as many parts as fill the machine once, with WARPS_PER_SM.
 """
@@ -23,10 +23,9 @@ from functools import cache
 
 import torch
 
-VECTOR_TOKENS = 2
 MAX_TOKENS = 64  # tokens of one tile; more tokens are more tiles, each of which reads the weights again
 WARPS_PER_SM = 16  # in the kernel of down, whose stages take up to 64 KB for 4 or 8 of them
-DOWN_REGISTERS = 65536 // (32 * WARPS_PER_SM)  # of a thread, so that they fit: left alone ptxas takes 200
+DOWN_REGISTERS = 65536 // (32 * WARPS_PER_SM)  # of a thread, so that they fit: ptxas would take 250 for 64 tokens
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Tile:
     stages: int
 
 
-UP_VECTOR = Tile(rows=4, columns=512, warps=4, stages=4)  # 4 KB a load, a row a warp; 9 programs on a multiprocessor
+UP_ONE = Tile(rows=8, columns=512, warps=4, stages=4)  # 8 KB a load; 4 programs on a multiprocessor
 UP_DOT = Tile(rows=32, columns=128, warps=4, stages=5)  # 8 KB a load; 8 rows, the tensor cores' width, a warp
-DOWN_VECTOR = Tile(rows=32, columns=256, warps=8, stages=4)  # 16 KB a load, 512 bytes of each row
+DOWN_ONE = Tile(rows=32, columns=256, warps=8, stages=4)  # 16 KB a load, 512 bytes of each row
 # Triton divides the stages of a loop between a list's indices and the rows they name: 8 keep 3 loads of rows under way.
 DOWN_DOT = Tile(rows=32, columns=128, warps=4, stages=8)  # 8 KB a load
 
@@ -54,17 +53,16 @@ COUNT_BLOCK = 2048  # magnitudes that one program counts
 
 
 def tokens_tile(tokens: int) -> int:
-    """Tokens of a tile: a power of two."""
-    padded = 1 << max(tokens - 1, 0).bit_length()
-    return padded if padded <= VECTOR_TOKENS else min(max(padded, 16), MAX_TOKENS)
+    """Tokens of a tile: 1 for one token, else a power of two from 16."""
+    return 1 if tokens == 1 else min(max(1 << (tokens - 1).bit_length(), 16), MAX_TOKENS)
 
 
 def up_tile(tokens: int) -> Tile:
-    return UP_VECTOR if tokens_tile(tokens) <= VECTOR_TOKENS else UP_DOT
+    return UP_ONE if tokens == 1 else UP_DOT
 
 
 def down_tile(tokens: int) -> Tile:
-    return DOWN_VECTOR if tokens_tile(tokens) <= VECTOR_TOKENS else DOWN_DOT
+    return DOWN_ONE if tokens == 1 else DOWN_DOT
 
 
 def splits(programs: int, rows: int, tile: Tile, device: torch.device) -> int:
@@ -84,5 +82,5 @@ def row_warps(block: int) -> int:
 
 
 def row_stages(row_bytes: int) -> int:
-    """Stages of a loop over rows held in registers: up to two more are under way, as far as shared memory holds them."""
+    """Stages of a loop over rows held in registers: two more are under way, as far as shared memory holds them."""
     return 1 + min(2, SHARED_BYTES // row_bytes)
