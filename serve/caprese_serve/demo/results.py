@@ -131,8 +131,8 @@ def remarks(report: DemoReport) -> Iterator[str]:
         )
     elif kernels:
         yield (
-            "All of this model's weights fit into a processor's cache, so tokens/s shows what Caprese costs a step, not "
-            "what reading less gains. The last column counts the weights that are needed."
+            "All of this model's weights fit into a processor's cache, so tokens/s shows what Caprese costs a step, "
+            "not what reading less gains. The last column counts the weights that are needed."
         )
 
 
