@@ -14,7 +14,7 @@ from torch import Tensor
 from caprese_kernels import reference
 from caprese_kernels.backend import Backend
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.packed import PackedFF
+from caprese_kernels.packed import PackedFF, allocate
 
 from . import kernel_cases as cases
 from .kernel_cases import Case, Group, Shape
@@ -73,13 +73,16 @@ class Copies:
         d, f, r = shape.hidden_size, shape.neurons, cases.RANK
 
         def weights(rows: int, columns: int, fan_in: int) -> Tensor:
-            empty = torch.empty(rows, columns, dtype=DTYPE, device=device)
+            empty = allocate(rows, torch.empty(0, columns, dtype=DTYPE, device=device))
             return empty.normal_(std=fan_in**-0.5, generator=generator)
+
+        def copy(weights: Tensor) -> Tensor:
+            return allocate(len(weights), weights).copy_(weights)
 
         gate_up_plus, down_plus = weights(2 * f + r, d, d), weights(f + r, d, f)
         self.shape = shape
         self.packed = [PackedFF(gate_up_plus, down_plus, shape.activation, r)]
-        self.packed += [PackedFF(gate_up_plus.clone(), down_plus.clone(), shape.activation, r) for _ in range(1, count)]
+        self.packed += [PackedFF(copy(gate_up_plus), copy(down_plus), shape.activation, r) for _ in range(1, count)]
         enough = turns(cases.dense_bytes(d, f, ITEMSIZE), device)
         self.dense = [
             DenseWeights(ff.gate_up_plus[: 2 * f].clone(), ff.down_plus[:f].t().contiguous())

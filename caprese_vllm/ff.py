@@ -18,7 +18,7 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import ACTIVATIONS, Method
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.packed import PackedFF
+from caprese_kernels.packed import PackedFF, allocate
 from caprese_kernels.reference import griffin_count
 
 from .requests import RequestTable, Step
@@ -173,9 +173,9 @@ def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
     gate_up, down = mlp.gate_up_proj, mlp.down_proj
     assert isinstance(gate_up, MergedColumnParallelLinear)
     assert isinstance(down, RowParallelLinear)
-    depth, neurons = down.weight.shape
-    rows = gate_up.weight.new_empty(2 * neurons + rank, depth)  # gate, up, L^T
-    down_plus = down.weight.new_empty(neurons + rank, depth)
+    neurons = down.weight.shape[1]
+    rows = allocate(2 * neurons + rank, gate_up.weight)  # gate, up, L^T
+    down_plus = allocate(neurons + rank, gate_up.weight)
     gate_up.weight.data = rows[: 2 * neurons]
     down.weight.data = down_plus[:neurons].t()
     for layer in (gate_up, down):

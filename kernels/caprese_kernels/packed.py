@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +26,22 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "relu": F.relu,
 }
+
+
+def allocate(rows: int, like: Tensor) -> Tensor:
+    """Uninitialized storage [rows, D] for weights of `like`'s type and device, on a CPU in huge pages where Linux has
+    them.
+
+    Scattered rows touch as many pages as they are rows. Of 4 KiB each, looking up their addresses takes a tenth of the
+    time (8 to 16 tokens, Qwen 2.5 1.5B's shape, two cores of an EPYC 9004).
+    """
+    storage = like.new_empty(rows, like.shape[1])
+    if storage.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (storage.data_ptr() + storage.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:  # advice: a kernel without huge pages refuses it, and nothing is lost
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return storage
 
 
 @dataclass
@@ -114,10 +132,11 @@ class PackedFF:
                 found=str(tuple(gate.shape)),
                 fix="check F and D",
             )
-        rows, down_rows = [up] if gate is None else [gate, up], [down.t()]
+        parts, down_parts = [up] if gate is None else [gate, up], [down.t()]
         if left is not None and right is not None:
-            rows.append(left.t().to(up))
-            down_rows.append(right.to(down))
+            parts.append(left.t().to(up))
+            down_parts.append(right.to(down))
+        rows, down_rows = (torch.cat(each, out=allocate(sum(map(len, each)), up)) for each in (parts, down_parts))
         bias = up_bias if gate_bias is None or up_bias is None else torch.cat([gate_bias, up_bias])
         rank = 0 if left is None else left.shape[1]
-        return cls(torch.cat(rows), torch.cat(down_rows).contiguous(), activation, rank, bias, down_bias)
+        return cls(rows, down_rows, activation, rank, bias, down_bias)

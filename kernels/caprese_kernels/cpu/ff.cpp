@@ -56,14 +56,17 @@ public:
     void above(int64_t begin, int64_t end, const float* thresholds, int64_t* kept) {
         tau = thresholds;
         int pending = 0;
+        // Of several tokens some keeps nearly every neuron, so its up row is fetched while its gate is computed.
+        const bool likely = block.gate && tokens >= 4;
         for (int64_t j = begin; j < end; j += GROUP) {
             const int count = std::min<int64_t>(GROUP, end - j);
-            const T *rows[GROUP], *after[GROUP];
+            const T *rows[GROUP], *up[GROUP], *after[GROUP];
             for (int r = 0; r < GROUP; ++r) {
                 rows[r] = first_row(j + std::min(r, count - 1));
+                up[r] = row(block.up_plus, j + std::min(r, count - 1));
                 after[r] = first_row(std::min(j + GROUP + r, end - 1));
             }
-            project<T>(rows, after, x, stride, depth, tokens, u[0]);
+            project<T>(rows, likely ? up : after, x, stride, depth, tokens, u[0]);
             for (int r = 0; r < count; ++r) {
                 activate_row(u[r], j + r);
                 bool any = false;
@@ -75,11 +78,11 @@ public:
                 if (!any) continue;
                 std::copy(u[r], u[r] + tokens, g[pending]);
                 neuron[pending++] = j + r;
-                if (block.gate)  // read when its group is full, a gate block or two from now
+                if (block.gate && !likely)  // read when its group is full, a gate block or two from now
                     for (int64_t d = 0; d < depth; d += R::STEP) prefetch(row(block.up_plus, j + r) + d);
             }
             if (pending < GROUP) continue;
-            finish(GROUP, rows);
+            finish(GROUP, likely ? after : rows);
             pending -= GROUP;
             std::copy(neuron + GROUP, neuron + GROUP + pending, neuron);
             for (int r = 0; r < pending; ++r) std::copy(g[GROUP + r], g[GROUP + r] + tokens, g[r]);
