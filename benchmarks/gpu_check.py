@@ -49,8 +49,8 @@ def steps(folder: Path) -> list[Step]:
     targets = ["--shapes", "llama-3.1-8b,qwen-2.5-14b"]  # the shapes that the kernels' targets are set for
     return [
         Step("tests marked gpu", [*pytest, "-m", "gpu", *everywhere], 150),
-        Step("kernel tests", [*pytest, "-m", "not gpu", "tests/kernels"], 120),
         Step("kernels, two shapes", [*bench, *targets, "--sections", "shapes,batch,statistics"], 180),
+        Step("kernel tests", [*pytest, "-m", "not gpu", "tests/kernels/test_gpu.py"], 150),
         Step("kernels, two shapes, all sections", [*bench, *targets, "--resume"], 120),
         Step("kernels, all shapes", [*bench, "--resume"], 600),
     ]

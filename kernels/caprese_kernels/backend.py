@@ -6,14 +6,16 @@ import functools
 import logging
 import os
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .config import KernelName
 from .errors import CapreseError
 from .packed import PackedFF
+
+if TYPE_CHECKING:  # config needs pydantic, the kernels do not
+    from .config import KernelName
 
 
 class Backend(Protocol):

@@ -1,6 +1,7 @@
 """The ways in which vLLM runs a model besides V1 eager: the V2 runner (the GPU's default) and torch.compile."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,29 @@ def test_v2_runner(
     assert found["report"]["method"] == method
     assert found["preempted"] > 0, "the test must preempt"
     check(found["tokens"], case.expected(prompts, 30), f"V2, {architecture}, {method}")
+
+
+def test_triton_kernels_in_the_engine(model_dir: ModelDir, tmp_path: Path) -> None:
+    """The GPU's path from scheduler to kernel, with Triton's interpreter for a GPU."""
+    case = new_case(model_dir, tmp_path, "llama", "griffin", True)
+    prompts = random_prompts((1, 20), seed=22)
+    caprese = {**case.caprese, "kernel": "triton"}
+    job = {"model": str(case.model_dir), "caprese": caprese, "engine": DEFAULTS, "prompts": prompts, "new_tokens": 4}
+    found = run_v2(job)
+    assert found["report"]["kernel"] == "triton"
+    check(found["tokens"], case.expected(prompts, 4), "V2 with Triton kernels")
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX") or "g++"), reason="needs a C++ compiler: $CXX or g++")
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_kernels_on_a_cpu(model_dir: ModelDir, tmp_path: Path, kernel: str) -> None:
+    """Both give the same tokens; "auto" is the compiled one, which never reads the weights of dropped neurons."""
+    case = new_case(model_dir, tmp_path, "qwen3", "griffin", True)
+    prompts = random_prompts((9, 17), seed=23)
+    with engine(case.model_dir, {**case.caprese, "kernel": kernel}) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), case.expected(prompts), kernel)
+        report = llm.collective_rpc("caprese_report")[0]
+        assert report["kernel"] == ("cpu" if kernel == "auto" else kernel)
 
 
 def test_compiled(model_dir: ModelDir, tmp_path: Path) -> None:
