@@ -85,7 +85,10 @@ def run(todo: list[Group], settings: Settings, backend: Backend, out: Path, resu
     memory = Memory(settings.device)
     result = Result("kernels", _provenance(settings, memory.source), KEYS, MEASURES)
     if resume:
-        result.rows = previous_rows(out / "kernels.json", result)
+        earlier = previous(out / "kernels.json", result)
+        if earlier is not None:
+            result.rows = earlier.rows
+            result.provenance["command"] = f"{earlier.provenance['command']} && {result.provenance['command']}"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
@@ -97,8 +100,8 @@ def run(todo: list[Group], settings: Settings, backend: Backend, out: Path, resu
                         shape = group.shape
                         torch.compiler.reset()
                     bar.update(line, description=f"{section} {group.shape.name}, {group.tokens} tokens")
-                    earlier = [row for row in result.rows if _belongs(row, group)]
-                    if len(earlier) != len(group.cases) + 1:  # the dense block's is the one more
+                    present = [row for row in result.rows if _belongs(row, group)]
+                    if len(present) != len(group.cases) + 1:  # the dense block's is the one more
                         measured = measure(group, settings, backend, memory)
                         result.rows = [row for row in result.rows if not _belongs(row, group)] + measured.rows
                         result.errors += measured.errors
@@ -122,10 +125,10 @@ def run(todo: list[Group], settings: Settings, backend: Backend, out: Path, resu
     return result
 
 
-def previous_rows(path: Path, new: Result) -> list[Row]:
-    """The rows of an earlier run that was made as this one; none if there was no run."""
+def previous(path: Path, new: Result) -> Result | None:
+    """The result of an earlier run that was made as this one; None if there was no run."""
     if not path.exists():
-        return []
+        return None
     earlier = Result.load(path)
     for part in SAME:
         # "-dirty" tells nothing here: results that are committed make it so when they are written anew; see _source.
@@ -137,7 +140,7 @@ def previous_rows(path: Path, new: Result) -> list[Row]:
                 found=now,
                 fix="run without --resume, or with another --out",
             )
-    return earlier.rows
+    return earlier
 
 
 def load_backend(name: str, device: str) -> Backend:
@@ -146,7 +149,7 @@ def load_backend(name: str, device: str) -> Backend:
 
     from caprese_kernels import backend
 
-    _names("--backend", name, ("auto", "reference", "cpu", "triton"))
+    _name("--backend", name, ("auto", "reference", "cpu", "triton"))
     if name == {"cpu": "triton", "cuda": "cpu"}[device]:
         raise CapreseError(
             "--backend", expected=f"one for the device {device}", found=name, fix="give the --device that it is for"
@@ -189,10 +192,15 @@ def _check_writable(out: Path) -> None:
 def _device(name: str) -> str:
     import torch
 
-    (name,) = _names("--device", name, ("auto", "cpu", "cuda"))
+    _name("--device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise CapreseError("--device", expected="a GPU that torch can use", found="none", fix="use --device cpu")
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _name(option: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise CapreseError(option, expected=f"one of {', '.join(known)}", found=repr(name), fix="correct it")
 
 
 def _names(option: str, text: str | None, known: Any) -> list[str]:

@@ -75,7 +75,11 @@ class Result:
     def load(cls, path: Path) -> Result:
         """From a JSON file that `write` made."""
         try:
-            return cls(**json.loads(path.read_text()))
+            result = cls(**json.loads(path.read_text()))
+            for row in result.rows:
+                if not isinstance(row, dict) or any(isinstance(row.get(name), str) for name in result.measures):
+                    raise ValueError("rows that are none")
+            return result
         except (OSError, ValueError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "another content"
             raise CapreseError(

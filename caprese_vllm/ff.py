@@ -92,13 +92,14 @@ class SparseFF:
         if step is None:
             out.copy_(self._original(x)[0])
             return
-        if len(step.sparse_rows) < step.num_rows:
-            whole = len(step.dense_rows) == step.num_rows
-            rows = slice(0, step.num_rows) if whole else step.dense_rows
-            out[rows] = self._dense(x[rows], step)
+        if len(step.dense_rows):
+            rows = _rows(step, step.dense_rows)
+            out[rows] = self._prompt(x[rows], step)
+        if len(step.off_rows):
+            rows = _rows(step, step.off_rows)
+            out[rows] = self.state.kernels.dense_ff(x[rows], self.packed)
         if len(step.sparse_rows):
-            whole = len(step.sparse_rows) == step.num_rows
-            rows = slice(0, step.num_rows) if whole else step.sparse_rows
+            rows = _rows(step, step.sparse_rows)
             out[rows] = self._sparse(x[rows], step.sparse_slots)
 
     def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,9 +109,7 @@ class SparseFF:
         y, _ = self.mlp.down_proj(z)
         return y, z, gate_up
 
-    def _dense(self, x: Tensor, step: Step) -> Tensor:
-        if not step.chunks and not x.is_cuda:
-            return self.state.kernels.dense_ff(x, self.packed)  # a few rows of requests with Caprese off
+    def _prompt(self, x: Tensor, step: Step) -> Tensor:
         y, z, gate_up = self._original(x)
         ended, selections = self.statistics.observe(step.chunks, z, gate_up)
         if selections is not None:
@@ -146,12 +145,15 @@ class SparseFF:
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
+        gate_up, down = self.mlp.gate_up_proj, self.mlp.down_proj
         views = (
-            (self.mlp.gate_up_proj.weight, self.packed.gate),
-            (self.mlp.down_proj.weight, self.packed.down_plus),
+            (gate_up.weight, self.packed.gate_up_plus),
+            (down.weight, self.packed.down_plus),
+            (gate_up.bias, self.packed.gate_up_bias),
+            (down.bias, self.packed.down_bias),
         )
         for weight, packed in views:
-            if packed is None or weight.data_ptr() != packed.data_ptr():
+            if weight is not None and (packed is None or weight.data_ptr() != packed.data_ptr()):
                 raise CapreseError(
                     f"FF block of layer {self.layer}",
                     expected="its weights in packed storage after loading",
@@ -162,6 +164,11 @@ class SparseFF:
             left, right = adapters.left[self.layer], adapters.right[self.layer]
             self.packed.up_plus[self.num_neurons :].copy_(left.t())
             self.packed.down_plus[self.num_neurons :].copy_(right)
+
+
+def _rows(step: Step, rows: Tensor) -> Tensor | slice:
+    """All of the step's rows as a view, some as indices."""
+    return slice(0, step.num_rows) if len(rows) == step.num_rows else rows
 
 
 def _repack(mlp: Any, rank: int, act: str) -> PackedFF:

@@ -44,7 +44,8 @@ class Step:
     chunks: list[PromptChunk]  # of requests without a selection; in row order
     sparse_rows: Tensor  # [S] int64, rows that hold generated tokens
     sparse_slots: Tensor  # [S] int64, the slot of each
-    dense_rows: Tensor  # [P] int64, rows that run the original block: prompt tokens, and requests with Caprese off
+    dense_rows: Tensor  # [P] int64, rows of prompt tokens
+    off_rows: Tensor  # [O] int64, rows of generated tokens of requests with Caprese off
 
 
 @dataclass
@@ -72,16 +73,17 @@ class RequestTable:
         sparse_rows: list[int] = []
         sparse_slots: list[int] = []
         dense_rows: list[int] = []
+        off_rows: list[int] = []
         row = 0
         for request_id, prompt_len, start, count, dense in scheduled:
-            if dense:
-                dense_rows.extend(range(row, row + count))
-                row += count
-                continue
-            request = self._requests.get(request_id) or self._add(request_id)
             boundary = row + min(max(prompt_len - start, 0), count)
             begin = len(dense_rows)
             dense_rows.extend(range(row, boundary))
+            if dense:
+                off_rows.extend(range(boundary, row + count))
+                row += count
+                continue
+            request = self._requests.get(request_id) or self._add(request_id)
             if boundary > row and not request.selected:
                 chunks.append(self._chunk(request_id, request, prompt_len, start, begin, len(dense_rows)))
             if boundary < row + count:
@@ -90,7 +92,8 @@ class RequestTable:
                 sparse_rows.extend(range(boundary, row + count))
                 sparse_slots.extend([request.slot] * (row + count - boundary))
             row += count
-        return Step(row, chunks, self._tensor(sparse_rows), self._tensor(sparse_slots), self._tensor(dense_rows))
+        groups = (sparse_rows, sparse_slots, dense_rows, off_rows)
+        return Step(row, chunks, *map(self._tensor, groups))
 
     def finish(self, request_id: str) -> int | None:
         """Free the request's slot and return it; None for a request that never ran."""

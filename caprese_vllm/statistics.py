@@ -41,7 +41,8 @@ class Statistics:
             if last:
                 selections = self._select(table[last], griffin)
                 selected = {added[i].slot: selection for i, selection in zip(last, selections, strict=True)}
-            self._rows |= {chunk.slot: row for chunk, row in zip(added, table, strict=True) if not chunk.last}
+            # Copies: a view would keep the whole step's table alive.
+            self._rows |= {chunk.slot: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
         for slot in set(ended) - set(selected):
             selected[slot] = self._exact.pop(slot).threshold(self.method.density)
         return ended, torch.stack([selected[slot] for slot in ended]) if ended else None
@@ -52,8 +53,10 @@ class Statistics:
         table = torch.zeros(len(chunks), width, dtype=dtype, device=values.device)
         offsets, rows = [0], []
         for i, chunk in enumerate(chunks):
+            before = self._rows.pop(chunk.slot, None)  # also of a pass that a preemption cut short
             if not chunk.first:
-                table[i] = self._rows.pop(chunk.slot)
+                assert before is not None
+                table[i] = before
             offsets += [chunk.begin, chunk.end]  # what lies between two chunks is of requests with Caprese off
             rows += [-1, i]
         at, where = torch.tensor(offsets, device=values.device), torch.tensor(rows, device=values.device)

@@ -1,7 +1,8 @@
 """torch.library operators over the backends: usable in torch.compile and CUDA graphs, dispatched by device.
 
 caprese::griffin_ff, cats_ff, griffin_observe, griffin_select, cats_observe and cats_threshold take a PackedFF's tensors
-one by one; the functions of the same names here take it whole. `reference` defines what they compute.
+one by one; the functions of the same names here take it whole. `reference` defines what they compute. They are for
+models of one's own: the plugin, which is one operator already, calls the backend itself.
 """
 
 from __future__ import annotations

@@ -78,6 +78,15 @@ class PackedFF:
                 found=f"{list(self.down_plus.shape)} and {list(self.gate_up_plus.shape)}",
                 fix="pack W_2 neuron-major, one row of D values a neuron, and check F and r",
             )
+        tensors = [self.gate_up_plus, self.down_plus, self.gate_up_bias, self.down_bias]
+        kinds = {(str(t.dtype), str(t.device)) for t in tensors if t is not None}
+        if len(kinds) > 1 or not all(t is None or t.is_contiguous() for t in tensors):
+            raise CapreseError(
+                "packed weights",
+                expected="contiguous tensors of one type on one device",
+                found=", ".join(" on ".join(kind) for kind in sorted(kinds)) + (" " if len(kinds) > 1 else ", strided"),
+                fix="convert them first",
+            )
         self.gate = self.gate_up_plus[:neurons] if extra else None
         self.up_plus = self.gate_up_plus[extra:]
         self.up_bias = self.gate_up_bias

@@ -284,7 +284,7 @@ def test_interrupted_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for part in ("git_commit", "source", "hardware", "versions"):
         other = replace(whole, provenance=whole.provenance | {part: "another"})
         with pytest.raises(CapreseError, match=f"{part.replace('_', ' ')} as then"):
-            kernel_bench.previous_rows(tmp_path / "kernels.json", other)
+            kernel_bench.previous(tmp_path / "kernels.json", other)
     with pytest.raises(CapreseError, match="settings as then"):
         kernel_bench.run(todo, replace(SETTINGS, repeats=4), backend(), tmp_path, resume=True)
     kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: anew

@@ -580,6 +580,18 @@ def griffin_rows(s: Segments) -> Tensor:
     return z
 
 
+def check_tokens_that_are_not_finite(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    """A token with an infinite or undefined z adds nothing, as its share of its own norm is undefined."""
+    z = torch.randn(7, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[1, 3], z[4, 99], z[5] = math.inf, math.nan, -math.inf
+    offsets, slots = torch.tensor([0, 7], device=device), torch.tensor([0], device=device)
+    found, wanted = torch.zeros(1, 100, device=device), torch.zeros(1, 100)
+    backend.griffin_observe(z.to(device), offsets, slots, found)
+    reference.griffin_observe(z[[0, 2, 3, 6]], torch.tensor([0, 4]), torch.tensor([0]), wanted)
+    # Four terms each, with a norm of 100 terms.
+    torch.testing.assert_close(found.cpu(), wanted, rtol=120 * FLOAT32, atol=0)
+
+
 def check_griffin_observe(backend: Backend, device: torch.device, case: Case) -> None:
     """Shares of every segment are added to its slot, and to nothing else; cut into chunks they sum to the same.
 

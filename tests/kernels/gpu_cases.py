@@ -149,6 +149,11 @@ def test_real_hidden_size(check: Callable[..., None], case: Case) -> None:
     check(BACKENDS["gather"], DEVICE, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_that_are_not_finite(dtype: torch.dtype) -> None:
+    conformance.check_tokens_that_are_not_finite(gpu, DEVICE, dtype)
+
+
 @pytest.mark.parametrize("neurons", [1, 7, 129, 10_007])
 def test_selects(neurons: int) -> None:
     conformance.check_griffin_select(gpu, DEVICE, neurons)

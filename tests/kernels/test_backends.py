@@ -64,6 +64,7 @@ class Target:
             library = module.library(self.march)
             monkeypatch.setattr(module, "library", lambda: library)
             monkeypatch.setattr(module, "GATHER_UP_TO", self.gathers_below - 1)
+            monkeypatch.setattr(module, "SHARED_UNION", module.SHARED_UNION if self.gathers_below else -1)
         return module
 
 
@@ -109,6 +110,12 @@ def test_requests_stand_alone(target: Target, case: Case, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("neurons", [1, 2, 7, 64, 100, 129, 257, 1000, 10_007])
 def test_selects(target: Target, neurons: int, monkeypatch: pytest.MonkeyPatch) -> None:
     conformance.check_griffin_select(target.load(monkeypatch), CPU, neurons)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_tokens_that_are_not_finite(target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    conformance.check_tokens_that_are_not_finite(target.load(monkeypatch), CPU, dtype)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)

@@ -4,6 +4,9 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from caprese_kernels import backend, cpu, reference
 from caprese_kernels.cpu import build
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.packed import PackedFF
 
+ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX") or "g++"), reason="needs a C++ compiler: $CXX or g++"
@@ -22,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     """As in a new process: nothing loaded, nothing said."""
-    build.library.cache_clear()
+    build._library.cache_clear()
     backend._say_once.cache_clear()
 
 
@@ -65,13 +70,95 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
         build.library()
 
 
+def test_a_compiler_that_cannot_be_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "g++"
+    broken.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert backend.choose("auto", CPU) is reference
+
+
+@needs_compiler
+def test_a_compiler_may_have_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -DNOTHING")
+    assert backend.choose("auto", CPU) is cpu
+
+
+def test_the_sources_are_in_the_package() -> None:
+    """What is compiled on first use must be installed: see package-data in pyproject.toml."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "kernels/caprese_kernels"
+    packed = {path for pattern in patterns["caprese_kernels"] for path in folder.glob(pattern)}
+    assert packed == {folder / "cpu" / name for name in (*build.SOURCES, *build.HEADERS)}
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    """In a process of its own, as the number of threads is one for all."""
+    code = f"""
+import torch
+from caprese_kernels import cpu, reference
+from tests.kernels import conformance
+torch.set_num_threads({threads})
+for case in conformance.SMALL:
+    for check in (conformance.check_dense, conformance.check_griffin, conformance.check_cats,
+                  conformance.check_griffin_observe, conformance.check_cats_observe):
+        check(cpu, torch.device("cpu"), case)
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout.strip() == str(threads), done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_batch_of_few_selections_gathers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of few prompts: more tokens than one pass takes, and no weight of a dropped neuron is read."""
+    generator = torch.Generator().manual_seed(0)
+    rows, depth = 60, 40
+    gate, up, down = (torch.randn(rows, depth, generator=generator).to(dtype) / 6 for _ in range(3))
+    ff = PackedFF.pack(gate, up, down.t(), "silu")
+    x = torch.randn(150, depth, generator=generator).to(dtype)
+    keep = torch.zeros(3, rows, dtype=torch.bool)
+    keep[1, :20] = keep[2, 10:30] = True
+    slots = torch.arange(150) % 4 - 1
+    expected = reference.griffin_ff(x, ff, keep, slots)
+    for matrix in (ff.gate, ff.up_plus, ff.down_plus):
+        assert matrix is not None
+        matrix[30:] = torch.nan
+    found = cpu.griffin_ff(x, ff, keep, slots)
+    # A handful of roundings of z and y, whose entries are below 4.
+    torch.testing.assert_close(found, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert torch.equal(found[64:128], cpu.griffin_ff(x[64:128], ff, keep, slots[64:128])), "a token's bits are its own"
+    monkeypatch.setattr(cpu, "SHARED_UNION", 0.4)
+    assert cpu.griffin_ff(x, ff, keep, slots).isnan().any(), "half of the neurons are too many now: all are read"
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", ["slots", "index", "keep", "tau", "x", "statistic", "weights"])
+def test_tensors_that_the_code_would_misread_are_refused(wrong: str) -> None:
+    ff = PackedFF.pack(torch.ones(4, 6), torch.ones(4, 6), torch.ones(6, 4), "silu")
+    x, keep, slots = torch.ones(3, 6), torch.ones(4, 4, dtype=torch.bool), torch.tensor([0, 1, -1])
+    calls = {
+        "slots": lambda: cpu.griffin_ff(x, ff, keep, slots.int()),
+        "index": lambda: cpu.griffin_ff(x, ff, keep, slots + 3),
+        "keep": lambda: cpu.griffin_ff(x, ff, keep.t(), slots),
+        "tau": lambda: cpu.cats_ff(x, ff, torch.zeros(4, dtype=torch.float64), slots),
+        "x": lambda: cpu.griffin_ff(x.bfloat16(), ff, keep, slots),
+        "statistic": lambda: cpu.griffin_observe(x, torch.tensor([0, 3]), torch.tensor([0]), torch.zeros(6, 2).t()),
+        "weights": lambda: PackedFF(ff.gate_up_plus, ff.down_plus.double(), "silu"),
+    }
+    with pytest.raises(CapreseError):
+        calls[wrong]()
+
+
 @needs_compiler
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library()
     (made,) = (tmp_path / "caprese").iterdir()
     before = made.stat().st_mtime_ns
-    build.library.cache_clear()
+    build._library.cache_clear()
     build.library()
     assert [path.stat().st_mtime_ns for path in (tmp_path / "caprese").iterdir()] == [before]
     build.library("x86-64-v3")  # another processor's code is another file
@@ -86,5 +173,5 @@ def test_the_cache_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert build.cache_folder() == tmp_path / f"caprese-{os.getuid()}"
     monkeypatch.setattr("os.getuid", lambda: os.stat(tmp_path).st_uid + 1)
     (tmp_path / f"caprese-{os.getuid()}").mkdir()
-    with pytest.raises(build.Unavailable, match="no folder for the compiled kernels"):
+    with pytest.raises(build.Unavailable, match="no folder of one's own"):
         build.cache_folder()

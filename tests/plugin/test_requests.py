@@ -29,6 +29,16 @@ def test_prompt_rows_are_dense_and_generated_rows_sparse() -> None:
     assert (chunk.begin, chunk.end, chunk.first, chunk.last) == (0, 3, False, True)
 
 
+def test_a_request_with_caprese_off_takes_no_part() -> None:
+    """Its prompt runs as prompts do, its generated tokens are a group of their own, whoever else runs."""
+    table = RequestTable(CPU)
+    step = table.begin([Scheduled("off", 3, 0, 5, dense=True), Scheduled("on", 2, 0, 2)])
+    assert step.dense_rows.tolist() == [0, 1, 2, 5, 6]
+    assert step.off_rows.tolist() == [3, 4]
+    assert [(c.begin, c.end) for c in step.chunks] == [(3, 5)], "only the other's tokens are observed"
+    assert len(table) == 1
+
+
 def test_a_preempted_request_keeps_its_selection_and_recomputes_both_kinds_in_one_chunk() -> None:
     table = RequestTable(CPU)
     begin(table, ("a", 4, 0, 4))
@@ -79,6 +89,7 @@ class Simulated:
 def check(step: Step, batch: Sequence[tuple[str, int]], live: dict[str, Simulated]) -> None:
     slot_of = dict(zip(step.sparse_rows.tolist(), step.sparse_slots.tolist(), strict=True))
     dense = step.dense_rows.tolist()
+    assert not len(step.off_rows)
     owner = {}  # entry of dense_rows -> (request, index in it)
     row = 0
     for name, count in batch:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..errors import CapreseError
 from ..packed import ACTIVATION_FUNCTIONS, PackedFF
 from ..reference import cats_threshold
 from .build import Unavailable, library
@@ -61,7 +62,7 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    kept = torch.zeros(len(x), dtype=torch.int64)
+    kept = slots.new_zeros(len(x))
     return _sparse(x, ff, slots, tau=tau, kept=kept), kept
 
 
@@ -82,7 +83,7 @@ def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
 
 def _gather(x: Tensor, ff: PackedFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
     """Only the rows that are needed. Without slots: every neuron, no low-rank rows."""
-    x, y = _rows(x), torch.zeros(x.shape, dtype=x.dtype)
+    x, y = _rows(x), x.new_zeros(x.shape)
     library().caprese_ff(*_described(x, ff, y, slots, **selections), torch.get_num_threads())
     return y
 
@@ -92,7 +93,7 @@ def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> T
     x, neurons = _rows(x), ff.num_neurons
     low_rank = ff.up_plus[neurons:]
     gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
-    z = torch.empty(len(x), neurons + ff.rank, dtype=x.dtype)
+    z = x.new_empty(len(x), neurons + ff.rank)
     described = _described(x, ff, None, slots, **selections)
     library().caprese_mask(
         *described, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0)), torch.get_num_threads()
@@ -106,8 +107,34 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(what: str, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Where a tensor lies, if it lies as the C++ code takes it to."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise CapreseError(
+            what,
+            expected=f"a contiguous tensor of {dtype} on cpu",
+            found=f"{'a' if tensor.is_contiguous() else 'a strided'} tensor of {tensor.dtype} on {tensor.device}",
+            fix="convert it first",
+        )
+    return tensor.data_ptr()
+
+
+def _check_index(what: str, values: Tensor, size: int) -> None:
+    """Values from -1 to below `size`."""
+    if len(values) and not (int(values.min()) >= -1 and int(values.max()) < size):
+        raise CapreseError(
+            what, expected=f"-1 to {size - 1}", found=f"{int(values.min())} to {int(values.max())}", fix="correct them"
+        )
+
+
+def _dtype(tensor: Tensor) -> int:
+    if tensor.dtype not in DTYPES:
+        raise CapreseError(
+            "FF kernels for CPUs", expected="float32, bfloat16 or float16", found=str(tensor.dtype), fix="convert it"
+        )
+    return DTYPES[tensor.dtype]
 
 
 def _described(
@@ -119,19 +146,36 @@ def _described(
     tau: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[object, object]:
+    dtype, table = ff.down_plus.dtype, tau if keep is None else keep
+    if x.dtype != dtype or x.device.type != "cpu" or x.shape[1] != ff.hidden_size:
+        raise CapreseError(
+            "x",
+            expected=f"[T, {ff.hidden_size}] of {dtype} on cpu",
+            found=f"{list(x.shape)} of {x.dtype} on {x.device}",
+            fix="convert it",
+        )
+    if slots is not None and table is not None:
+        slots = slots.contiguous()
+        _check_index("slots", slots, len(table))
     weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
-    sizes = (ff.hidden_size, ff.num_neurons, ff.rank)
-    block = _Block(*map(_address, weights), *sizes, DTYPES[x.dtype], ACTIVATIONS[ff.activation])
-    batch = _Batch(_address(x), _address(y), len(x), x.stride(0), *map(_address, (slots, keep, tau, kept)))
+    block = _Block(
+        *(_address("packed weights", tensor, dtype) for tensor in weights),
+        *(ff.hidden_size, ff.num_neurons, ff.rank, _dtype(x), ACTIVATIONS[ff.activation]),
+    )
+    batch = _Batch(
+        *(x.data_ptr(), _address("y", y, dtype), len(x), x.stride(0), _address("slots", slots, torch.int64)),
+        *(_address("keep", keep, torch.bool), _address("tau", tau, torch.float32), _address("kept", kept, torch.int64)),
+    )
+    batch.alive = slots  # a copy must outlive the call
     return ctypes.byref(block), ctypes.byref(batch)
 
 
 def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
     z = _rows(z)
-    for begin, end, slot in _segments(offsets, slots):
+    for begin, end, slot in _segments(offsets, slots, len(z), len(statistic)):
         library().caprese_griffin_observe(
             _pointer(z[begin:end].data_ptr()), _int(z.stride(0)), _int(end - begin), _int(z.shape[1]),
-            DTYPES[z.dtype], _pointer(statistic[slot].data_ptr()), torch.get_num_threads(),
+            _dtype(z), _pointer(_address("statistic", statistic[slot], torch.float32)), torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -139,22 +183,24 @@ def griffin_select(statistic: Tensor, k: int) -> Tensor:
     rows = statistic.reshape(-1, statistic.shape[-1]).contiguous()
     keep = torch.empty(rows.shape, dtype=torch.bool)
     for values, mask in zip(rows, keep, strict=True):
-        library().caprese_griffin_select(
-            _pointer(values.data_ptr()), _int(len(values)), _int(k), _pointer(mask.data_ptr())
-        )
+        at = _pointer(_address("statistic", values, torch.float32))
+        library().caprese_griffin_select(at, _int(len(values)), _int(k), _pointer(mask.data_ptr()))
     return keep.view(statistic.shape)
 
 
 def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
     gate = _rows(gate)
-    for begin, end, slot in _segments(offsets, slots):
+    for begin, end, slot in _segments(offsets, slots, len(gate), len(histogram)):
         library().caprese_cats_observe(
             _pointer(gate[begin:end].data_ptr()), _int(gate.stride(0)), _int(end - begin), _int(gate.shape[1]),
-            DTYPES[gate.dtype], ACTIVATIONS[activation], _pointer(histogram[slot].data_ptr()), torch.get_num_threads(),
+            _dtype(gate), ACTIVATIONS[activation],
+            _pointer(_address("histogram", histogram[slot], torch.int64)), torch.get_num_threads(),
         )  # fmt: skip
 
 
-def _segments(offsets: Tensor, slots: Tensor) -> list[tuple[int, int, int]]:
+def _segments(offsets: Tensor, slots: Tensor, rows: int, size: int) -> list[tuple[int, int, int]]:
+    _check_index("offsets", offsets, rows + 1)
+    _check_index("slots", slots, size)
     ends = zip(pairwise(offsets.tolist()), slots.tolist(), strict=True)
     return [(begin, end, slot) for (begin, end), slot in ends if slot >= 0 and end > begin]
 

@@ -7,9 +7,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
@@ -22,51 +25,69 @@ class Unavailable(RuntimeError):
     """Why there are no C++ kernels on this machine."""
 
 
-def compiler() -> str:
-    """$CXX, or g++, which vLLM's CPU backend needs too (torch.compile)."""
-    found = shutil.which(os.environ.get("CXX") or "g++")
-    if found is None:
-        raise Unavailable(f"no C++ compiler ({os.environ.get('CXX') or 'g++'} is not on the PATH)")
-    return found
+def compiler() -> list[str]:
+    """$CXX, with options if it has any, or g++, which vLLM's CPU backend needs too (torch.compile)."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(command[0]) is None:
+        raise Unavailable(f"no C++ compiler ({command[0]} is not on the PATH)")
+    return command
 
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/caprese, ~/.cache/caprese, or where neither can be written a folder of this user's under /tmp."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caprese"
-    for folder in (home, Path(tempfile.gettempdir()) / f"caprese-{os.getuid()}"):
-        try:
+    places = [Path(tempfile.gettempdir()) / f"caprese-{os.getuid()}"]
+    with suppress(RuntimeError):  # a user without a home
+        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caprese")
+    for folder in places:
+        with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        # Code is loaded from here: nobody else may own it.
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    raise Unavailable(f"no folder for the compiled kernels ({home} cannot be written)")
+            found = folder.lstat()
+            # Code is loaded from here: it must be a folder that nobody else can write.
+            own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+            if own and os.access(folder, os.W_OK):
+                return folder
+    raise Unavailable(f"no folder of one's own for the compiled kernels (tried {', '.join(map(str, places))})")
 
 
-@functools.cache
 def library(march: str = "native") -> ctypes.CDLL:
-    """The compiled kernels for a processor as g++'s -march names it; compiled if the cache has none (5 s).
+    """The compiled kernels for a processor as the compiler's -march names it; compiled if the cache has none (10 s).
 
     Raises Unavailable with the reason.
     """
+    found = _library(march)
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@functools.cache
+def _library(march: str) -> ctypes.CDLL | Unavailable:
+    """A failure is kept too: trying again would take as long and fail as well."""
+    try:
+        path = _compiled(march)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        return Unavailable(str(error))
+    except Unavailable as error:
+        return error
+
+
+def _compiled(march: str) -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable(f"no kernels for {platform.machine()} processors")
     cxx, here = compiler(), Path(__file__).parent
-    target = _run([cxx, f"-march={march}", "-Q", "--help=target"])  # "native" spelled out
-    version = _run([cxx, "--version"])
+    macros = _run([*cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])  # the compiler, and what native is
     sources = [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256("\0".join([target, version, *FLAGS, *sources]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *sources]).encode()).hexdigest()[:16]
     path = cache_folder() / f"ff-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            _run([cxx, *FLAGS, f"-march={march}", *(str(here / name) for name in SOURCES), "-o", str(made)])
+            _run([*cxx, *FLAGS, f"-march={march}", *(str(here / name) for name in SOURCES), "-o", str(made)])
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             made.replace(path)  # whole or not at all, also when several processes compile at once
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be loaded: {error}") from None
+    return path
 
 
 def _run(command: list[str]) -> str:

@@ -43,7 +43,8 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float*
                     const V a = exact ? v * inverse : v / s;
                     square = fma(a, a, square);
                 });
-                weights[t] = top > 0 ? 1.0f / sum(square) : 0.0f;
+                const float norm = sum(square);  // NaN where an entry is infinite or NaN: such a token adds nothing
+                weights[t] = norm > 0 ? 1.0f / norm : 0.0f;
                 if (!exact) scales[t] = -top;
             }
 #pragma omp barrier
@@ -158,6 +159,7 @@ void caprese_cats_observe(const void* gate, int64_t stride, int64_t tokens, int6
 // keep[F] = 1 for the k largest of statistic[F], of equals the lower index. Never negative, NaN counts as largest.
 void caprese_griffin_select(const float* statistic, int64_t neurons, int64_t k, uint8_t* keep) {
     std::fill(keep, keep + neurons, 0);
+    k = std::min(k, neurons);
     if (k <= 0) return;
     std::vector<uint32_t> order(neurons);
     for (int64_t j = 0; j < neurons; ++j) order[j] = bits_of(statistic[j]) & 0x7fffffffu;  // ordered as the floats are

@@ -131,7 +131,7 @@ inline void from_float(float a, Bf16& out) {
     out.bits = a != a ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// Activations. e^x by Cody and Waite's reduction and a polynomial (Cephes' expf): within 2 ulp.
+// Activations. e^x by Cody and Waite's reduction and a polynomial (Cephes' expf): within 2 ulp, of x from -87 to 88.
 inline V exp(V x) {
     x = min(max(x, set1(-87.0f)), set1(88.0f));
     const V n = round_even(x * set1(1.44269504089f));
@@ -149,11 +149,11 @@ enum Activation : int { SILU, GELU, GELU_TANH, RELU };
 
 inline V activate(V x, int activation) {
     switch (activation) {
-        case SILU:
-            return x / (set1(1.0f) + exp(-x));
+        case SILU:  // below -88 the sigmoid has no float left; the operands' order lets NaN through
+            return max(set1(-88.0f), x) / (set1(1.0f) + exp(-x));
         case GELU_TANH: {  // 0.5 x (1 + tanh u) = x / (1 + e^(-2u))
             const V u = set1(0.7978845608f) * fma(set1(0.044715f) * x, x * x, x);
-            return x / (set1(1.0f) + exp(set1(-2.0f) * u));
+            return max(set1(-88.0f), x) / (set1(1.0f) + exp(set1(-2.0f) * u));
         }
         case GELU: {
             float values[W];
