@@ -203,16 +203,23 @@ private:
     }
 };
 
+// Room for `count` zeros, at the beginning of a cache line: elsewhere each load and store of a vector touches two.
+template <class T>
+T* zeros(std::vector<T>& buffer, size_t count) {
+    buffer.assign(count + 64 / sizeof(T), T{});
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
+}
+
 // Up to TOKENS tokens: rows[i] of the batch, none of them padding.
 template <class T>
 void run(const Block& block, const Batch& batch, const std::vector<int64_t>& rows, int threads) {
     using R = Rows<T>;
     const int tokens = rows.size();
     const int64_t stride = padded<float>(block.depth), x_stride = padded<typename R::Token>(block.depth);
-    static thread_local std::vector<float> sums;          // [threads][tokens][stride]
-    static thread_local std::vector<typename R::Token> x;
-    sums.resize(threads * tokens * stride);
-    x.assign(tokens * x_stride, {});
+    static thread_local std::vector<float> sums_buffer;
+    static thread_local std::vector<typename R::Token> x_buffer;
+    float* const all = zeros(sums_buffer, threads * tokens * stride);  // [threads][tokens][stride]
+    auto* const x = zeros(x_buffer, tokens * x_stride);
     std::vector<int64_t> kept(threads * tokens);
     std::vector<const uint8_t*> keep;
     std::vector<float> tau;
@@ -222,16 +229,13 @@ void run(const Block& block, const Batch& batch, const std::vector<int64_t>& row
         if (batch.keep) keep.push_back(batch.keep + batch.slots[rows[t]] * block.neurons);
         if (batch.tau) tau.push_back(batch.tau[batch.slots[rows[t]]]);
     }
-    float* const all = sums.data();
-    const auto* const tokens_x = x.data();
 
 #pragma omp parallel num_threads(threads)
     {
         // Of the threads asked for, fewer may have come.
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         float* const own = all + part * tokens * stride;
-        std::fill(own, own + tokens * stride, 0.0f);
-        Thread<T> thread(block, tokens_x, tokens, own);
+        Thread<T> thread(block, x, tokens, own);
         const auto [first, last] = share((block.neurons + 31) / 32, part, parts);
         const int64_t begin = first * 32, end = std::min(last * 32, block.neurons);
         if (batch.tau)
