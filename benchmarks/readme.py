@@ -76,8 +76,8 @@ def kernels(result: Result) -> str:
         "",
         f"- bfloat16, {settings['threads']} threads, medians of interleaved samples; dense is the fastest of vLLM's "
         "own oneDNN path, torch's linear and torch.compile in the same run; weights rotate through four times the "
-        "last-level cache. Beside GB/s stands the pace of a plain read by all threads, measured among the samples; this "
-        "machine is shared, and drifts.",
+        "last-level cache. Beside GB/s stands the pace of a plain read by all threads, measured among the samples; "
+        "this machine is shared, and drifts.",
         f"- Measured by `{result.provenance['command']}` on {_source(KERNELS, result.provenance)}",
     ]
     return "\n".join(lines) + "\n"
