@@ -135,13 +135,15 @@ def test_a_large_batch_of_few_selections_gathers(dtype: torch.dtype, monkeypatch
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrong", ["slots", "index", "keep", "tau", "x", "statistic", "weights"])
+@pytest.mark.parametrize("wrong", ["slots", "index", "count", "keep", "width", "tau", "x", "statistic", "weights"])
 def test_tensors_that_the_code_would_misread_are_refused(wrong: str) -> None:
     ff = PackedFF.pack(torch.ones(4, 6), torch.ones(4, 6), torch.ones(6, 4), "silu")
     x, keep, slots = torch.ones(3, 6), torch.ones(4, 4, dtype=torch.bool), torch.tensor([0, 1, -1])
     calls = {
         "slots": lambda: cpu.griffin_ff(x, ff, keep, slots.int()),
         "index": lambda: cpu.griffin_ff(x, ff, keep, slots + 3),
+        "count": lambda: cpu.griffin_ff(x, ff, keep, slots[:2]),
+        "width": lambda: cpu.griffin_ff(x, ff, keep[:, :3].contiguous(), slots),
         "keep": lambda: cpu.griffin_ff(x, ff, keep.t(), slots),
         "tau": lambda: cpu.cats_ff(x, ff, torch.zeros(4, dtype=torch.float64), slots),
         "x": lambda: cpu.griffin_ff(x.bfloat16(), ff, keep, slots),

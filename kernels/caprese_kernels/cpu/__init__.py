@@ -26,9 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "cpu"
-# Measured with 1536 x 8960 at density .5 on two cores of an EPYC 9004 (benchmarks/results/cpu/kernels.json): with
-# selections of their own 64 tokens take as long either way, 256 take 1.6 times as long gathered; with one selection
-# gathering wins at 256 still.
+# Measured by taking either path, 1536 x 8960, density .5, two cores of an EPYC 9004: with selections of their own 64
+# tokens take as long gathered as masked, 256 tokens 1.6 times as long; with one selection gathering wins at 256 still.
 GATHER_UP_TO = 64  # tokens
 SHARED_UNION = 0.6  # of F: up to here gathering wins for more tokens too
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -157,6 +156,13 @@ def _described(
     if slots is not None and table is not None:
         slots = slots.contiguous()
         _check_index("slots", slots, len(table))
+        if len(slots) != len(x) or (keep is not None and keep.shape[1] != ff.num_neurons):
+            raise CapreseError(
+                "slots and selections",
+                expected=f"a slot for each of {len(x)} tokens, {ff.num_neurons} neurons",
+                found=f"{len(slots)} slots, a table {list(table.shape)}",
+                fix="correct the shapes",
+            )
     weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
     block = _Block(
         *(_address("packed weights", tensor, dtype) for tensor in weights),
