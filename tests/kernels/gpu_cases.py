@@ -17,8 +17,9 @@ from torch import Tensor
 from caprese_kernels import gpu, reference
 from caprese_kernels.gpu import crossover, gather, gather_kernels, masked, statistics, tuning
 from caprese_kernels.packed import PackedFF
-from tests.kernels import conformance
-from tests.kernels.conformance import FULL, INTEGERS, SMALL, Case
+from tests.kernels import conformance, observation
+from tests.kernels.cases import FULL, INTEGERS, SMALL, Case
+from tests.kernels.problem import Problem, problem
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -48,13 +49,13 @@ CASES = SMALL[::8] if CUDA else SMALL
 FF_CHECKS = (conformance.check_griffin, conformance.check_cats)
 ONCE_CHECKS = (  # of what does not depend on the path
     conformance.check_dense,
-    conformance.check_griffin_observe,
-    conformance.check_cats_observe,
+    observation.check_griffin_observe,
+    observation.check_cats_observe,
 )
 SLOW_CHECKS = (
     conformance.check_same_bits_twice,
-    conformance.check_chunks_do_not_matter,
-    conformance.check_segment_stands_alone,
+    observation.check_chunks_do_not_matter,
+    observation.check_segment_stands_alone,
 )
 
 
@@ -151,7 +152,7 @@ def test_real_hidden_size(check: Callable[..., None], case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_tokens_that_are_not_finite(dtype: torch.dtype) -> None:
-    conformance.check_tokens_that_are_not_finite(gpu, DEVICE, dtype)
+    observation.check_tokens_that_are_not_finite(gpu, DEVICE, dtype)
 
 
 @pytest.mark.parametrize("neurons", [1, 7, 129, 10_007])
@@ -218,7 +219,7 @@ def test_a_plan_made_beforehand_gives_the_same_bits() -> None:
 def test_rows_that_a_token_needs_are_read_once(tokens: int, gated: bool, padding: str) -> None:
     """And no others: of gate, W_1 and W_2 the union of the selections; of L and R all; of CATS's gate all."""
     case = Case(40, 45, 3, tokens, 0.25, torch.float32, "silu", gated, padding=padding, seed=8100)
-    p = conformance.problem(case, DEVICE)
+    p = problem(case, DEVICE)
     some, low_rank = bool((p.slots >= 0).any()), 3
     griffin = p.keep_rows.any(dim=0).long().tolist()
     assert not p.perhaps.any(), "which neurons CATS keeps is sure"
@@ -263,8 +264,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield seen
 
 
-def tiny(tokens: int, **fields: Any) -> conformance.Problem:
-    return conformance.problem(Case(16, 45, 3, tokens, 0.5, torch.float32, "silu", seed=8000, **fields), DEVICE)
+def tiny(tokens: int, **fields: Any) -> Problem:
+    return problem(Case(16, 45, 3, tokens, 0.5, torch.float32, "silu", seed=8000, **fields), DEVICE)
 
 
 def test_path_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:

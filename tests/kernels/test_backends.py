@@ -16,8 +16,9 @@ from torch import Tensor
 from caprese_kernels import reference
 from caprese_kernels.backend import Backend
 from caprese_kernels.packed import ACTIVATION_FUNCTIONS, PackedFF
-from tests.kernels import conformance
-from tests.kernels.conformance import FULL, SMALL, Case
+from tests.kernels import conformance, observation
+from tests.kernels.cases import FULL, SMALL, Case
+from tests.kernels.problem import problem
 
 CPU = torch.device("cpu")
 CASE_CHECKS = (
@@ -26,9 +27,9 @@ CASE_CHECKS = (
     conformance.check_cats,
     conformance.check_padding,
     conformance.check_same_bits_twice,
-    conformance.check_griffin_observe,
-    conformance.check_cats_observe,
-    conformance.check_segment_stands_alone,
+    observation.check_griffin_observe,
+    observation.check_cats_observe,
+    observation.check_segment_stands_alone,
 )
 
 
@@ -68,7 +69,7 @@ class Target:
         return module
 
 
-CHUNKS = (conformance.check_chunks_do_not_matter,)
+CHUNKS = (observation.check_chunks_do_not_matter,)
 TARGETS = (
     Target("reference", tuple(FULL[::7]), gathers_below=0),
     Target("cpu", tuple(FULL), gathers_below=65, promises=CHUNKS),
@@ -115,7 +116,7 @@ def test_selects(target: Target, neurons: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_tokens_that_are_not_finite(target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    conformance.check_tokens_that_are_not_finite(target.load(monkeypatch), CPU, dtype)
+    observation.check_tokens_that_are_not_finite(target.load(monkeypatch), CPU, dtype)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
@@ -128,7 +129,7 @@ def test_few_neurons_may_fall_on_either_side() -> None:
     """Thresholds lie in gaps: bounds so wide that they allow for much would refuse little."""
     perhaps = neurons = 0
     for case in FULL:
-        p = conformance.problem(case, CPU)
+        p = problem(case, CPU)
         perhaps += int(p.perhaps.sum())
         neurons += int(p.valid.sum()) * case.neurons
     assert perhaps < 0.005 * neurons
@@ -166,10 +167,10 @@ alone = over(conformance.check_request_stands_alone, same_bits=True)
 about_alone = over(conformance.check_request_stands_alone, same_bits=False)
 twice = over(conformance.check_same_bits_twice)
 dropped = over(conformance.check_dropped_weights_do_not_matter)
-observe_shares = over(conformance.check_griffin_observe)
-observe_magnitudes = over(conformance.check_cats_observe)
-chunks = over(conformance.check_chunks_do_not_matter)
-segments = over(conformance.check_segment_stands_alone)
+observe_shares = over(observation.check_griffin_observe)
+observe_magnitudes = over(observation.check_cats_observe)
+chunks = over(observation.check_chunks_do_not_matter)
+segments = over(observation.check_segment_stands_alone)
 
 
 def selection(backend: Any) -> None:

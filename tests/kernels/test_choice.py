@@ -98,11 +98,12 @@ def test_any_number_of_threads(threads: int) -> None:
     code = f"""
 import torch
 from caprese_kernels import cpu, reference
-from tests.kernels import conformance
+from tests.kernels import conformance, observation
+from tests.kernels.cases import SMALL
 torch.set_num_threads({threads})
-for case in conformance.SMALL:
+for case in SMALL:
     for check in (conformance.check_dense, conformance.check_griffin, conformance.check_cats,
-                  conformance.check_griffin_observe, conformance.check_cats_observe):
+                  observation.check_griffin_observe, observation.check_cats_observe):
         check(cpu, torch.device("cpu"), case)
 print(torch.get_num_threads())
 """

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from caprese_kernels import ops, reference
 from tests.kernels import conformance
-from tests.kernels.conformance import Case, Problem
+from tests.kernels.cases import Case
+from tests.kernels.problem import Problem, problem
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
@@ -49,9 +50,9 @@ def test_importing_the_package_leaves_triton_alone() -> None:
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def problem(device: str = "cpu", **fields: Any) -> Problem:
+def small_problem(device: str = "cpu", **fields: Any) -> Problem:
     defaults = {"depth": 16, "neurons": 45, "rank": 3, "tokens": 3, "density": 0.5, "dtype": torch.float32}
-    return conformance.problem(Case(**defaults | {"activation": "silu"} | fields), torch.device(device))
+    return problem(Case(**defaults | {"activation": "silu"} | fields), torch.device(device))
 
 
 def operator_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
@@ -71,14 +72,14 @@ def operator_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
     }
 
 
-OPERATORS = tuple(operator_calls(problem()))
+OPERATORS = tuple(operator_calls(small_problem()))
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_sound(name: str, biased: bool) -> None:
     """Schema, mutation, fakes and tracing."""
-    arguments = operator_calls(problem(biased=biased))[name]
+    arguments = operator_calls(small_problem(biased=biased))[name]
     torch.library.opcheck(getattr(torch.ops.caprese, name).default, arguments)
 
 
@@ -94,7 +95,7 @@ def all_operators(p: Problem, x: Tensor, statistic: Tensor, histogram: Tensor) -
 
 
 def check_compiled(device: str, backend: str) -> None:
-    p = problem(device)
+    p = small_problem(device)
 
     def tables() -> tuple[Tensor, Tensor]:
         counts = torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device)
@@ -163,8 +164,8 @@ class TestOnGpu:
         """One capture serves other tokens, slots, selections and thresholds: the same bits as without a graph."""
         from caprese_kernels import gpu
 
-        p = problem("cuda", depth=256, neurons=512, tokens=tokens, dtype=torch.bfloat16)
-        q = problem("cuda", depth=256, neurons=512, tokens=tokens, dtype=torch.bfloat16, seed=1, padding="last")
+        p = small_problem("cuda", depth=256, neurons=512, tokens=tokens, dtype=torch.bfloat16)
+        q = small_problem("cuda", depth=256, neurons=512, tokens=tokens, dtype=torch.bfloat16, seed=1, padding="last")
         x, slots, keep, tau = p.x.clone(), p.slots.clone(), p.keep.clone(), p.tau.clone()
 
         def step() -> tuple[Tensor, ...]:
@@ -204,7 +205,7 @@ class TestOnGpu:
                 tensor.copy_(value)
 
     def test_nothing_synchronizes(self) -> None:
-        calls = operator_calls(problem("cuda"))
+        calls = operator_calls(small_problem("cuda"))
         for run in range(2):
             torch.cuda.set_sync_debug_mode("error" if run else "default")  # what the first run compiles may wait
             try:
