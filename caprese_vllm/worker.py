@@ -13,8 +13,9 @@ from caprese_kernels.backend import choose
 from caprese_kernels.config import BaseModelInfo
 
 from . import compat
+from .blocks import replace_blocks
 from .enable import method_of
-from .ff import STATE, State, replace_blocks
+from .ff import STATE, State
 from .flags import KEY
 from .requests import RequestTable, Scheduled
 
