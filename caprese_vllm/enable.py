@@ -8,18 +8,24 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, refusals
 from .flags import KEY
+from .statistics import keeps_values, page_nbytes
 
 logger = init_logger("vllm.caprese")
 
 WORKER_EXTENSION = "caprese_vllm.worker.WorkerExtension"
+SCHEDULER = "caprese_vllm.scheduler.CapreseScheduler"
+ASYNC_SCHEDULER = "caprese_vllm.scheduler.CapreseAsyncScheduler"
+MAX_PAGES = 4096  # of 512 tokens each, two million tokens: more than a KV cache holds
 FF_OP = "caprese::ff"
 
 
@@ -37,12 +43,6 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
         adapters = Adapters.load(path)
         config = config.model_copy(update={"weights": str(path)})
     refusals.refuse_arguments(args)
-    # Statistics of cached tokens are not kept yet, so no request may skip them, and what sparse
-    # decoding wrote must not be reused as if it were exact: no prefix cache at all.
-    if args.enable_prefix_caching is not False:
-        logger.info("Caprese: prefix caching is turned off; it does not work together with Caprese yet")
-    args.enable_prefix_caching = False
-
     vllm_config = original(args, *rest, **kwargs)
 
     refusals.refuse_engine(vllm_config)
@@ -54,6 +54,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
         logger.warning("Caprese: %s", warning)
 
     _keep_op_out_of_graphs(vllm_config)
+    pages = _prefix_caching(vllm_config, config, method, served)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     vllm_config.additional_config[KEY] = {
         **config.model_dump(),
@@ -61,11 +62,38 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
         "density": method.density,
         "layers": list(method.layers),
         "rank": method.rank,
+        "pages": pages,
+        "exact_tokens": EXACT_VALUES // served.intermediate_size
+        if keeps_values(method, vllm_config.model_config.dtype)
+        else 0,
         "version": __version__,
     }
     compat.wrap(compat.ADD_ENDPOINTS, _with_route)
     compat.wrap(compat.VALIDATE_PARAMS, _validate_params)
     return vllm_config
+
+
+def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, served: BaseModelInfo) -> int:
+    """The number of pages for statistics of cached prefixes; without room for one, no prefix caching."""
+    cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
+    if not cache.enable_prefix_caching:
+        return 0
+    nbytes = page_nbytes(method, served.intermediate_size, model.max_model_len, model.dtype)
+    given = config.statistics_mib
+    budget = current_platform.get_device_total_memory() // 100 if given is None else given * 2**20
+    if budget < nbytes:
+        if given:
+            raise CapreseError(
+                "statistics_mib",
+                expected=f"room for one page, {-(-nbytes // 2**20)} MiB, or 0",
+                found=str(given),
+                fix="raise it, or give 0 to serve without prefix caching",
+            )
+        logger.info("Caprese: no prefix caching, for there is no memory for statistics")
+        cache.enable_prefix_caching = False
+        return 0
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    return min(budget // nbytes, MAX_PAGES)
 
 
 def method_of(settings: dict[str, Any]) -> Method:

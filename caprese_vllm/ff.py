@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import griffin_count
 
-from .requests import RequestTable, Step
+from .pages import Commands
+from .requests import RequestTable, Scheduled, Step
 from .statistics import Statistics
 
 STATE = "caprese"  # our key in vLLM's per-engine forward context
@@ -29,10 +31,15 @@ class State:
     requests: RequestTable
     num_layers: int
     kernels: Backend
+    num_pages: int = 0  # of statistics of cached prefixes
+    max_tokens: int = 0  # of a prompt
     blocks: list[SparseFF] = field(default_factory=list)
+    commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's for the next step
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
 
-    def begin(self, step: Step) -> None:
+    def begin(self, scheduled: Iterable[Scheduled]) -> None:
+        """Plan the step whose rows are the given requests' tokens, one request after another."""
+        step = self.requests.begin(scheduled, self.commands)
         for block in self.blocks:
             block.reserve(self.requests.num_slots)
         self.step = step
@@ -70,7 +77,7 @@ class SparseFF:
         self.packed = packed
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
-        self.statistics = Statistics(method, self.packed, state.kernels)
+        self.statistics = Statistics(method, self.packed, state.kernels, state.num_pages, state.max_tokens)
         # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
         griffin, device = method.name == "griffin", self.packed.up_plus.device
         self.selections = torch.zeros(

@@ -16,6 +16,11 @@ from . import compat
 KEY = "caprese"
 
 
+def switched_off(sampling_params: Any) -> bool:
+    """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end has refused other values."""
+    return KEY in (getattr(sampling_params, "extra_args", None) or {})
+
+
 def install() -> None:
     """Wrap vLLM's argument parser and engine configuration; needs vllm.engine.arg_utils, which calls us."""
     compat.wrap(compat.ADD_CLI_ARGS, _add_cli_args)

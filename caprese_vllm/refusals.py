@@ -33,13 +33,10 @@ def refuse_arguments(args: Any) -> None:
     quantization = args.quantization or _quantized(Path(args.model) / "config.json")
     if quantization:
         _refuse_feature(f"quantization {quantization}", "serve unquantized weights")
-    if args.worker_extension_cls:
-        raise CapreseError(
-            "--worker-extension-cls",
-            expected="none: Caprese uses it",
-            found=args.worker_extension_cls,
-            fix="drop the flag",
-        )
+    ours = {"--worker-extension-cls": args.worker_extension_cls, "--scheduler-cls": args.scheduler_cls}
+    for flag, given in ours.items():
+        if given:
+            raise CapreseError(flag, expected="none: Caprese uses it", found=str(given), fix="drop the flag")
 
 
 def refuse_engine(vllm_config: Any) -> None:

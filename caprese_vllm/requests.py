@@ -7,12 +7,15 @@ A token is a *prompt token* if its index in the request is below the prompt's le
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .pages import Commands
 
 
 class Scheduled(NamedTuple):
@@ -32,8 +35,10 @@ class PromptChunk(NamedTuple):
     prompt_len: int
     begin: int
     end: int
-    first: bool  # begins the prompt: its statistic starts from nothing
+    first: bool  # its statistic starts from nothing, or from the page `load`
     last: bool  # ends the prompt: select afterwards
+    load: int | None  # page of the cached prefix before this chunk
+    saves: tuple[tuple[int, int], ...]  # (entry of dense_rows, page): the statistic before that entry goes to that page
 
 
 @dataclass
@@ -67,8 +72,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def begin(self, scheduled: Iterable[Scheduled]) -> Step:
-        """Plan the step whose rows are the given requests' tokens, one request after another."""
+    def begin(self, scheduled: Iterable[Scheduled], commands: Mapping[str, Commands] = MappingProxyType({})) -> Step:
+        """Plan the step whose rows are the given requests' tokens, one request after another.
+
+        `commands` are the scheduler's, for requests whose statistic begins with a page or leaves some behind.
+        """
         chunks: list[PromptChunk] = []
         sparse_rows: list[int] = []
         sparse_slots: list[int] = []
@@ -85,7 +93,8 @@ class RequestTable:
                 continue
             request = self._requests.get(request_id) or self._add(request_id)
             if boundary > row and not request.selected:
-                chunks.append(self._chunk(request_id, request, prompt_len, start, begin, len(dense_rows)))
+                pages = commands.get(request_id, Commands())
+                chunks.append(self._chunk(request_id, request, prompt_len, start, begin, len(dense_rows), pages))
             if boundary < row + count:
                 if not request.selected:
                     raise RuntimeError(f"request {request_id} generates, but its prompt was never seen whole")
@@ -111,15 +120,17 @@ class RequestTable:
         return request
 
     def _chunk(
-        self, request_id: str, request: _Request, prompt_len: int, start: int, begin: int, end: int
+        self, request_id: str, request: _Request, prompt_len: int, start: int, begin: int, end: int, pages: Commands
     ) -> PromptChunk:
-        if start == 0:  # also after a preemption in mid-prompt
-            request.seen = 0
+        first = start == 0 or pages.load is not None  # also after a preemption in mid-prompt
+        if first:
+            request.seen = start
         if start != request.seen:
             raise RuntimeError(f"request {request_id}: prompt tokens {request.seen} to {start} were skipped")
         request.seen = start + end - begin
         request.selected = request.seen == prompt_len
-        return PromptChunk(request.slot, prompt_len, begin, end, start == 0, request.selected)
+        saves = tuple((begin + length - start, page) for length, page in pages.saves)
+        return PromptChunk(request.slot, prompt_len, begin, end, first, request.selected, pages.load, saves)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

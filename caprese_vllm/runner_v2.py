@@ -9,8 +9,9 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from . import compat
 from .ff import State
+from .flags import switched_off
 from .requests import Scheduled
-from .worker import execute_model, state_of, switched_off
+from .worker import execute_model, state_of
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
@@ -46,7 +47,7 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
                 off,
                 strict=True,
             )
-            state.begin(state.requests.begin(Scheduled(*row) for row in rows))
+            state.begin(Scheduled(*row) for row in rows)
 
     return CapreseModelState
 

@@ -16,7 +16,8 @@ from . import compat
 from .blocks import replace_blocks
 from .enable import method_of
 from .ff import STATE, State
-from .flags import KEY
+from .flags import KEY, switched_off
+from .pages import COMMANDS
 from .requests import RequestTable, Scheduled
 
 logger = init_logger("vllm.caprese")
@@ -49,7 +50,14 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
-    state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, kernels)
+    state = State(
+        method_of(settings),
+        RequestTable(device),
+        served.num_hidden_layers,
+        kernels,
+        settings["pages"],
+        vllm_config.model_config.max_model_len,
+    )
     replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
     for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
         block.reserve(vllm_config.scheduler_config.max_num_seqs)
@@ -104,11 +112,6 @@ def _prepare_weights(
     return folder, own, use_safetensors, index
 
 
-def switched_off(sampling_params: Any) -> bool:
-    """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end has refused other values."""
-    return KEY in (sampling_params.extra_args or {})
-
-
 # V1 runner -------------------------------------------------------------------------------------
 
 
@@ -119,27 +122,28 @@ def _v1_prepare_inputs(
     state = state_of(self.vllm_config)
     if state is not None:
         batch = self.input_batch
-        off = [switched_off(self.requests[req_id].sampling_params) for req_id in batch.req_ids]
         rows = zip(
             batch.req_ids,
             batch.num_prompt_tokens[: batch.num_reqs].tolist(),
             batch.num_computed_tokens_cpu[: batch.num_reqs].tolist(),
             num_scheduled_tokens.tolist(),
-            off,
+            [switched_off(self.requests[req_id].sampling_params) for req_id in batch.req_ids],
             strict=True,
         )
-        state.begin(state.requests.begin(Scheduled(*row) for row in rows))
+        state.begin(Scheduled(*row) for row in rows)
     return result
 
 
-def execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     """End the step with the forward pass, whichever way it ends: what runs between steps is a dummy."""
+    state = state_of(self.vllm_config)
+    if state is None:
+        return original(self, scheduler_output, *args, **kwargs)
+    state.commands = getattr(scheduler_output, COMMANDS, {})
     try:
-        return original(self, *args, **kwargs)
+        return original(self, scheduler_output, *args, **kwargs)
     finally:
-        state = state_of(self.vllm_config)
-        if state is not None:
-            state.step = None
+        state.step = None
 
 
 def _v1_request_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> None:

@@ -107,6 +107,13 @@ class CapreseConfig(BaseModel):
     reselect_interval: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="rho: decode steps between reselections"
     )
+    statistics_page: Annotated[int, Field(ge=1, strict=True)] = Field(
+        512, description="prefix cache: tokens between two pages of statistics, rounded up to whole KV blocks"
+    )
+    statistics_mib: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None,
+        description="prefix cache: MiB a device for pages of statistics; default 1% of its memory, 0 for no cache",
+    )
     kernel: KernelName = Field("auto", description="implementation of the FF kernels")
 
     @classmethod

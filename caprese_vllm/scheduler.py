@@ -1,0 +1,181 @@
+"""Prefix caching that changes no result: vLLM's schedulers, which reuse a prefix only as far as its statistics reach.
+
+A request needs the statistics of its whole prompt, also of tokens that it finds in the KV cache. They are kept as pages
+(`pages.PageIndex`) of prefixes that end
+- at multiples of `statistics_page` tokens,
+- at a prompt's last full block, where the next turn of a conversation, or another sample of the prompt, goes on,
+- where a later prompt left the known one: plain vLLM would have reused blocks up to there, so the next one will too.
+KV entries of tokens that ran sparse are never published, and a request that goes on generating after a preemption
+reuses blocks of its prompt only: the same tokens in another request's prompt have other KV entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from .flags import KEY, switched_off
+from .pages import COMMANDS, Commands, PageIndex
+
+WORTH_WAITING = 64  # tokens that another request must be about to compute for one that needs them to wait a step
+
+
+@dataclass
+class _Prompt:
+    """How far a request's statistic is."""
+
+    off: bool
+    exact_values: bool  # a CATS prompt so short that its values are kept: its pages fit no longer prompt
+    selected: bool = False  # the prompt's last token is scheduled
+    page: int | None = None  # where the statistic begins, once admitted
+    junction: int = 0  # where plain vLLM's hit ends, beyond the last page
+
+
+@dataclass
+class _Leader:
+    """A running request that will leave a page behind once it has computed `position` tokens."""
+
+    request: Any
+    position: int
+
+    @property
+    def on_its_way(self) -> bool:
+        return self.request.status == RequestStatus.RUNNING and self.request.num_computed_tokens < self.position
+
+
+class _Pages(Scheduler):
+    """Scheduler with pages of statistics; mixed into vLLM's two."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        settings = self.vllm_config.additional_config[KEY]
+        self.pages = PageIndex(settings["pages"])
+        self.page_tokens = -(-settings["statistics_page"] // self.block_size) * self.block_size
+        self.exact_tokens = settings["exact_tokens"]
+        self.leaders: dict[Hashable, _Leader] = {}
+        coordinator = self.kv_cache_manager.coordinator
+        publish = coordinator.cache_blocks
+
+        def publish_exact(request: Any, num_computed_tokens: int) -> None:
+            """Never what sparse decoding wrote."""
+            exact = num_computed_tokens if request.caprese.off else request.num_prompt_tokens
+            publish(request, min(num_computed_tokens, exact))
+
+        coordinator.cache_blocks = publish_exact
+
+    def add_request(self, request: Any) -> None:
+        request.caprese = _Prompt(switched_off(request.sampling_params), request.num_prompt_tokens <= self.exact_tokens)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.pages.begin_step()
+        return super().schedule(*args, **kwargs)
+
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        return super()._handle_blocked_waiting_request(request) and not self._follows(request)
+
+    def _follows(self, request: Any) -> bool:
+        """Whether a request waits a step because a running one is just computing the prefix that it needs.
+
+        So the samples of one prompt compute it once, though they arrive together.
+        """
+        if not self.leaders or request.num_computed_tokens > 0 or not self._uses_pages(request):
+            return False
+        reached = next(self._known(request, request.num_tokens - 1), 0)
+        for position in self._positions(request.num_tokens - 1, reached + WORTH_WAITING - 1):
+            leader = self.leaders.get(self._key(request, position))
+            if leader is not None and leader.on_its_way:
+                return True
+        return False
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """vLLM's hit, cut to the deepest page of this request's prefix."""
+        prompt: _Prompt = request.caprese
+        found = super()._get_local_prefix_cache_hit(request)
+        _, hit, boundary, diverged = found
+        if prompt.off or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return found
+        if prompt.selected:  # preempted while it generated; the selection is kept
+            return self._cut(request, min(hit, request.num_prompt_tokens), boundary, diverged)
+        prompt.page, prompt.junction = None, hit // self.hash_block_size * self.hash_block_size
+        for position in self._known(request, hit):
+            cut = self._cut(request, position, boundary, diverged)
+            if cut[1] == position:  # sliding windows may have dropped what lies before this page
+                prompt.page = self.pages.get(self._key(request, position))
+                break
+        else:
+            position, cut = 0, (self.kv_cache_manager.empty_kv_cache_blocks, 0, boundary, diverged)
+        self.leaders |= {
+            self._key(request, end): _Leader(request, end) for end in self._ends(request) if end > position
+        }
+        return cut
+
+    def _cut(self, request: Any, position: int, boundary: int, diverged: bool) -> tuple[Any, int, int, bool]:
+        """A hit of at most `position` tokens."""
+        manager = self.kv_cache_manager
+        groups, length, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, position)
+        return manager.create_kv_cache_blocks(groups), length, boundary, diverged
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        commands = {}
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            prompt: _Prompt = request.caprese
+            if prompt.off or prompt.selected:
+                continue
+            begin, end = request.num_computed_tokens, request.num_computed_tokens + count
+            saves = []
+            for position in self._ends(request) if self._uses_pages(request) else ():
+                if begin < position <= end and (key := self._key(request, position)) not in self.pages:
+                    page = self.pages.reserve(key)
+                    if page is not None:
+                        saves.append((position, page))
+            if prompt.page is not None or saves:
+                commands[request_id] = Commands(prompt.page, tuple(saves))
+            prompt.page = None
+            prompt.selected = end >= request.num_prompt_tokens
+        setattr(scheduler_output, COMMANDS, commands)
+        super()._update_after_schedule(scheduler_output)
+        self.leaders = {key: leader for key, leader in self.leaders.items() if leader.on_its_way}
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        done = super().reset_prefix_cache(*args, **kwargs)
+        if done:
+            self.pages.clear()
+        return done
+
+    def _uses_pages(self, request: Any) -> bool:
+        prompt: _Prompt = request.caprese
+        return not (prompt.off or prompt.selected) and self.kv_cache_manager.enable_caching
+
+    def _ends(self, request: Any) -> list[int]:
+        """Lengths of this request's prefixes that are worth a page, ascending."""
+        length = request.num_prompt_tokens
+        last = {(length - 1) // self.block_size * self.block_size, length // self.block_size * self.block_size}
+        pages = range(self.page_tokens, length + 1, self.page_tokens)
+        return sorted({*pages, *last, request.caprese.junction} - {0})
+
+    def _known(self, request: Any, limit: int) -> Iterator[int]:
+        """Lengths, at most `limit`, of this request's prefixes that have a page, deepest first."""
+        return (position for position in self._positions(limit) if self._key(request, position) in self.pages)
+
+    def _positions(self, limit: int, above: int = 0) -> range:
+        """Multiples of a hashed block from `limit` down to above `above`."""
+        size = self.hash_block_size
+        return range(limit // size * size, above, -size)
+
+    def _key(self, request: Any, position: int) -> Hashable:
+        return request.caprese.exact_values, request.block_hashes[position // self.hash_block_size - 1]
+
+
+class CapreseScheduler(_Pages):
+    """For synchronous scheduling."""
+
+
+class CapreseAsyncScheduler(_Pages, AsyncScheduler):
+    """For asynchronous scheduling."""
