@@ -77,7 +77,9 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
     json.dumps(ours)
     assert (ours["method"], ours["density"], ours["layers"], ours["rank"]) == ("griffin", 0.5, [0, 1], 4)
     assert Path(ours["weights"]).is_absolute()
-    assert config.cache_config.enable_prefix_caching is False
+    assert config.cache_config.enable_prefix_caching is True
+    assert ours["pages"] > 0
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "CapreseScheduler"
     assert config.compilation_config.cudagraph_mode is None or not config.compilation_config.cudagraph_mode
 
 
