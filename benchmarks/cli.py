@@ -6,9 +6,10 @@ import typer
 
 from .compare import compare
 from .kernel_bench import kernels
+from .prefix_bench import prefix
 
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, compare):
+for verb in (kernels, prefix, compare):
     app.command()(verb)
