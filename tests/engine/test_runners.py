@@ -42,14 +42,18 @@ def run_v2(job: dict[str, Any]) -> dict[str, Any]:
 def test_v2_runner(
     model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool, blocks: int
 ) -> None:
-    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it anew."""
+    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it anew.
+
+    Two prompts begin as another does, and find its first block in the cache.
+    """
     case = new_case(model_dir, tmp_path, architecture, method, True)
     prompts = random_prompts((1, 20, BLOCK - 2, BLOCK + 1, 40, 60), seed=21)
+    prompts += [[*prompts[-1][:50], 7, 8, 9], prompts[-2]]
     options = {"max_num_batched_tokens": 64, "max_model_len": 96, "num_gpu_blocks_override": blocks}
     found = run_v2(
         {
             "model": str(case.model_dir),
-            "caprese": case.caprese,
+            "caprese": {**(case.caprese or {}), "statistics_page": BLOCK, "statistics_mib": 256},
             "engine": DEFAULTS | options,
             "prompts": prompts,
             "new_tokens": 30,
@@ -60,6 +64,7 @@ def test_v2_runner(
     assert found["async"] is asynchronous
     assert found["report"]["method"] == method
     assert found["preempted"] > 0, "the test must preempt"
+    assert found["loaded"] > 0, "the test must find a prefix in the cache"
     check(found["tokens"], case.expected(prompts, 30), f"V2, {architecture}, {method}")
 
 

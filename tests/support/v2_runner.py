@@ -52,6 +52,21 @@ def count_preemptions(scheduler: Any) -> list[str]:
     return preempted
 
 
+def count_loads(scheduler: Any) -> list[str]:
+    """The requests that begin with a page of statistics from now on."""
+    loaded: list[str] = []
+    original = scheduler.schedule
+
+    def spy(*args: Any, **options: Any) -> Any:
+        output = original(*args, **options)
+        commands = getattr(output, "caprese_pages", {})
+        loaded.extend(request_id for request_id, command in commands.items() if command.load is not None)
+        return output
+
+    scheduler.schedule = spy
+    return loaded
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     if job.get("async"):
@@ -63,8 +78,10 @@ def main() -> None:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         results["v2"] = any(c.__module__ == "vllm.v1.worker.gpu.model_runner" for c in type(runner).__mro__)
         preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
+        loaded = count_loads(llm.llm_engine.engine_core.engine_core.scheduler)
         results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]))
         results["preempted"] = len(preempted)
+        results["loaded"] = len(loaded)
         results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         results["report"] = llm.collective_rpc("caprese_report")[0]
     print(json.dumps(results), flush=True)
