@@ -50,6 +50,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     served.architecture = vllm_config.model_config.architectures[0]
     method, warnings = resolve(config, adapters.config if adapters else None, served)
+    refusals.refuse_split(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
         logger.warning("Caprese: %s", warning)
 

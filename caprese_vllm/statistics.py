@@ -10,14 +10,19 @@ from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import NUM_MAGNITUDES, CatsStatistic, griffin_count
 
+from .ranks import Ranks
 from .requests import PromptChunk
 
 
 class Statistics:
-    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each slot in mid-prompt."""
+    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each slot in mid-prompt.
 
-    def __init__(self, method: Method, packed: PackedFF, kernels: Backend):
-        self.method, self.packed, self.kernels = method, packed, kernels
+    Under tensor parallelism they are of this rank's F neurons. GRIFFIN needs the tokens' norms over all ranks as they
+    come; CATS the sum of all ranks' histograms (or all values) when a prompt ends.
+    """
+
+    def __init__(self, method: Method, packed: PackedFF, kernels: Backend, ranks: Ranks):
+        self.method, self.packed, self.kernels, self.ranks = method, packed, kernels, ranks
         self._rows: dict[int, Tensor] = {}
         self._exact: dict[int, CatsStatistic] = {}  # float32 models: prompts short enough to keep the values themselves
 
@@ -43,8 +48,9 @@ class Statistics:
                 selected = {added[i].slot: selection for i, selection in zip(last, selections, strict=True)}
             # Copies: a view would keep the whole step's table alive.
             self._rows |= {chunk.slot: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
-        for slot in set(ended) - set(selected):
-            selected[slot] = self._exact.pop(slot).threshold(self.method.density)
+        for slot in ended:  # in the order of rows, as every rank does
+            if slot not in selected:
+                selected[slot] = self._exact_threshold(self._exact.pop(slot))
         return ended, torch.stack([selected[slot] for slot in ended]) if ended else None
 
     def _add(self, chunks: list[PromptChunk], values: Tensor, griffin: bool) -> Tensor:
@@ -61,7 +67,8 @@ class Statistics:
             rows += [-1, i]
         at, where = torch.tensor(offsets, device=values.device), torch.tensor(rows, device=values.device)
         if griffin:
-            self.kernels.griffin_observe(values, at, where, table)
+            norms = self.ranks.norms(self.kernels.griffin_norms(values)) if self.ranks.size > 1 else None
+            self.kernels.griffin_observe(values, at, where, table, norms)
         else:
             self.kernels.cats_observe(values, self.packed.activation, at, where, table)
         return table
@@ -69,12 +76,18 @@ class Statistics:
     def _select(self, statistics: Tensor, griffin: bool) -> Tensor:
         if griffin:
             return self.kernels.griffin_select(statistics, griffin_count(self.method.density, self.packed.num_neurons))
-        return self.kernels.cats_threshold(statistics, self.method.density)
+        return self.kernels.cats_threshold(self.ranks.counts(statistics), self.method.density)
+
+    def _exact_threshold(self, statistic: CatsStatistic) -> Tensor:
+        if self.ranks.size > 1:
+            statistic.values = [self.ranks.gather(torch.cat(statistic.values)).flatten()]
+        return statistic.threshold(self.method.density)
 
     def _add_exactly(self, chunk: PromptChunk, gate: Tensor) -> bool:
         if chunk.first:
             self._exact.pop(chunk.slot, None)
-            statistic = CatsStatistic(chunk.prompt_len * self.packed.num_neurons, gate.dtype)
+            num_values = chunk.prompt_len * self.packed.num_neurons * self.ranks.size
+            statistic = CatsStatistic(num_values, gate.dtype)
             if statistic.exact:
                 self._exact[chunk.slot] = statistic
         if chunk.slot not in self._exact:
