@@ -23,7 +23,9 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """[size, *values.shape], of every rank."""
-        return tensor_model_parallel_all_gather(values.contiguous()[None], dim=0)
+        # As float32 whatever they are: bits are only copied, and vLLM's exchange among CPU processes refuses integers.
+        bits = values.contiguous()[None].view(torch.float32)
+        return tensor_model_parallel_all_gather(bits, dim=0).view(values.dtype)
 
     def norms(self, own: Tensor) -> Tensor:
         """||z_i|| [P] over all neurons, from those over this rank's: the root of the sum of their squares."""
