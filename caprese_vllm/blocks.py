@@ -73,7 +73,7 @@ def _repack(mlp: Any, rank: int, act: str, ranks: Ranks) -> PackedFF:
 
 
 def _take_over_reduction(down: Any) -> bool:
-    """Whether vLLM's layer would have summed y over ranks. Now it must not: the block does so once, for all its rows."""
+    """Whether vLLM's layer summed y over ranks. Now it must not: the block does so once, for all its rows."""
     reduces = bool(down.reduce_results) and down.tp_size > 1
     down.reduce_results = False
     return reduces

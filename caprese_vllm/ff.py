@@ -98,7 +98,7 @@ class SparseFF:
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
 
     def run(self, x: Tensor, out: Tensor) -> None:
-        """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding and left as they are."""
+        """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, left as they are."""
         step = self.state.step
         if step is None:
             out.copy_(self._original(x)[0])

@@ -36,5 +36,5 @@ class Ranks:
         return own if self.size == 1 else self.gather(own).sum(dim=0)
 
     def share(self, low_rank: Tensor, rank: int) -> Tensor:
-        """This rank's rows of L^T or R [r, D], which are split in `size` parts of `rank` rows; the last may be shorter."""
+        """This rank's rows of L^T or R [r, D], split in `size` parts of `rank` rows; the last may be shorter."""
         return low_rank[self.rank * rank : (self.rank + 1) * rank]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_pp_group
-from vllm.distributed.parallel_state import is_global_first_rank
+from vllm.distributed.parallel_state import get_world_group, is_global_first_rank
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 
@@ -81,11 +81,12 @@ def _process_weights(
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)
-    ranks = f" on each of {state.tensor_parallel_size} ranks" if state.tensor_parallel_size > 1 else ""
+    processes = get_world_group().world_size
+    part = f" in the first of {processes} processes" if processes > 1 else ""
     logger.info(
         "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB%s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
-        extra / 2**20, ranks, path or "none (plain baseline)",
+        extra / 2**20, part, path or "none (plain baseline)",
     )  # fmt: skip
 
 

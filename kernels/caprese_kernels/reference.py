@@ -110,9 +110,7 @@ def griffin_statistic(z: Tensor, norms: Tensor | None = None) -> Tensor:
     return torch.where(norms > 0, squares / norms, 0.0).sum(dim=0)
 
 
-def griffin_observe(
-    z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None
-) -> None:
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     """statistic[slots[i]] += s^2 of the rows offsets[i] to offsets[i + 1] of z, for each of n segments.
 
     z [P, F]; `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `statistic` [S, F] float32.

@@ -83,7 +83,9 @@ def test_griffin(values: Any, dtype: torch.dtype) -> None:
     zs, gates = values(dtype)
     found = together(Method("griffin", 0.5, (0,), 0), zs, gates)
     prompts = {
-        slot: torch.cat([z[c.begin : c.end] for z, chunks in zip(zs, STEPS, strict=True) for c in chunks if c.slot == slot])
+        slot: torch.cat(
+            [z[c.begin : c.end] for z, chunks in zip(zs, STEPS, strict=True) for c in chunks if c.slot == slot]
+        )
         for slot in range(3)
     }
     own = NEURONS // SIZE
@@ -102,7 +104,7 @@ def test_griffin(values: Any, dtype: torch.dtype) -> None:
 def test_cats(values: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, exact: int) -> None:
     """All ranks use the threshold of one that has all neurons, to the bit: by histogram or by values.
 
-    A float32 prompt of up to `exact` tokens keeps its values: which one is a question of the model's F, not of a rank's.
+    A float32 prompt of up to `exact` tokens keeps its values: that is a question of the model's F, not of a rank's.
     """
     monkeypatch.setattr(reference, "EXACT_VALUES", exact * NEURONS)
     zs, gates = values(dtype)
@@ -117,5 +119,9 @@ def test_cats(values: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
 def test_low_rank_shares() -> None:
     """r rows in parts of ceil(r / size), the last ones shorter or empty."""
     rows = torch.arange(10).reshape(5, 2)
-    assert [Ranks(rank, 3).share(rows, 2).tolist() for rank in range(3)] == [rows[:2].tolist(), rows[2:4].tolist(), [[8, 9]]]
+    assert [Ranks(rank, 3).share(rows, 2).tolist() for rank in range(3)] == [
+        rows[:2].tolist(),
+        rows[2:4].tolist(),
+        [[8, 9]],
+    ]
     assert len(Ranks(3, 4).share(rows[:3], 1)) == 0

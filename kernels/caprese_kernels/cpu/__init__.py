@@ -185,9 +185,7 @@ def griffin_norms(z: Tensor) -> Tensor:
     return norms
 
 
-def griffin_observe(
-    z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None
-) -> None:
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     z = _rows(z)
     for begin, end, slot in _segments(offsets, slots, len(z), len(statistic)):
         library().caprese_griffin_observe(

@@ -45,15 +45,16 @@ def _norms(z, norms, stride, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale(largest):
-    """2^-e with 2^e the power of two of the largest magnitude: multiplied by it, which is exact, squares neither overflow
-    nor vanish. From 2^-126 to 2^126, by which a GPU's fast division can divide."""
+    """2^-e, with 2^e the power of two of the largest magnitude.
+
+    Multiplied by it, which is exact, squares neither overflow nor vanish. It is from 2^-126 to 2^126: fast division on
+    a GPU can divide by no other numbers.
+    """
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1)
     return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
-def griffin_observe(
-    z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None
-) -> None:
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     """As reference.griffin_observe; z's rows may be strided."""
     tokens, neurons = z.shape
     segments = len(slots)
