@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -18,31 +19,38 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF, allocate
 
 from .ff import STATE, SparseFF, State
+from .ranks import Ranks
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
 
-def replace_blocks(model: nn.Module, state: State, act: str, context: dict[str, Any]) -> None:
-    """Replace the forward of every FF block that the method names; refuse if one is missing or foreign."""
+def replace_blocks(model: nn.Module, state: State, here: range, act: str, context: dict[str, Any]) -> None:
+    """Replace the forward of every FF block that the method names; refuse if one is missing or foreign.
+
+    `here` are the layers of this pipeline stage; other stages have the rest.
+    """
     _register_op()
     context[STATE] = state
     found = {}
     for name, module in model.named_modules():
         match = _LAYER.search(name)
-        if match and int(match[1]) in state.method.layers:
+        if match:
             found[int(match[1])] = (name, module)
     for layer in state.method.layers:
+        if layer not in here:
+            continue
         name, mlp = found.get(layer, ("", None))
         _check_block(layer, mlp)
         assert mlp is not None
         key = f"{name}.caprese"
-        packed = _repack(mlp, state.method.rank, ACTIVATIONS[act])
-        context[key] = block = SparseFF(mlp, packed, layer, state.method, state)
+        ranks = Ranks(mlp.down_proj.tp_rank, mlp.down_proj.tp_size)
+        packed = _repack(mlp, -(-state.method.rank // ranks.size), ACTIVATIONS[act], ranks)
+        context[key] = block = SparseFF(mlp, packed, ranks, layer, state.method, state)
         state.blocks.append(block)
-        mlp.forward = _forward(key)
+        mlp.forward = _forward(key, _take_over_reduction(mlp.down_proj))
 
 
-def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
+def _repack(mlp: Any, rank: int, act: str, ranks: Ranks) -> PackedFF:
     """Move an MLP's weights into neuron-major storage with room for L^T and R, before they are loaded.
 
     vLLM's parameters become views of that storage, of the same names and shapes: weights live once,
@@ -59,14 +67,24 @@ def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
     for layer in (gate_up, down):
         layer._cpu_skip_gemm_dispatch = True  # vLLM's CPU backend would pack a copy and drop ours
     bias = None if gate_up.bias is None else gate_up.bias.data
-    return PackedFF(rows, down_plus, act, rank, bias, None if down.bias is None else down.bias.data)
+    # One rank adds the bias, as in vLLM's layer.
+    down_bias = None if down.bias is None or ranks.rank else down.bias.data
+    return PackedFF(rows, down_plus, act, rank, bias, down_bias)
 
 
-def _forward(key: str) -> Any:
+def _take_over_reduction(down: Any) -> bool:
+    """Whether vLLM's layer summed y over ranks. Now it must not: the block does so once, for all its rows."""
+    reduces = bool(down.reduce_results) and down.tp_size > 1
+    down.reduce_results = False
+    return reduces
+
+
+def _forward(key: str, reduce: bool) -> Any:
     def forward(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
         torch.ops.caprese.ff(x, out, key)
-        return out
+        # Outside of the op: the compiler fuses this sum with what follows, and graphs hold it, as in plain vLLM.
+        return tensor_model_parallel_all_reduce(out) if reduce else out
 
     return forward
 

@@ -50,6 +50,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     served.architecture = vllm_config.model_config.architectures[0]
     method, warnings = resolve(config, adapters.config if adapters else None, served)
+    refusals.refuse_split(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
         logger.warning("Caprese: %s", warning)
 
@@ -78,7 +79,8 @@ def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, ser
     cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
     if not cache.enable_prefix_caching:
         return 0
-    nbytes = page_nbytes(method, served.intermediate_size, model.max_model_len, model.dtype)
+    neurons = served.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
+    nbytes = page_nbytes(method, neurons, model.max_model_len, model.dtype)
     given = config.statistics_mib
     budget = current_platform.get_device_total_memory() // 100 if given is None else given * 2**20
     if budget < nbytes:

@@ -17,6 +17,7 @@ from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import griffin_count
 
 from .pages import Commands
+from .ranks import Ranks
 from .requests import RequestTable, Scheduled, Step
 from .statistics import Statistics
 
@@ -33,9 +34,11 @@ class State:
     kernels: Backend
     num_pages: int = 0  # of statistics of cached prefixes
     max_tokens: int = 0  # of a prompt
+    tensor_parallel_size: int = 1
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's for the next step
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
+    generated_tokens: int = 0  # that ran sparse
 
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
         """Plan the step whose rows are the given requests' tokens, one request after another."""
@@ -43,6 +46,7 @@ class State:
         for block in self.blocks:
             block.reserve(self.requests.num_slots)
         self.step = step
+        self.generated_tokens += len(step.sparse_rows)
 
     def finish(self, request_id: str) -> None:
         slot = self.requests.finish(request_id)
@@ -51,11 +55,13 @@ class State:
                 block.statistics.forget(slot)
 
     def report(self) -> dict[str, Any]:
-        """What GET /caprese shows. The share is of all FF weights of the model, in replaced blocks or not."""
-        tokens = self.blocks[0].generated_tokens
-        read = sum(block.weights_read() for block in self.blocks)
-        total = self.num_layers * self.blocks[0].num_weights * tokens
-        untouched = (self.num_layers - len(self.blocks)) * self.blocks[0].num_weights * tokens
+        """This process's part of what GET /caprese shows (`merge`).
+
+        The share is of all FF weights of the model: blocks not replaced, or of other pipeline stages, count as read.
+        """
+        tokens = self.generated_tokens
+        untouched = self.num_layers - len(self.blocks)
+        read = sum(block.weights_read() / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
         return {
             "enabled": True,
             "method": self.method.name,
@@ -63,31 +69,43 @@ class State:
             "rank": self.method.rank,
             "layers": list(self.method.layers),
             "kernel": self.kernels.NAME,
+            "tensor_parallel_size": self.tensor_parallel_size,
             "live_requests": len(self.requests),
             "generated_tokens": tokens,
-            "ff_weights_read": (untouched + read) / total if tokens else None,
+            "ff_weights_read": (untouched + read) / self.num_layers if tokens else None,
         }
 
 
-class SparseFF:
-    """One replaced FF block: packed weights, per-request statistics and selections, counters."""
+def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of the whole model from those of every rank, which saw the same requests.
 
-    def __init__(self, mlp: Any, packed: PackedFF, layer: int, method: Method, state: State):
+    Ranks of one pipeline stage hold equal parts of its layers, so what they spared is averaged; stages add theirs.
+    """
+    whole = dict(reports[0])
+    if whole["generated_tokens"]:
+        spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
+        whole["ff_weights_read"] = 1 - spared
+    return whole
+
+
+class SparseFF:
+    """One replaced FF block, or this rank's share of it: packed weights, statistics and selections, counters."""
+
+    def __init__(self, mlp: Any, packed: PackedFF, ranks: Ranks, layer: int, method: Method, state: State):
         self.mlp, self.layer, self.method, self.state = mlp, layer, method, state
-        self.packed = packed
+        self.packed, self.ranks = packed, ranks
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
-        self.statistics = Statistics(method, self.packed, state.kernels, state.num_pages, state.max_tokens)
+        self.statistics = Statistics(method, self.packed, state.kernels, ranks, state.num_pages, state.max_tokens)
         # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
         griffin, device = method.name == "griffin", self.packed.up_plus.device
         self.selections = torch.zeros(
             (0, self.num_neurons) if griffin else 0, dtype=torch.bool if griffin else torch.float32, device=device
         )
-        self.generated_tokens = 0
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
 
     def run(self, x: Tensor, out: Tensor) -> None:
-        """out[rows] = FF(x[rows]); rows past the step's end are padding and are left as they are."""
+        """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, left as they are."""
         step = self.state.step
         if step is None:
             out.copy_(self._original(x)[0])
@@ -117,7 +135,6 @@ class SparseFF:
         return y
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
-        self.generated_tokens += len(slots)
         if self.method.name == "griffin":
             return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots)
         y, kept = self.state.kernels.cats_ff(x, self.packed, self.selections, slots)
@@ -137,8 +154,8 @@ class SparseFF:
 
         CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
         """
-        depth, tokens = self.packed.hidden_size, self.generated_tokens
-        low_rank = 2 * self.method.rank * depth * tokens
+        depth, tokens = self.packed.hidden_size, self.state.generated_tokens
+        low_rank = 2 * self.packed.rank * depth * tokens
         if self.method.name == "griffin":
             return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
         return depth * (2 * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
@@ -150,7 +167,7 @@ class SparseFF:
             (gate_up.weight, self.packed.gate_up_plus),
             (down.weight, self.packed.down_plus),
             (gate_up.bias, self.packed.gate_up_bias),
-            (down.bias, self.packed.down_bias),
+            (None if self.ranks.rank else down.bias, self.packed.down_bias),
         )
         for weight, packed in views:
             if weight is not None and (packed is None or weight.data_ptr() != packed.data_ptr()):
@@ -162,8 +179,10 @@ class SparseFF:
                 )
         if adapters is not None:
             left, right = adapters.left[self.layer], adapters.right[self.layer]
-            self.packed.up_plus[self.num_neurons :].copy_(left.t())
-            self.packed.down_plus[self.num_neurons :].copy_(right)
+            for packed, whole in ((self.packed.up_plus, left.t()), (self.packed.down_plus, right)):
+                share = self.ranks.share(whole, self.packed.rank)
+                rows = packed[self.num_neurons :].zero_()  # r may not divide by the ranks: rows of zeros add nothing
+                rows[: len(share)].copy_(share)
 
 
 def _rows(step: Step, rows: Tensor) -> Tensor | slice:

@@ -10,8 +10,9 @@ import torch
 from vllm.platforms import current_platform
 
 from caprese_kernels.backend import choose
-from caprese_kernels.config import ACTIVATIONS, CapreseConfig, activation_of
+from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.reference import griffin_count
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
@@ -50,8 +51,7 @@ def refuse_engine(vllm_config: Any) -> None:
         (f"runner type {model.runner_type}", model.runner_type != "generate", "serve a generating model"),
         (f"activation {act}", act not in ACTIVATIONS, _one_of(ACTIVATIONS)),
         (f"quantization {model.quantization}", model.quantization is not None, "serve unquantized weights"),
-        ("tensor parallelism", parallel.tensor_parallel_size > 1, "use --tensor-parallel-size 1"),
-        ("pipeline parallelism", parallel.pipeline_parallel_size > 1, "use --pipeline-parallel-size 1"),
+        # Its engines are apart and would run; but GET /caprese asks one of them, and no test runs two.
         ("data parallelism", parallel.data_parallel_size > 1, "start one server a replica"),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "drop the flag"),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1, "drop the flag"),
@@ -77,6 +77,24 @@ def refuse_engine(vllm_config: Any) -> None:
     for feature, in_use, fix in refused:
         if in_use:
             _refuse_feature(feature, fix)
+
+
+def refuse_split(method: Method, intermediate_size: int, ranks: int) -> None:
+    """Tensor parallelism gives each rank F / ranks neurons, of which GRIFFIN keeps floor(density F / ranks)."""
+    if intermediate_size % ranks:
+        raise CapreseError(
+            "tensor parallelism",
+            expected=f"a size that divides the model's {intermediate_size} neurons",
+            found=str(ranks),
+            fix="use another --tensor-parallel-size",
+        )
+    if method.name == "griffin" and griffin_count(method.density, intermediate_size // ranks) < 1:
+        raise CapreseError(
+            "density",
+            expected=f"at least one of each rank's {intermediate_size // ranks} neurons kept",
+            found=f"{method.density:g}",
+            fix=f"use {ranks / intermediate_size:.4g} or more, or a smaller --tensor-parallel-size",
+        )
 
 
 def _refuse_feature(feature: str, fix: str) -> NoReturn:

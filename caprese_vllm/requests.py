@@ -37,8 +37,10 @@ class PromptChunk(NamedTuple):
     end: int
     first: bool  # its statistic starts from nothing, or from the page `load`
     last: bool  # ends the prompt: select afterwards
-    load: int | None  # page of the cached prefix before this chunk
-    saves: tuple[tuple[int, int], ...]  # (entry of dense_rows, page): the statistic before that entry goes to that page
+    load: int | None = None  # page of the cached prefix before this chunk
+    saves: tuple[
+        tuple[int, int], ...
+    ] = ()  # (entry of dense_rows, page): the statistic before that entry goes to that page
 
 
 @dataclass

@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
+from .ff import merge
+
 
 class CapreseRoute:
     """A vLLM endpoint plugin (vllm.plugins.endpoint_plugins.interface.EndpointPlugin)."""
@@ -18,8 +20,7 @@ class CapreseRoute:
         @app.get("/caprese")
         async def report(request: Request) -> dict[str, Any]:
             """Method, density, rank, layers, kernel, generated tokens and the share of FF weights they needed."""
-            (first, *_) = await request.app.state.caprese_engine.collective_rpc("caprese_report")
-            return first
+            return merge(await request.app.state.caprese_engine.collective_rpc("caprese_report"))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         state.caprese_engine = engine_client

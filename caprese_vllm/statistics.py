@@ -10,6 +10,7 @@ from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic, griffin_count
 
+from .ranks import Ranks
 from .requests import PromptChunk
 
 
@@ -35,12 +36,17 @@ def keeps_values(method: Method, model_dtype: torch.dtype) -> bool:
 class Statistics:
     """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each slot in mid-prompt.
 
+    Under tensor parallelism they are of this rank's F neurons. GRIFFIN needs the tokens' norms over all ranks as they
+    come; CATS the sum of all ranks' histograms (or all values) when a prompt ends.
+
     `num_pages` of them are kept for cached prefixes (`pages`) of up to `max_tokens` tokens. Float32 models keep the
     values themselves of prompts short enough (CatsStatistic); so do their pages.
     """
 
-    def __init__(self, method: Method, packed: PackedFF, kernels: Backend, num_pages: int = 0, max_tokens: int = 0):
-        self.method, self.packed, self.kernels = method, packed, kernels
+    def __init__(
+        self, method: Method, packed: PackedFF, kernels: Backend, ranks: Ranks, num_pages: int = 0, max_tokens: int = 0
+    ):
+        self.method, self.packed, self.kernels, self.ranks = method, packed, kernels, ranks
         self.griffin = method.name == "griffin"
         self._width = packed.num_neurons if self.griffin else NUM_MAGNITUDES
         self._dtype = torch.float32 if self.griffin else torch.int64
@@ -75,8 +81,9 @@ class Statistics:
                 selected = {added[i].slot: selection for i, selection in zip(last, selections, strict=True)}
             # Copies: a view would keep the whole step's table alive.
             self._rows |= {chunk.slot: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
-        for slot in set(ended) - set(selected):
-            selected[slot] = self._exact.pop(slot).threshold(self.method.density)
+        for slot in ended:  # in the order of rows, as every rank does
+            if slot not in selected:
+                selected[slot] = self._exact_threshold(self._exact.pop(slot))
         return ended, torch.stack([selected[slot] for slot in ended]) if ended else None
 
     def _add(self, chunks: list[PromptChunk], values: Tensor) -> Tensor:
@@ -104,7 +111,8 @@ class Statistics:
             ends.append(row - 1)
         at, where = torch.tensor(offsets, device=values.device), torch.tensor(rows, device=values.device)
         if self.griffin:
-            self.kernels.griffin_observe(values, at, where, table)
+            norms = self.ranks.norms(self.kernels.griffin_norms(values)) if self.ranks.size > 1 else None
+            self.kernels.griffin_observe(values, at, where, table, norms)
         else:
             self.kernels.cats_observe(values, self.packed.activation, at, where, table)
         for last, own in zip(ends, parts, strict=True):
@@ -118,12 +126,18 @@ class Statistics:
     def _select(self, statistics: Tensor) -> Tensor:
         if self.griffin:
             return self.kernels.griffin_select(statistics, griffin_count(self.method.density, self.packed.num_neurons))
-        return self.kernels.cats_threshold(statistics, self.method.density)
+        return self.kernels.cats_threshold(self.ranks.counts(statistics), self.method.density)
+
+    def _exact_threshold(self, statistic: CatsStatistic) -> Tensor:
+        if self.ranks.size > 1:
+            statistic.values = [self.ranks.gather(torch.cat(statistic.values)).flatten()]
+        return statistic.threshold(self.method.density)
 
     def _add_exactly(self, chunk: PromptChunk, gate: Tensor) -> bool:
         if chunk.first:
             self._exact.pop(chunk.slot, None)
-            statistic = CatsStatistic(chunk.prompt_len * self.packed.num_neurons, gate.dtype)
+            num_values = chunk.prompt_len * self.packed.num_neurons * self.ranks.size
+            statistic = CatsStatistic(num_values, gate.dtype)
             if statistic.exact:
                 self._exact[chunk.slot] = statistic
                 if chunk.load is not None:

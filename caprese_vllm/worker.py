@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_world_group, is_global_first_rank
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 
 from caprese_kernels.adapters import Adapters, is_adapter_file
@@ -50,6 +53,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
+    ranks, stages = vllm_config.parallel_config.tensor_parallel_size, get_pp_group()
     state = State(
         method_of(settings),
         RequestTable(device),
@@ -57,8 +61,10 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
         kernels,
         settings["pages"],
         vllm_config.model_config.max_model_len,
+        ranks,
     )
-    replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
+    here = range(*get_pp_indices(served.num_hidden_layers, stages.rank_in_group, stages.world_size))
+    replace_blocks(model, state, here, served.hidden_act, vllm_config.compilation_config.static_forward_context)
     for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
         block.reserve(vllm_config.scheduler_config.max_num_seqs)
     model.caprese = settings["weights"], state
@@ -81,11 +87,15 @@ def _process_weights(
     adapters = Adapters.load(path) if path else None
     for block in state.blocks:
         block.fill_adapter(adapters)
-    extra = 2 * state.method.rank * sum(b.packed.up_plus[0].nbytes for b in state.blocks)
+    if not is_global_first_rank():
+        return  # one line for all: start-up fails unless every rank replaced its blocks
+    extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)
+    processes = get_world_group().world_size
+    part = f" in the first of {processes} processes" if processes > 1 else ""
     logger.info(
-        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, adapter %s",
-        len(state.blocks), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
-        extra / 2**20, path or "none (plain baseline)",
+        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB%s, adapter %s",
+        len(state.method.layers), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
+        extra / 2**20, part, path or "none (plain baseline)",
     )  # fmt: skip
 
 

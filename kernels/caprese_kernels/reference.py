@@ -78,13 +78,31 @@ def _down_plus(x: Tensor, z: Tensor, ff: PackedFF) -> Tensor:
     return y if ff.down_bias is None else y + ff.down_bias
 
 
-def griffin_statistic(z: Tensor) -> Tensor:
+def griffin_norms(z: Tensor) -> Tensor:
+    """||z_i|| of each token in z [T, F]: float32 [T]. For a block whose neurons are split among devices.
+
+    Over all its neurons it is torch.hypot of the parts' norms; not finite where z is not, or float32 cannot hold it.
+    """
+    parts = []
+    for part in z.split(ROWS):
+        part = part.float()
+        largest = part.abs().amax(dim=1, keepdim=True)
+        squares = torch.where(largest > 0, part / largest, 0.0).square()
+        parts.append(squares.sum(dim=1).sqrt() * largest[:, 0])
+    return torch.cat(parts)
+
+
+def griffin_statistic(z: Tensor, norms: Tensor | None = None) -> Tensor:
     """s^2 of the tokens in z [T, F]: sum_i z_ij^2 / ||z_i||^2, float32 [F] (paper, section 2.2).
 
-    A token with ||z_i|| = 0 adds nothing. Add the results of a prompt's chunks.
+    A token with ||z_i|| = 0 adds nothing. Add the results of a prompt's chunks. Where z holds a part of the block's
+    neurons, `norms` [T] float32 are ||z_i|| over all of them; a token whose norm is not finite adds nothing.
     """
-    # Scaling by the largest entry first keeps the squares of half-precision outliers finite.
     z = z.float()
+    if norms is not None:
+        norms = norms[:, None]
+        return torch.where((norms > 0) & norms.isfinite(), z / norms, 0.0).square().sum(dim=0)
+    # Scaling by the largest entry first keeps the squares of half-precision outliers finite.
     largest = z.abs().amax(dim=1, keepdim=True)
     z = torch.where(largest > 0, z / largest, 0.0)
     squares = z.square()
@@ -92,14 +110,16 @@ def griffin_statistic(z: Tensor) -> Tensor:
     return torch.where(norms > 0, squares / norms, 0.0).sum(dim=0)
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     """statistic[slots[i]] += s^2 of the rows offsets[i] to offsets[i + 1] of z, for each of n segments.
 
     z [P, F]; `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `statistic` [S, F] float32.
+    `norms` [P] float32 are ||z_i|| where z holds a part of the block's neurons (`griffin_norms`); None: of z itself.
     """
     for begin, end, slot in _segments(offsets, slots):
-        for part in z[begin:end].split(ROWS):
-            statistic[slot] += griffin_statistic(part)
+        for first in range(begin, end, ROWS):
+            rows = slice(first, min(first + ROWS, end))
+            statistic[slot] += griffin_statistic(z[rows], None if norms is None else norms[rows])
 
 
 def griffin_count(density: float, num_neurons: int) -> int:

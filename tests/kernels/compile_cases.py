@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module, names in (
         (gather_kernels, ("plan_rows", "griffin_up", "cats_up", "down")),
         (masked, ("_activate_and_mask",)),
-        (statistics, ("_partial_statistics", "_add_statistics", "_count", "_select")),
+        (statistics, ("_norms", "_partial_statistics", "_add_statistics", "_count", "_select")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Compiler(getattr(module, name), found))
@@ -128,6 +128,7 @@ def test_statistics(compiled: dict[str, Any], tokens: int, neurons: int, segment
     z, offsets = torch.zeros(tokens, neurons, dtype=torch.bfloat16), torch.zeros(segments + 1, dtype=torch.int64)
     slots = torch.zeros(segments, dtype=torch.int64)
     gpu.griffin_observe(z, offsets, slots, torch.zeros(2, neurons))
+    gpu.griffin_observe(z, offsets, slots, torch.zeros(2, neurons), gpu.griffin_norms(z))
     gpu.cats_observe(z, "silu", offsets, slots, torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64))
     gpu.griffin_select(torch.zeros(segments, neurons), 1)
-    assert set(compiled) == {"_partial_statistics", "_add_statistics", "_count", "_select"}
+    assert set(compiled) == {"_norms", "_partial_statistics", "_add_statistics", "_count", "_select"}

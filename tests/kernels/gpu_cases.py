@@ -50,6 +50,7 @@ FF_CHECKS = (conformance.check_griffin, conformance.check_cats)
 ONCE_CHECKS = (  # of what does not depend on the path
     conformance.check_dense,
     observation.check_griffin_observe,
+    observation.check_shards,
     observation.check_cats_observe,
 )
 SLOW_CHECKS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from tests.kernels.problem import (
     ACTIVATION_ERROR,
     DEVIATIONS,
     FLOAT32,
+    assert_like,
     assert_same_bits,
     assert_within,
     laid_out,
@@ -81,6 +83,10 @@ def check_tokens_that_are_not_finite(backend: Backend, device: torch.device, dty
     reference.griffin_observe(z[[0, 2, 3, 6]], torch.tensor([0, 4]), torch.tensor([0]), wanted)
     # Four terms each, with a norm of 100 terms.
     torch.testing.assert_close(found.cpu(), wanted, rtol=120 * FLOAT32, atol=0)
+    norms, again = backend.griffin_norms(z.to(device)), torch.zeros(1, 100, device=device)
+    assert norms.isfinite().tolist() == [True, False, True, True, False, False, True]
+    backend.griffin_observe(z.to(device), offsets, slots, again, norms)
+    torch.testing.assert_close(again.cpu(), wanted, rtol=120 * FLOAT32, atol=0)
 
 
 def check_griffin_observe(backend: Backend, device: torch.device, case: Case) -> None:
@@ -115,6 +121,41 @@ def check_griffin_observe(backend: Backend, device: torch.device, case: Case) ->
     for offsets, slot in chunks(s):
         backend.griffin_observe(z, offsets, slot, chunked)
     assert_within(chunked, wanted, error, "statistic of chunks")
+
+
+def check_shards(backend: Backend, device: torch.device, case: Case) -> None:
+    """Neurons split in two: with the norms over both parts, each part's shares are those of the whole.
+
+    Bounds: a norm has F squares and a handful of roundings; its relative error counts twice in a share's, which has a
+    handful of its own (as `check_griffin_observe`). Tokens whose norm float32 cannot hold add nothing.
+    """
+    s = Segments(case, device)
+    values = griffin_rows(s)
+    cut = case.neurons // 3  # parts of one neuron and of none too
+    start = torch.rand(s.table, case.neurons, generator=s.generator)
+    norms = values.double().norm(dim=1)
+    shares = (values.double() / norms[:, None]).square()
+    shares[(norms == 0) | (norms > torch.finfo(torch.float32).max)] = 0
+    wanted = start.double()
+    for begin, end, slot in s.parts:
+        wanted[slot] += shares[begin:end].sum(dim=0)
+    steps = sum(min(n, DEVIATIONS * math.sqrt(n)) for n in (case.neurons, max(case.tokens, 3))) + 24
+    tiny = torch.finfo(torch.float32).tiny
+    parts = [part for part in (slice(0, cut), slice(cut, None)) if values[:, part].shape[1]]
+    found = [backend.griffin_norms(laid_out(values[:, part].to(device), case.layout)) for part in parts]
+    for part, own in zip(parts, found, strict=True):
+        exact = values[:, part].double().norm(dim=1)
+        held = exact < 0.99 * torch.finfo(torch.float32).max
+        assert_like(own, (s.count,), torch.float32, device)
+        assert_within(own[held.to(device)], exact[held], steps * FLOAT32 * exact[held] + tiny, "norms")
+    joint = functools.reduce(torch.hypot, found)
+    for part in parts:
+        table = start[:, part].to(device, copy=True)
+        backend.griffin_observe(s.rows(values)[:, part], s.offsets, s.slots, table, joint)
+        error = steps * FLOAT32 * wanted[:, part] + s.count * tiny
+        assert_within(table, wanted[:, part], error, "statistic of a part of the neurons")
+        untouched = [*s.untouched(), s.slots_list[s.zero]]
+        assert_same_bits(table[untouched].cpu(), start[untouched, part], "statistic of slots with nothing to add")
 
 
 def chunks(s: Segments) -> list[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ CASE_CHECKS = (
     conformance.check_padding,
     conformance.check_same_bits_twice,
     observation.check_griffin_observe,
+    observation.check_shards,
     observation.check_cats_observe,
     observation.check_segment_stands_alone,
 )
@@ -168,6 +169,7 @@ about_alone = over(conformance.check_request_stands_alone, same_bits=False)
 twice = over(conformance.check_same_bits_twice)
 dropped = over(conformance.check_dropped_weights_do_not_matter)
 observe_shares = over(observation.check_griffin_observe)
+shards = over(observation.check_shards)
 observe_magnitudes = over(observation.check_cats_observe)
 chunks = over(observation.check_chunks_do_not_matter)
 segments = over(observation.check_segment_stands_alone)
@@ -397,6 +399,21 @@ def squares_overflow(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tenso
 def drops_last_token(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
     for begin, end, slot in reference._segments(offsets, slots):
         statistic[slot] += reference.griffin_statistic(z[begin : max(end - 1, begin + 1)])
+
+
+@broken("griffin_observe", shards)
+def norms_of_its_own(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor) -> None:
+    reference.griffin_observe(z, offsets, slots, statistic)
+
+
+@broken("griffin_observe", shards)
+def norms_squared(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor) -> None:
+    reference.griffin_observe(z, offsets, slots, statistic, norms.square())
+
+
+@broken("griffin_norms", shards)
+def norms_overflow(z: Tensor) -> Tensor:
+    return z.float().square().sum(dim=1).sqrt()
 
 
 @broken("griffin_observe", segments)

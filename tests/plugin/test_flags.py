@@ -96,8 +96,8 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
         ({"method": "griffin", "kernel": "triton"}, {}, "triton"),
         ({"method": "griffin", "reselect_interval": 8}, {}, "reselect"),
         ({"method": "griffin", "unknown": 1}, {}, "unknown"),
-        ({"method": "griffin"}, {"tensor_parallel_size": 2}, "tensor parallelism"),
-        ({"method": "griffin"}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"method": "griffin"}, {"tensor_parallel_size": 2}, "divides the model's 97 neurons"),
+        ({"method": "griffin"}, {"data_parallel_size": 2}, "data parallelism"),
         ({"method": "griffin"}, {"enable_lora": True}, "LoRA"),
         ({"method": "griffin"}, {"quantization": "fp8"}, "quantization fp8"),
         (
@@ -119,6 +119,14 @@ def test_what_does_not_fit_is_refused_by_name(
         configure(model_dir("llama"), caprese, **options)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_density_that_leaves_a_rank_no_neuron(model_dir: ModelDir) -> None:
+    """160 neurons: one of them is 1/160, but on each of two ranks one of 80."""
+    configure(model_dir("qwen2"), {"method": "griffin", "density": 0.01})
+    with pytest.raises(CapreseError, match=r"each rank's 80 neurons kept; found 0\.01; use 0\.0125 or more"):
+        configure(model_dir("qwen2"), {"method": "griffin", "density": 0.01}, tensor_parallel_size=2)
+    configure(model_dir("qwen2"), {"method": "cats", "density": 0.01}, tensor_parallel_size=2)
 
 
 def test_a_model_of_another_size_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from caprese_kernels import reference
 from caprese_kernels.config import Method, MethodName
 from caprese_kernels.packed import PackedFF
 from caprese_vllm.pages import Commands, PageIndex
+from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
 from caprese_vllm.statistics import Statistics, keeps_values, page_dtype, page_nbytes
 
@@ -60,7 +61,7 @@ class Worker:
         weights = torch.zeros(NEURONS, DEPTH, dtype=dtype)
         packed = PackedFF.pack(weights, weights, weights.t().contiguous(), "silu")
         self.table, self.gate_up = RequestTable(torch.device("cpu")), gate_up
-        self.statistics = Statistics(Method(method, 0.5, (0,), 0), packed, reference, 4, len(gate_up))  # type: ignore[arg-type]
+        self.statistics = Statistics(Method(method, 0.5, (0,), 0), packed, reference, Ranks(), 4, len(gate_up))  # type: ignore[arg-type]
 
     def run(
         self, name: str, start: int, end: int, load: int | None = None, *saves: tuple[int, int]

@@ -35,6 +35,7 @@ class SparseBlock:
     density: float
     left: Tensor | None
     right: Tensor | None
+    tp: int = 1
     generating: bool = False
     keep: Tensor | None = None  # GRIFFIN: [F] bool
     tau: Tensor | None = None  # CATS
@@ -63,13 +64,16 @@ class SparseBlock:
             norms = z.norm(dim=1, keepdim=True)
             relative = torch.where(norms > 0, z / norms, torch.zeros_like(z))
             statistic = relative.square().sum(dim=0).tolist()
-            count = int(self.density * len(statistic))
-            best_first = sorted(range(len(statistic)), key=lambda j: (-statistic[j], j))
+            assert len(statistic) % self.tp == 0
+            size = len(statistic) // self.tp
+            count = int(self.density * size)
             self.keep = torch.zeros(len(statistic), dtype=torch.bool)
-            self.keep[best_first[:count]] = True
-            if 0 < count < len(statistic):
-                last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
-                self.closest = (last - first) / last
+            for start in range(0, len(statistic), size):
+                best_first = sorted(range(start, start + size), key=lambda j: (-statistic[j], j))
+                self.keep[best_first[:count]] = True
+                if 0 < count < size:
+                    last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
+                    self.closest = min(self.closest, (last - first) / last)
         else:
             # Linear interpolation between order statistics, as torch.quantile's default.
             self.tau = torch.quantile(g.abs().flatten(), 1.0 - self.density)
@@ -98,8 +102,11 @@ class HFReference:
         left: Mapping[int, Tensor] | None = None,
         right: Mapping[int, Tensor] | None = None,
         forced: Sequence[int] | None = None,
+        tp: int = 1,
     ) -> Generation:
         """`method` None is the original model. `layers` None is the method's default.
+
+        `tp` devices hold an equal part of the neurons each, in order, and GRIFFIN selects on each among its own.
 
         With `forced` these tokens are generated, whatever the logits say, and `logprobs` tells what they say.
         """
@@ -108,7 +115,7 @@ class HFReference:
             if layers is None:
                 layers = range(len(self.blocks) // 2 if method == "griffin" else len(self.blocks))
             states = {
-                i: SparseBlock(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i))
+                i: SparseBlock(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i), tp)
                 for i in layers
             }
         for i, state in states.items():

@@ -21,8 +21,8 @@ from ..reference import cats_threshold
 from .build import Unavailable, library
 
 __all__ = [
-    "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "dense_ff", "griffin_ff", "griffin_observe",
-    "griffin_select", "library", "read_memory",
+    "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "dense_ff", "griffin_ff", "griffin_norms",
+    "griffin_observe", "griffin_select", "library", "read_memory",
 ]  # fmt: skip
 
 NAME = "cpu"
@@ -176,12 +176,22 @@ def _described(
     return ctypes.byref(block), ctypes.byref(batch)
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+def griffin_norms(z: Tensor) -> Tensor:
+    z, norms = _rows(z), torch.empty(len(z))
+    library().caprese_griffin_norms(
+        *(_pointer(z.data_ptr()), _int(z.stride(0)), _int(len(z)), _int(z.shape[1])),
+        *(_dtype(z), _pointer(norms.data_ptr()), torch.get_num_threads()),
+    )
+    return norms
+
+
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     z = _rows(z)
     for begin, end, slot in _segments(offsets, slots, len(z), len(statistic)):
         library().caprese_griffin_observe(
             _pointer(z[begin:end].data_ptr()), _int(z.stride(0)), _int(end - begin), _int(z.shape[1]),
-            _dtype(z), _pointer(_address("statistic", statistic[slot], torch.float32)), torch.get_num_threads(),
+            _dtype(z), _pointer(None if norms is None else _address("norms", norms[begin:end], torch.float32)),
+            _pointer(_address("statistic", statistic[slot], torch.float32)), torch.get_num_threads(),
         )  # fmt: skip
 
 

@@ -12,8 +12,46 @@ namespace {
 // Tokens that are looked at twice, for their norms and for their columns: a tile of them stays in the caches.
 constexpr int64_t TILE = 64;
 
+// A token's length: the largest entry's size and the sum of the squares of z / top. Scaled by the largest entry, the
+// squares of half-precision outliers stay finite.
+struct Length {
+    float top, inverse, square;
+    bool exact;  // else a denormal's inverse is infinite: divide by top
+};
+
 template <class T>
-void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float* statistic, int threads) {
+Length length(const T* row, int64_t neurons) {
+    V largest = zero(), square = zero();
+    const auto each = [&](auto&& take) {
+        int64_t j = 0;
+        for (; j + W <= neurons; j += W) take(load(row + j));
+        if (j < neurons) take(load_first(row + j, neurons - j));
+    };
+    each([&](V v) { largest = max(largest, max(v, -v)); });
+    float values[W];
+    store(values, largest);
+    const float top = *std::max_element(values, values + W), scale = top > 0 ? 1.0f / top : 0.0f;
+    const V s = set1(top), inverse = set1(scale);
+    const bool exact = scale < INFINITY;
+    each([&](V v) {
+        const V a = exact ? v * inverse : v / s;
+        square = fma(a, a, square);
+    });
+    return {top, scale, sum(square), exact};
+}
+
+template <class T>
+void norms_of(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float* norms, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < tokens; ++t) {
+        const Length found = length(z + t * stride, neurons);
+        norms[t] = found.top * std::sqrt(found.square);
+    }
+}
+
+template <class T>
+void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* norms, float* statistic,
+             int threads) {
     std::vector<float> scale(TILE), weight(TILE);
     float *const scales = scale.data(), *const weights = weight.data();
 #pragma omp parallel num_threads(threads)
@@ -24,28 +62,16 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float*
             const int64_t count = std::min(TILE, tokens - tile);
             const auto [first, last] = share(count, part, parts);
             for (int64_t t = first; t < last; ++t) {
-                const T* row = z + (tile + t) * stride;
-                // Scaled by the largest entry, the squares of half-precision outliers stay finite.
-                V largest = zero(), square = zero();
-                const auto each = [&](auto&& take) {
-                    int64_t j = 0;
-                    for (; j + W <= neurons; j += W) take(load(row + j));
-                    if (j < neurons) take(load_first(row + j, neurons - j));
-                };
-                each([&](V v) { largest = max(largest, max(v, -v)); });
-                float values[W];
-                store(values, largest);
-                const float top = *std::max_element(values, values + W);
-                scales[t] = top > 0 ? 1.0f / top : 0.0f;
-                const V s = set1(top), inverse = set1(scales[t]);
-                const bool exact = scales[t] < INFINITY;  // a denormal's inverse may be infinite: divide there
-                each([&](V v) {
-                    const V a = exact ? v * inverse : v / s;
-                    square = fma(a, a, square);
-                });
-                const float norm = sum(square);  // NaN where an entry is infinite or NaN: such a token adds nothing
-                weights[t] = norm > 0 ? 1.0f / norm : 0.0f;
-                if (!exact) scales[t] = -top;
+                if (norms) {
+                    const float norm = norms[tile + t], inverse = 1.0f / norm;
+                    weights[t] = norm > 0 && norm < INFINITY ? 1.0f : 0.0f;
+                    scales[t] = inverse < INFINITY ? inverse : -norm;
+                    continue;
+                }
+                const Length own = length(z + (tile + t) * stride, neurons);
+                // The square is NaN where an entry is infinite or NaN: such a token adds nothing.
+                weights[t] = own.square > 0 ? 1.0f / own.square : 0.0f;
+                scales[t] = own.exact ? own.inverse : -own.top;
             }
 #pragma omp barrier
             for (int64_t j = begin * W; j < std::min(end * W, neurons); j += W) {
@@ -136,13 +162,24 @@ void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int ac
 
 extern "C" {
 
-// statistic[F] += s^2 of z [tokens, F], token after token: the bits do not depend on how a prompt is cut.
-void caprese_griffin_observe(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
-                             float* statistic, int threads) {
+// norms[tokens] = ||z_i||, z [tokens, F].
+void caprese_griffin_norms(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype, float* norms,
+                           int threads) {
     switch (dtype) {
-        case 0: return griffin(static_cast<const float*>(z), stride, tokens, neurons, statistic, threads);
-        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, statistic, threads);
-        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, statistic, threads);
+        case 0: return norms_of(static_cast<const float*>(z), stride, tokens, neurons, norms, threads);
+        case 1: return norms_of(static_cast<const Bf16*>(z), stride, tokens, neurons, norms, threads);
+        default: return norms_of(static_cast<const Half*>(z), stride, tokens, neurons, norms, threads);
+    }
+}
+
+// statistic[F] += s^2 of z [tokens, F], token after token: the bits do not depend on how a prompt is cut. `norms`
+// [tokens], or null: those of z itself.
+void caprese_griffin_observe(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
+                             const float* norms, float* statistic, int threads) {
+    switch (dtype) {
+        case 0: return griffin(static_cast<const float*>(z), stride, tokens, neurons, norms, statistic, threads);
+        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, norms, statistic, threads);
+        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, norms, statistic, threads);
     }
 }
 

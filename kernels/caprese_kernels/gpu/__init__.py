@@ -12,7 +12,7 @@ from . import crossover, gather, masked
 from .crossover import Path
 from .gather import Plan, plan
 from .masked import dense_ff
-from .statistics import cats_observe, cats_threshold, griffin_observe, griffin_select
+from .statistics import cats_observe, cats_threshold, griffin_norms, griffin_observe, griffin_select
 
 __all__ = [
     "NAME",
@@ -23,6 +23,7 @@ __all__ = [
     "cats_threshold",
     "dense_ff",
     "griffin_ff",
+    "griffin_norms",
     "griffin_observe",
     "griffin_select",
     "plan",

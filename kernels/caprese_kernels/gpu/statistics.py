@@ -23,7 +23,38 @@ COLUMNS = 64  # neurons of one program that adds up partial statistics: 256 byte
 PARTS = 32
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor) -> None:
+def griffin_norms(z: Tensor) -> Tensor:
+    """As reference.griffin_norms; z's rows may be strided."""
+    tokens, neurons = z.shape
+    norms = torch.empty(tokens, dtype=torch.float32, device=z.device)
+    if tokens:
+        block = triton.next_power_of_2(neurons)
+        _norms[(tokens,)](z, norms, z.stride(0), neurons, BLOCK=block, num_warps=tuning.row_warps(block))
+    return norms
+
+
+@triton.jit
+def _norms(z, norms, stride, F, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(value)))
+    value *= scale
+    tl.store(norms + t, tl.sqrt(tl.sum(value * value)) / scale)
+
+
+@triton.jit
+def _scale(largest):
+    """2^-e, with 2^e the power of two of the largest magnitude.
+
+    Multiplied by it, which is exact, squares neither overflow nor vanish. It is from 2^-126 to 2^126: fast division on
+    a GPU can divide by no other numbers.
+    """
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 1)
+    return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+
+
+def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
     """As reference.griffin_observe; z's rows may be strided."""
     tokens, neurons = z.shape
     segments = len(slots)
@@ -35,7 +66,8 @@ def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor
     options = {"SEGMENTS": triton.next_power_of_2(segments), "TOKENS": tuning.OBSERVED_TOKENS}
     block = triton.next_power_of_2(neurons)
     _partial_statistics[(blocks,)](
-        *(z, offsets, slots, partial, z.stride(0), segments, neurons),
+        *(z, offsets, slots, norms, partial, z.stride(0), segments, neurons),
+        NORMED=norms is not None,
         BLOCK=block,
         STAGES=tuning.row_stages(block * z.element_size()),
         num_warps=tuning.row_warps(block),
@@ -64,12 +96,14 @@ def _partial_statistics(
     z,
     offsets,
     slots,
+    norms,
     partial,
     stride,
     segments,
     F,
     SEGMENTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    NORMED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -90,13 +124,18 @@ def _partial_statistics(
     total = tl.zeros([BLOCK], tl.float32)
     for t in tl.range(begin, tl.minimum(begin + TOKENS, end), num_stages=STAGES):
         value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
-        # Times 2^-e with 2^e the largest one's power of two, which is exact: squares neither overflow nor vanish.
-        exponent = tl.max(tl.abs(value)).to(tl.int32, bitcast=True) >> 23
-        value *= (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-        square = value * value
-        norm = tl.sum(square)
+        if NORMED:
+            norm = tl.load(norms + t)
+            scale = _scale(norm)
+            share = value * scale * (1.0 / (norm * scale))
+            share *= share
+        else:
+            value *= _scale(tl.max(tl.abs(value)))
+            square = value * value
+            norm = tl.sum(square)
+            share = square * (1.0 / norm)
         # A token of zeros adds nothing; nor does one that is not finite, whose norm is infinite or NaN.
-        total += tl.where((norm > 0) & (norm < float("inf")), square * (1.0 / norm), 0.0)
+        total += tl.where((norm > 0) & (norm < float("inf")), share, 0.0)
     tl.store(partial + block.to(tl.int64) * F + j, total, mask=j < F)
 
 
