@@ -23,30 +23,73 @@ STATE = "caprese"  # our key in vLLM's per-engine forward context
 
 @dataclass
 class State:
-    """Everything Caprese knows about one engine in this process."""
+    """Everything Caprese knows about one engine in this process.
+
+    All of its tables have their size and address from start-up on, so that CUDA graphs can read them.
+    """
 
     method: Method
     requests: RequestTable
     num_layers: int
     kernels: Backend
+    graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
+    generated_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
+        self.table = torch.empty(0)
+        self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
+        # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
+        self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
+
+    def allocate(self) -> None:
+        """Make the slot table once all blocks are there; each block has its layer's view."""
+        griffin, slots = self.method.name == "griffin", self.requests.num_slots
+        shape = (len(self.blocks), slots, self.blocks[0].num_neurons) if griffin else (len(self.blocks), slots)
+        dtype = torch.bool if griffin else torch.float32
+        self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
+        for block, selections in zip(self.blocks, self.table, strict=True):
+            block.selections = selections
 
     def begin(self, step: Step) -> None:
-        for block in self.blocks:
-            block.reserve(self.requests.num_slots)
+        """Before the forward pass of a real batch, eager or replayed: all that the step changes outside of it."""
+        for key, slot in step.parked:
+            self.parked[key] = self.table[:, slot].clone()
+        for key, slot in step.restored:
+            self.table[:, slot] = self.parked.pop(key)
+        self.generated_tokens += len(step.sparse_rows)
         self.step = step
+        if self.can_replay(step):
+            self.decode_slots[: step.num_rows] = step.sparse_slots
+            self.decode_slots[step.num_rows :] = -1
+
+    def can_replay(self, step: Step) -> bool:
+        """Whether a full CUDA graph computes this step: it knows generated tokens only."""
+        return step.decode and step.num_rows <= self.graph_rows
+
+    def begin_dummy_decode(self, num_rows: int) -> None:
+        """Make the step that full CUDA graphs capture, and that a dummy batch replays: decoding, every row padding.
+
+        It runs the kernels that decoding runs, on the buffer that `begin` will refill, and touches no slot.
+        """
+        self.decode_slots.fill_(-1)
+        none = self.decode_slots[:0]
+        rows = torch.arange(num_rows, device=self.requests.device)
+        self.step = Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none)
 
     def finish(self, request_id: str) -> None:
-        slot = self.requests.finish(request_id)
-        if slot is not None:
+        key = self.requests.finish(request_id)
+        if key is not None:
+            self.parked.pop(key, None)
             for block in self.blocks:
-                block.statistics.forget(slot)
+                block.statistics.forget(key)
 
     def report(self) -> dict[str, Any]:
         """What GET /caprese shows. The share is of all FF weights of the model, in replaced blocks or not."""
-        tokens = self.blocks[0].generated_tokens
-        read = sum(block.weights_read() for block in self.blocks)
+        tokens = self.generated_tokens
+        read = sum(block.weights_read(tokens) for block in self.blocks)
         total = self.num_layers * self.blocks[0].num_weights * tokens
         untouched = (self.num_layers - len(self.blocks)) * self.blocks[0].num_weights * tokens
         return {
@@ -71,13 +114,8 @@ class SparseFF:
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
         self.statistics = Statistics(method, self.packed, state.kernels)
-        # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
-        griffin, device = method.name == "griffin", self.packed.up_plus.device
-        self.selections = torch.zeros(
-            (0, self.num_neurons) if griffin else 0, dtype=torch.bool if griffin else torch.float32, device=device
-        )
-        self.generated_tokens = 0
-        self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
+        self.selections = torch.empty(0)  # this layer's part of State.table: row s is slot s
+        self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """out[rows] = FF(x[rows]); rows past the step's end are padding and are left as they are."""
@@ -110,27 +148,18 @@ class SparseFF:
         return y
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
-        self.generated_tokens += len(slots)
         if self.method.name == "griffin":
             return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots)
         y, kept = self.state.kernels.cats_ff(x, self.packed, self.selections, slots)
         self._neurons_kept += kept.sum()
         return y
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for slots; tables double, so that requests that come one by one copy little."""
-        if num_slots > len(self.selections):
-            size = max(num_slots, 2 * len(self.selections))
-            more = self.selections.new_zeros(size, *self.selections.shape[1:])
-            more[: len(self.selections)] = self.selections
-            self.selections = more
-
-    def weights_read(self) -> int:
-        """FF weights that the generated tokens so far needed: kept neurons, and L and R once a token.
+    def weights_read(self, tokens: int) -> int:
+        """FF weights that the `tokens` generated so far needed: kept neurons, and L and R once a token.
 
         CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
         """
-        depth, tokens = self.packed.hidden_size, self.generated_tokens
+        depth = self.packed.hidden_size
         low_rank = 2 * self.method.rank * depth * tokens
         if self.method.name == "griffin":
             return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank

@@ -14,16 +14,16 @@ from .requests import PromptChunk
 
 
 class Statistics:
-    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each slot in mid-prompt."""
+    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each request in mid-prompt, by key."""
 
     def __init__(self, method: Method, packed: PackedFF, kernels: Backend):
         self.method, self.packed, self.kernels = method, packed, kernels
         self._rows: dict[int, Tensor] = {}
         self._exact: dict[int, CatsStatistic] = {}  # float32 models: prompts short enough to keep the values themselves
 
-    def forget(self, slot: int) -> None:
-        self._rows.pop(slot, None)
-        self._exact.pop(slot, None)
+    def forget(self, key: int) -> None:
+        self._rows.pop(key, None)
+        self._exact.pop(key, None)
 
     def observe(self, chunks: list[PromptChunk], z: Tensor, gate_up: Tensor) -> tuple[list[int], Tensor | None]:
         """Add a step's prompt chunks; z [P, F] and gate_up [P, 2F] are of its dense rows.
@@ -33,19 +33,20 @@ class Statistics:
         griffin = self.method.name == "griffin"
         gate = gate_up[:, : self.packed.num_neurons]
         added = chunks if griffin else [chunk for chunk in chunks if not self._add_exactly(chunk, gate)]
-        ended = [chunk.slot for chunk in chunks if chunk.last]
+        ended = [chunk for chunk in chunks if chunk.last]
         selected: dict[int, Tensor] = {}
         if added:
             table = self._add(added, z if griffin else gate, griffin)
             last = [i for i, chunk in enumerate(added) if chunk.last]
             if last:
                 selections = self._select(table[last], griffin)
-                selected = {added[i].slot: selection for i, selection in zip(last, selections, strict=True)}
+                selected = {added[i].key: selection for i, selection in zip(last, selections, strict=True)}
             # Copies: a view would keep the whole step's table alive.
-            self._rows |= {chunk.slot: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
-        for slot in set(ended) - set(selected):
-            selected[slot] = self._exact.pop(slot).threshold(self.method.density)
-        return ended, torch.stack([selected[slot] for slot in ended]) if ended else None
+            self._rows |= {chunk.key: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
+        for key in {chunk.key for chunk in ended} - set(selected):
+            selected[key] = self._exact.pop(key).threshold(self.method.density)
+        rows = torch.stack([selected[chunk.key] for chunk in ended]) if ended else None
+        return [chunk.slot for chunk in ended], rows
 
     def _add(self, chunks: list[PromptChunk], values: Tensor, griffin: bool) -> Tensor:
         """The chunks' statistics with these chunks in them: one row a chunk."""
@@ -53,7 +54,7 @@ class Statistics:
         table = torch.zeros(len(chunks), width, dtype=dtype, device=values.device)
         offsets, rows = [0], []
         for i, chunk in enumerate(chunks):
-            before = self._rows.pop(chunk.slot, None)  # also of a pass that a preemption cut short
+            before = self._rows.pop(chunk.key, None)  # also of a pass that a preemption cut short
             if not chunk.first:
                 assert before is not None
                 table[i] = before
@@ -73,11 +74,11 @@ class Statistics:
 
     def _add_exactly(self, chunk: PromptChunk, gate: Tensor) -> bool:
         if chunk.first:
-            self._exact.pop(chunk.slot, None)
+            self._exact.pop(chunk.key, None)
             statistic = CatsStatistic(chunk.prompt_len * self.packed.num_neurons, gate.dtype)
             if statistic.exact:
-                self._exact[chunk.slot] = statistic
-        if chunk.slot not in self._exact:
+                self._exact[chunk.key] = statistic
+        if chunk.key not in self._exact:
             return False
-        self._exact[chunk.slot].add(self.packed.act(gate[chunk.begin : chunk.end]))
+        self._exact[chunk.key].add(self.packed.act(gate[chunk.begin : chunk.end]))
         return True

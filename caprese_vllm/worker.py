@@ -49,10 +49,12 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
-    state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, kernels)
+    slots = vllm_config.scheduler_config.max_num_seqs
+    decode_rows = slots * (1 + vllm_config.num_speculative_tokens)
+    requests = RequestTable(device, slots)
+    state = State(method_of(settings), requests, served.num_hidden_layers, kernels, decode_rows)
     replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
-    for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
-        block.reserve(vllm_config.scheduler_config.max_num_seqs)
+    state.allocate()  # now, so that vLLM's memory profile sees the tables
     model.caprese = settings["weights"], state
     if vllm_config.use_v2_model_runner:
         from .runner_v2 import model_state_class
@@ -75,9 +77,10 @@ def _process_weights(
         block.fill_adapter(adapters)
     extra = 2 * state.method.rank * sum(b.packed.up_plus[0].nbytes for b in state.blocks)
     logger.info(
-        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, adapter %s",
+        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, "
+        "slot tables of %d requests %.1f MiB, adapter %s",
         len(state.blocks), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
-        extra / 2**20, path or "none (plain baseline)",
+        extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, path or "none (plain baseline)",
     )  # fmt: skip
 
 
@@ -132,8 +135,8 @@ def _v1_prepare_inputs(
     return result
 
 
-def execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """End the step with the forward pass, whichever way it ends: what runs between steps is a dummy."""
+def end_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """End the step with what runs it, whichever way that ends: what runs between steps is a dummy."""
     try:
         return original(self, *args, **kwargs)
     finally:
@@ -155,7 +158,7 @@ def install() -> None:
     compat.wrap(compat.PROCESS_WEIGHTS, _process_weights)
     compat.wrap(compat.PREPARE_WEIGHTS, _prepare_weights)
     compat.wrap(compat.V1_PREPARE_INPUTS, _v1_prepare_inputs)
-    compat.wrap(compat.V1_EXECUTE_MODEL, execute_model)
+    compat.wrap(compat.V1_EXECUTE_MODEL, end_step)
     compat.wrap(compat.V1_REQUEST_REMOVED, _v1_request_removed)
 
 
