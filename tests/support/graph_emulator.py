@@ -141,6 +141,7 @@ def install() -> None:
     cudagraph_utils.graph_capture = lambda device: Recorder()
     for module in (cudagraph_utils, breakable_cudagraph):
         module.capture_pool = lambda pool, config: nullcontext()
+    breakable_cudagraph.weak_ref_tensor = breakable_cudagraph.weak_ref_tensors = lambda tensors: tensors
     CpuPlatform.graph_pool_handle = lambda self: None
     CPUAttentionMetadataBuilder._cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     hook_triton()
