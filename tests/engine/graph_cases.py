@@ -5,6 +5,7 @@ before they are imported.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +21,11 @@ from caprese_vllm.ff import SparseFF, State
 from caprese_vllm.requests import RequestTable, Scheduled
 from tests.engine.test_equality import check, new_case
 from tests.support import graph_emulator
-from tests.support.engine import generate, greedy
+from tests.support.engine import generate, greedy, scheduler
 from tests.support.full_graphs import CAPTURED, Watched, captured_engine
 from tests.support.graph_emulator import CaptureError, Graph, Recorder
 from tests.support.models import random_prompts
+from tests.support.v2_runner import count_preemptions
 
 CPU = torch.device("cpu")
 SLOTS = 5
@@ -128,8 +130,8 @@ def test_the_emulator_refuses_what_a_capturing_stream_refuses() -> None:
             wrong()
 
 
-BUDGET = 64  # tokens a step
-NEW_TOKENS = 12
+BUDGET = 32  # tokens a step
+NEW_TOKENS = 11
 
 
 def drive(watched: Watched, prompts: list[list[int]], arrivals: dict[int, list[int]], off: set[int]) -> list[list[int]]:
@@ -142,56 +144,69 @@ def drive(watched: Watched, prompts: list[list[int]], arrivals: dict[int, list[i
             engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, params)
         for output in engine.step():
             tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-        if step % 5 == 1:
-            before, parked = state.table.clone(), set(state.parked)
+        if step in DUMMIES:
+            before = state.table.clone()
             watched.runner._dummy_run(2, uniform_decode=True)  # a full graph
             assert state.decode_slots.tolist() == [-1] * state.graph_rows
-            watched.runner._dummy_run(3 * max(CAPTURED))  # none
+            watched.runner._dummy_run(2 * max(CAPTURED))  # none
             assert torch.equal(state.table, before), "a dummy batch touches no slot"
-            assert set(state.parked) == parked
             assert state.step is None
         step += 1
     return [tokens[i] for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "method", "mode", "blocks"),
-    [
-        ("llama", "griffin", CUDAGraphMode.FULL_AND_PIECEWISE, 9),
-        ("gemma2", "cats", CUDAGraphMode.FULL_DECODE_ONLY, 20),
-    ],
-    ids=["griffin", "cats"],
-)
+DUMMIES = (3, 9)  # steps after which dummy batches run
+
+
+@dataclass
+class Load:
+    """Requests for a captured engine, and the graphs that it has."""
+
+    architecture: str
+    method: str
+    mode: CUDAGraphMode
+    blocks: int  # of the KV cache
+    lengths: tuple[int, ...]
+    arrivals: dict[int, list[int]]
+    off: set[int] = field(default_factory=set)
+    traps: int = 0  # a prompt's last token scheduled alone, at least so often
+    preempted: bool = False
+
+
+# 33: a budget and one token, so the last chunk is a single token: first alone, then (31 + 1) beside one that decodes.
+LOADS = [
+    Load(
+        *("llama", "griffin", CUDAGraphMode.FULL_AND_PIECEWISE, 5, (33, 1, 31, 30, 9)),
+        *({0: [0], 4: [1], 6: [2], 12: [3, 4]}, {4}, 2, True),
+    ),
+    Load("gemma2", "cats", CUDAGraphMode.FULL_DECODE_ONLY, 40, (7, 1, 5), {0: [0, 1], 2: [2]}),
+]
+
+
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.method)
 def test_full_graphs_in_the_engine(
-    model_dir: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    method: str,
-    mode: CUDAGraphMode,
-    blocks: int,
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     """vLLM's own manager captures and replays, through chunked prompts, preemptions, neighbours that are off."""
-    case = new_case(model_dir, tmp_path, architecture, method, True)
-    # 65: a budget and one token, so the last chunk is a single token, first alone, then (62 + 1) beside decoding ones.
-    prompts = random_prompts((65, 1, 20, 62, 30, 40), seed=31)
-    off = {4}
-    arrivals = {0: [0], 4: [1], 6: [2], 7: [3], 16: [4, 5]}
+    case = new_case(model_dir, tmp_path, load.architecture, load.method, True)
+    prompts = random_prompts(load.lengths, seed=31)
     runs = []
     run = SparseFF.run
     monkeypatch.setattr(SparseFF, "run", lambda self, x, out: (runs.append(self.layer), run(self, x, out))[1])
-    options = {"max_num_batched_tokens": BUDGET, "max_num_seqs": max(CAPTURED), "num_gpu_blocks_override": blocks}
+    options = {"max_num_batched_tokens": BUDGET, "max_num_seqs": max(CAPTURED), "num_gpu_blocks_override": load.blocks}
     caprese = {**case.caprese, "kernel": "triton"}
-    with captured_engine(case.model_dir, caprese, mode, max_model_len=96, **options) as watched:
-        graphs = watched.runner.cudagraph_manager.graphs
-        assert sorted(desc.num_tokens for desc in graphs) == CAPTURED
-        assert watched.runner.compilation_config.cudagraph_mode == mode
+    with captured_engine(case.model_dir, caprese, load.mode, max_model_len=64, **options) as watched:
+        manager, state = watched.runner.cudagraph_manager, watched.state
+        assert sorted(desc.num_tokens for desc in manager.graphs) == CAPTURED
+        assert manager.cudagraph_mode == load.mode
+        preempted = count_preemptions(scheduler(watched.llm))
         runs.clear()
-        found = drive(watched, prompts, arrivals, off)
+        found = drive(watched, prompts, load.arrivals, load.off)
         expected = case.expected(prompts, NEW_TOKENS)
-        for i in off:
+        for i in load.off:
             expected[i] = case.one(prompts[i], NEW_TOKENS, method=None)
-        check(found, expected, f"{method}, {mode}")
+        check(found, expected, f"{load.method}, {load.mode}")
+        assert bool(preempted) == load.preempted
 
         modes = [batch.mode for batch in watched.batches]
         traps = 0
@@ -200,19 +215,17 @@ def test_full_graphs_in_the_engine(
             prompt = any(start < length for length, start, _ in batch.chunks)
             assert (batch.mode == CUDAGraphMode.FULL) == (single and not prompt and not batch.off), batch
             if batch.mode == CUDAGraphMode.FULL:
-                padding = watched.state.graph_rows - len(batch.chunks)
+                padding = state.graph_rows - len(batch.chunks)
                 assert batch.decode_slots == [*batch.slots, *[-1] * padding]
             traps += single and prompt and not any(start == 0 for _, start, _ in batch.chunks)
-        assert traps >= 2, "prompts' last tokens, scheduled alone"
-        assert modes.count(CUDAGraphMode.FULL) > len(modes) // 3
-        if mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+        assert traps >= load.traps, "prompts' last tokens, scheduled alone"
+        if load.mode == CUDAGraphMode.FULL_AND_PIECEWISE:
             assert CUDAGraphMode.PIECEWISE in {batch.mode for batch in watched.batches if batch.off}
-        dummies = len([step for step in range(len(modes)) if step % 5 == 1])
-        layers = len(watched.state.blocks)
-        assert len(runs) <= layers * (len(modes) - modes.count(CUDAGraphMode.FULL) + dummies), "a replay runs no Python"
-        assert watched.state.generated_tokens == sum(len(batch.slots) for batch in watched.batches)
+        eager = len(modes) - modes.count(CUDAGraphMode.FULL) + len(DUMMIES)
+        assert len(runs) == len(state.blocks) * eager, "a replay runs no Python"
+        assert state.generated_tokens == sum(len(batch.slots) for batch in watched.batches)
 
-        # Were vLLM's own judgement of what is a decode batch followed, we would notice.
-        monkeypatch.setattr(watched.runner.model_state, "only_decodes", lambda *args: True)
-        with pytest.raises(RuntimeError, match="sent to a full CUDA graph"):
-            generate(watched.llm, [prompts[0]], greedy(2))
+        if load.traps:  # were vLLM's own judgement of what is a decode batch followed, we would notice
+            monkeypatch.setattr(watched.runner.model_state, "only_decodes", lambda *args: True)
+            with pytest.raises(RuntimeError, match="sent to a full CUDA graph"):
+                generate(watched.llm, [prompts[0]], greedy(2))
