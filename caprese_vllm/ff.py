@@ -43,11 +43,13 @@ class State:
         self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
         self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
+        self._plan: Any = None
 
     def allocate(self) -> None:
         """Make the slot table once all blocks are there; each block has its layer's view."""
-        griffin, slots = self.method.name == "griffin", self.requests.num_slots
-        shape = (len(self.blocks), slots, self.blocks[0].num_neurons) if griffin else (len(self.blocks), slots)
+        griffin, slots, neurons = self.method.name == "griffin", self.requests.num_slots, self.blocks[0].num_neurons
+        assert all(block.num_neurons == neurons for block in self.blocks), "FF blocks of one size"
+        shape = (len(self.blocks), slots, neurons) if griffin else (len(self.blocks), slots)
         dtype = torch.bool if griffin else torch.float32
         self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
         for block, selections in zip(self.blocks, self.table, strict=True):
@@ -74,10 +76,24 @@ class State:
 
         It runs the kernels that decoding runs, on the buffer that `begin` will refill, and touches no slot.
         """
+        if num_rows > self.graph_rows:
+            raise RuntimeError(f"a full CUDA graph of {num_rows} rows, where at most {self.graph_rows} were foreseen")
         self.decode_slots.fill_(-1)
         none = self.decode_slots[:0]
         rows = torch.arange(num_rows, device=self.requests.device)
         self.step = Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none)
+
+    def planned(self, block: SparseFF, slots: Tensor) -> dict[str, Any]:
+        """What griffin_ff needs beside the block's selections: of kernels that plan, the plan.
+
+        No selection changes in a step that only decodes, so its first block plans for all of them, in one launch.
+        """
+        assert self.step is not None
+        if not self.step.decode or not hasattr(self.kernels, "plan_layers"):
+            return {}
+        if block is self.blocks[0]:
+            self._plan = self.kernels.plan_layers(self.table, slots)
+        return {} if self._plan is None else {"plan": self._plan[self.blocks.index(block)]}
 
     def finish(self, request_id: str) -> None:
         key = self.requests.finish(request_id)
@@ -149,7 +165,8 @@ class SparseFF:
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
         if self.method.name == "griffin":
-            return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots)
+            planned = self.state.planned(self, slots)
+            return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots, **planned)
         y, kept = self.state.kernels.cats_ff(x, self.packed, self.selections, slots)
         self._neurons_kept += kept.sum()
         return y

@@ -97,6 +97,8 @@ def test_a_replay_is_the_step_of_now(
     assert torch.equal(state.table, before), "a capture touches no slot"
     assert kept(state) == [0, 0]
     assert torch.equal(y, x), "padding adds nothing"
+    plans = [name for name, _ in graph.launches].count("plan_rows")
+    assert plans == (kernels is gpu and method == "griffin"), "one for all layers"
 
     run = SparseFF.run
     for seed, batch in enumerate(("edcb", "a", "bd", "ca", "e"), 1):
@@ -171,6 +173,7 @@ class Load:
     off: set[int] = field(default_factory=set)
     traps: int = 0  # a prompt's last token scheduled alone, at least so often
     preempted: bool = False
+    layers: list[int] | None = None  # without an adapter; None: those of an adapter
 
 
 # 33: a budget and one token, so the last chunk is a single token: first alone, then (31 + 1) beside one that decodes.
@@ -179,7 +182,7 @@ LOADS = [
         *("llama", "griffin", CUDAGraphMode.FULL_AND_PIECEWISE, 5, (33, 1, 31, 30, 9)),
         *({0: [0], 4: [1], 6: [2], 12: [3, 4]}, {4}, 2, True),
     ),
-    Load("gemma2", "cats", CUDAGraphMode.FULL_DECODE_ONLY, 40, (7, 1, 5), {0: [0, 1], 2: [2]}),
+    Load("gemma2", "cats", CUDAGraphMode.FULL_DECODE_ONLY, 40, (7, 1, 5), {0: [0, 1], 2: [2]}, layers=[0, 3]),
 ]
 
 
@@ -188,7 +191,7 @@ def test_full_graphs_in_the_engine(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     """vLLM's own manager captures and replays, through chunked prompts, preemptions, neighbours that are off."""
-    case = new_case(model_dir, tmp_path, load.architecture, load.method, True)
+    case = new_case(model_dir, tmp_path, load.architecture, load.method, load.layers is None, layers=load.layers)
     prompts = random_prompts(load.lengths, seed=31)
     runs = []
     run = SparseFF.run

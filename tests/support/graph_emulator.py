@@ -44,7 +44,7 @@ class Graph:
     replays: ClassVar[int] = 0
 
     def __init__(self) -> None:
-        self.launches: list[Callable[[], None]] = []
+        self.launches: list[tuple[str, Callable[[], None]]] = []  # by name
 
     def capture_begin(self, pool: object = None) -> None:
         assert Graph.active is None, "captures do not nest"
@@ -65,7 +65,7 @@ class Graph:
     def replay(self) -> None:
         Graph.replays += 1
         with Graph.context():
-            for launch in self.launches:
+            for _, launch in self.launches:
                 launch()
 
 
@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
                 if fresh:
                     old.copy_(new)
 
-        graph.launches.append(launch)
+        graph.launches.append((str(func), launch))
 
 
 def _launch_triton(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ def _launch_triton(original: Callable[..., Any], self: Any, *args: Any, **kwargs
         return
     with _disable_current_modes():
         original(self, *args, **kwargs)
-    graph.launches.append(lambda: original(self, *args, **kwargs))
+    graph.launches.append((self.fn.__name__, lambda: original(self, *args, **kwargs)))
 
 
 def install() -> None:
