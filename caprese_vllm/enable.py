@@ -113,5 +113,6 @@ def _choose_graphs(vllm_config: Any, kernels: Backend) -> None:
     elif not vllm_config.use_v2_model_runner:
         reason = "full graphs need the V2 model runner"
     if reason is not None:
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if compilation.splitting_ops else CUDAGraphMode.NONE
+        piecewise = compilation.splitting_ops or mode.has_piecewise_cudagraphs()  # the latter: breakable graphs
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
         logger.info("Caprese: cudagraph_mode %s becomes %s: %s", mode, compilation.cudagraph_mode, reason)

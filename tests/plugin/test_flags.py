@@ -166,6 +166,7 @@ def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_pa
         ("FULL_DECODE_ONLY", False, "triton", True, "FULL_DECODE_ONLY"),
         ("FULL_AND_PIECEWISE", True, "reference", True, "PIECEWISE"),
         ("FULL_AND_PIECEWISE", True, "triton", False, "PIECEWISE"),
+        ("FULL_AND_PIECEWISE", False, "reference", True, "PIECEWISE"),
         ("FULL_DECODE_ONLY", False, "reference", True, "NONE"),
         ("PIECEWISE", True, "reference", False, "PIECEWISE"),
         ("NONE", False, "triton", True, "NONE"),
