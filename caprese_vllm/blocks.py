@@ -1,6 +1,7 @@
 """Finding a model's FF blocks, moving their weights into packed storage, and taking over their forward."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: vLLM's decorator wraps the op in another module, where its types as strings
+# mean nothing.
 
 import re
 from typing import Any

@@ -127,6 +127,20 @@ V2_EXECUTE_MODEL = Seam(
     "ends the step, so that profiling and dummy batches run dense (V2 runner)",
     "ModelState has a hook after the forward pass",
 )
+V2_CAPTURE_MODEL = Seam(
+    "vllm.v1.worker.gpu.model_runner",
+    "GPUModelRunner.capture_model",
+    ("self",),
+    "ends the dummy step that full CUDA graphs capture (V2 runner)",
+    "ModelState has a hook after the forward pass",
+)
+V2_GATHER_BATCH = Seam(
+    "vllm.v1.worker.gpu.model_runner",
+    "GPUModelRunner.gather_batch_req_state",
+    ("self", "scheduler_output", "dummy_run"),
+    "keeps prompt tokens and requests with Caprese off out of full CUDA graphs of decoding (V2 runner)",
+    "ModelState has a say in what is a decode batch; vLLM counts a prompt's last token, scheduled alone, as one",
+)
 SEAMS = tuple(value for value in globals().values() if isinstance(value, Seam))
 
 

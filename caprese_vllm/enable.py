@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter
+from caprese_kernels.backend import Backend
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import EXACT_VALUES
@@ -36,7 +37,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     seconds and one line, and leaves no half-started server.
     """
     config = CapreseConfig.parse(settings, f'additional_config["{KEY}"]')
-    refusals.refuse_config(config)
+    kernels = refusals.refuse_config(config)
     adapters = None
     if config.weights is not None:
         path = find_adapter(config.weights)
@@ -54,7 +55,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     for warning in warnings:
         logger.warning("Caprese: %s", warning)
 
-    _keep_op_out_of_graphs(vllm_config)
+    _choose_graphs(vllm_config, kernels)
     pages = _prefix_caching(vllm_config, config, method, served)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
     vllm_config.additional_config[KEY] = {
@@ -124,12 +125,24 @@ def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args
     return result
 
 
-def _keep_op_out_of_graphs(vllm_config: Any) -> None:
-    """The FF op decides in Python which rows run sparse: it may be compiled around, never captured."""
+def _choose_graphs(vllm_config: Any, kernels: Backend) -> None:
+    """Which CUDA graphs the FF op may be part of.
+
+    Of a full graph of decoding: yes, it runs the same kernels in every step, on tensors that stay in place. Of a
+    piecewise graph, which serves any batch: no, it decides in Python which rows are whose, so graphs end before it.
+    """
     compilation = vllm_config.compilation_config
     if compilation.splitting_ops:
         compilation.splitting_ops.append(FF_OP)
-    if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
-        mode = CUDAGraphMode.PIECEWISE if compilation.splitting_ops else CUDAGraphMode.NONE
-        logger.info("Caprese: cudagraph_mode %s becomes %s", compilation.cudagraph_mode, mode)
-        compilation.cudagraph_mode = mode
+    mode = compilation.cudagraph_mode
+    if mode is None or not mode.has_full_cudagraphs():
+        return
+    reason = None
+    if kernels.NAME != "triton":
+        reason = f"kernel {kernels.NAME!r} is not made for full graphs"
+    elif not vllm_config.use_v2_model_runner:
+        reason = "full graphs need the V2 model runner"
+    if reason is not None:
+        piecewise = compilation.splitting_ops or mode.has_piecewise_cudagraphs()  # the latter: breakable graphs
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+        logger.info("Caprese: cudagraph_mode %s becomes %s: %s", mode, compilation.cudagraph_mode, reason)

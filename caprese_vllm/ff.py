@@ -26,7 +26,10 @@ STATE = "caprese"  # our key in vLLM's per-engine forward context
 
 @dataclass
 class State:
-    """Everything Caprese knows about one engine in this process."""
+    """Everything Caprese knows about one engine in this process.
+
+    All of its tables have their size and address from start-up on, so that CUDA graphs can read them.
+    """
 
     method: Method
     requests: RequestTable
@@ -35,24 +38,81 @@ class State:
     num_pages: int = 0  # of statistics of cached prefixes
     max_tokens: int = 0  # of a prompt
     tensor_parallel_size: int = 1
+    graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's for the next step
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
     generated_tokens: int = 0  # that ran sparse
 
+    def __post_init__(self) -> None:
+        # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
+        self.table = torch.empty(0)
+        self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
+        # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
+        self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
+        self._plan: Any = None
+
+    def allocate(self) -> None:
+        """Make the slot table once all blocks are there; each block has its layer's view."""
+        griffin, slots = self.method.name == "griffin", self.requests.num_slots
+        neurons = max((block.num_neurons for block in self.blocks), default=0)  # a pipeline stage may have no block
+        assert all(block.num_neurons == neurons for block in self.blocks), "FF blocks of one size"
+        shape = (len(self.blocks), slots, neurons) if griffin else (len(self.blocks), slots)
+        dtype = torch.bool if griffin else torch.float32
+        self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
+        for block, selections in zip(self.blocks, self.table, strict=True):
+            block.selections = selections
+
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
-        """Plan the step whose rows are the given requests' tokens, one request after another."""
+        """Before the forward pass of a real batch, eager or replayed: all that the step changes outside of it.
+
+        Its rows are the given requests' tokens, one request after another.
+        """
         step = self.requests.begin(scheduled, self.commands)
-        for block in self.blocks:
-            block.reserve(self.requests.num_slots)
-        self.step = step
+        for key, slot in step.parked:
+            self.parked[key] = self.table[:, slot].clone()
+        for key, slot in step.restored:
+            self.table[:, slot] = self.parked.pop(key)
         self.generated_tokens += len(step.sparse_rows)
+        self.step = step
+        if self.can_replay(step):
+            self.decode_slots[: step.num_rows] = step.sparse_slots
+            self.decode_slots[step.num_rows :] = -1
+
+    def can_replay(self, step: Step) -> bool:
+        """Whether a full CUDA graph computes this step: it knows generated tokens only."""
+        return step.decode and step.num_rows <= self.graph_rows
+
+    def begin_dummy_decode(self, num_rows: int) -> None:
+        """Make the step that full CUDA graphs capture, and that a dummy batch replays: decoding, every row padding.
+
+        It runs the kernels that decoding runs, on the buffer that `begin` will refill, and touches no slot.
+        """
+        if num_rows > self.graph_rows:
+            raise RuntimeError(f"a full CUDA graph of {num_rows} rows, where at most {self.graph_rows} were foreseen")
+        self.decode_slots.fill_(-1)
+        none = self.decode_slots[:0]
+        rows = torch.arange(num_rows, device=self.requests.device)
+        self.step = Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none)
+
+    def planned(self, block: SparseFF, slots: Tensor) -> dict[str, Any]:
+        """What griffin_ff needs beside the block's selections: of kernels that plan, the plan.
+
+        No selection changes in a step that only decodes, so its first block plans for all of them, in one launch.
+        """
+        assert self.step is not None
+        if not self.step.decode or not hasattr(self.kernels, "plan_layers"):
+            return {}
+        if block is self.blocks[0]:
+            self._plan = self.kernels.plan_layers(self.table, slots)
+        return {} if self._plan is None else {"plan": self._plan[self.blocks.index(block)]}
 
     def finish(self, request_id: str) -> None:
-        slot = self.requests.finish(request_id)
-        if slot is not None:
+        key = self.requests.finish(request_id)
+        if key is not None:
+            self.parked.pop(key, None)
             for block in self.blocks:
-                block.statistics.forget(slot)
+                block.statistics.forget(key)
 
     def report(self) -> dict[str, Any]:
         """This process's part of what GET /caprese shows (`merge`).
@@ -61,7 +121,9 @@ class State:
         """
         tokens = self.generated_tokens
         untouched = self.num_layers - len(self.blocks)
-        read = sum(block.weights_read() / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
+        read = (
+            sum(block.weights_read(tokens) / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
+        )
         return {
             "enabled": True,
             "method": self.method.name,
@@ -97,12 +159,8 @@ class SparseFF:
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
         self.statistics = Statistics(method, self.packed, state.kernels, ranks, state.num_pages, state.max_tokens)
-        # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
-        griffin, device = method.name == "griffin", self.packed.up_plus.device
-        self.selections = torch.zeros(
-            (0, self.num_neurons) if griffin else 0, dtype=torch.bool if griffin else torch.float32, device=device
-        )
-        self._neurons_kept = torch.zeros((), dtype=torch.int64, device=device)
+        self.selections = torch.empty(0)  # this layer's part of State.table: row s is slot s
+        self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
 
     def run(self, x: Tensor, out: Tensor) -> None:
         """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, left as they are."""
@@ -136,25 +194,18 @@ class SparseFF:
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
         if self.method.name == "griffin":
-            return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots)
+            planned = self.state.planned(self, slots)
+            return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots, **planned)
         y, kept = self.state.kernels.cats_ff(x, self.packed, self.selections, slots)
         self._neurons_kept += kept.sum()
         return y
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for slots; tables double, so that requests that come one by one copy little."""
-        if num_slots > len(self.selections):
-            size = max(num_slots, 2 * len(self.selections))
-            more = self.selections.new_zeros(size, *self.selections.shape[1:])
-            more[: len(self.selections)] = self.selections
-            self.selections = more
-
-    def weights_read(self) -> int:
-        """FF weights that the generated tokens so far needed: kept neurons, and L and R once a token.
+    def weights_read(self, tokens: int) -> int:
+        """FF weights that the `tokens` generated so far needed: kept neurons, and L and R once a token.
 
         CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
         """
-        depth, tokens = self.packed.hidden_size, self.state.generated_tokens
+        depth = self.packed.hidden_size
         low_rank = 2 * self.packed.rank * depth * tokens
         if self.method.name == "griffin":
             return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
-from caprese_kernels.backend import choose
+from caprese_kernels.backend import Backend, choose
 from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count
@@ -18,7 +19,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Mi
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
-def refuse_config(config: CapreseConfig) -> None:
+def refuse_config(config: CapreseConfig) -> Backend:
+    """The kernels that this configuration asks for."""
     if config.reselect_interval is not None:
         raise CapreseError(
             "reselect_interval",
@@ -26,7 +28,7 @@ def refuse_config(config: CapreseConfig) -> None:
             found=str(config.reselect_interval),
             fix="reselection is not available yet",
         )
-    choose(config.kernel, torch.device(current_platform.device_type))  # raises; compiles before workers need it
+    return choose(config.kernel, torch.device(current_platform.device_type))  # raises; compiles before workers need it
 
 
 def refuse_arguments(args: Any) -> None:
@@ -63,6 +65,11 @@ def refuse_engine(vllm_config: Any) -> None:
         ("run-time weight transfer", vllm_config.weight_transfer_config is not None, "drop the flag"),
         ("sleep mode", model.enable_sleep_mode, "drop --enable-sleep-mode"),
         ("prompt embeddings", model.enable_prompt_embeds, "drop --enable-prompt-embeds"),
+        (
+            "cudagraph_mode FULL, whose graphs hold prompts and generated tokens alike",
+            vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
+            "use FULL_AND_PIECEWISE, or FULL_DECODE_ONLY where vLLM made it FULL because splitting_ops is empty",
+        ),
         (
             "weight offloading",
             offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,

@@ -31,16 +31,15 @@ class Scheduled(NamedTuple):
 class PromptChunk(NamedTuple):
     """Consecutive prompt tokens of one request: entries [begin, end) of the step's dense_rows."""
 
-    slot: int
+    key: int  # of its request, for the request's life
+    slot: int  # for the selection, -1 unless last
     prompt_len: int
     begin: int
     end: int
     first: bool  # its statistic starts from nothing, or from the page `load`
     last: bool  # ends the prompt: select afterwards
     load: int | None = None  # page of the cached prefix before this chunk
-    saves: tuple[
-        tuple[int, int], ...
-    ] = ()  # (entry of dense_rows, page): the statistic before that entry goes to that page
+    saves: tuple[tuple[int, int], ...] = ()  # (entry of dense_rows, page that takes the statistic before that entry)
 
 
 @dataclass
@@ -53,23 +52,40 @@ class Step:
     sparse_slots: Tensor  # [S] int64, the slot of each
     dense_rows: Tensor  # [P] int64, rows of prompt tokens
     off_rows: Tensor  # [O] int64, rows of generated tokens of requests with Caprese off
+    parked: list[tuple[int, int]] = field(default_factory=list)  # (key, slot): selections to put aside, first
+    restored: list[tuple[int, int]] = field(default_factory=list)  # (key, slot): and those to bring back, then
+
+    @property
+    def decode(self) -> bool:
+        """Generated tokens alone: no prompt, no request with Caprese off."""
+        return len(self.sparse_rows) == self.num_rows
 
 
 @dataclass
 class _Request:
-    slot: int
+    key: int
+    slot: int | None = None  # of its selection; None: it has none yet, or it is parked
     seen: int = 0  # prompt tokens that the statistic holds
     selected: bool = False
 
 
 @dataclass
 class RequestTable:
-    """Slots of live requests. A slot, with its selection, is kept from the first token to the end, preempted or not."""
+    """Live requests, and which of `num_slots` slots holds whose selection.
+
+    A request takes a slot when its prompt ends and keeps it, preempted or not, until it is finished or another request
+    needs the slot: then the selection of one that is not in the batch is parked, and restored when its request is
+    scheduled again. So `num_slots` requests a batch suffice, however many are alive.
+    """
 
     device: torch.device
-    num_slots: int = 0  # ever used: the size that slot tables need
+    num_slots: int
     _requests: dict[str, _Request] = field(default_factory=dict)
-    _free: list[int] = field(default_factory=list)
+    _holders: dict[int, str] = field(default_factory=dict)  # slot -> request, in the order in which they took it
+    _created: int = 0
+
+    def __post_init__(self) -> None:
+        self._free = list(reversed(range(self.num_slots)))
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -79,6 +95,9 @@ class RequestTable:
 
         `commands` are the scheduler's, for requests whose statistic begins with a page or leaves some behind.
         """
+        scheduled = list(scheduled)
+        parked: list[tuple[int, int]] = []
+        restored: list[tuple[int, int]] = []
         chunks: list[PromptChunk] = []
         sparse_rows: list[int] = []
         sparse_slots: list[int] = []
@@ -96,43 +115,67 @@ class RequestTable:
             request = self._requests.get(request_id) or self._add(request_id)
             if boundary > row and not request.selected:
                 pages = commands.get(request_id, Commands())
-                chunks.append(self._chunk(request_id, request, prompt_len, start, begin, len(dense_rows), pages))
+                first = start == 0 or pages.load is not None  # also after a preemption in mid-prompt
+                self._see(request_id, request, prompt_len, start, boundary - row, first)
+                last = request.selected
+                into = self._take(request_id, request, scheduled, parked) if last else -1
+                saves = tuple((begin + length - start, page) for length, page in pages.saves)
+                ends = (begin, len(dense_rows))
+                chunks.append(PromptChunk(request.key, into, prompt_len, *ends, first, last, pages.load, saves))
             if boundary < row + count:
                 if not request.selected:
                     raise RuntimeError(f"request {request_id} generates, but its prompt was never seen whole")
+                slot = request.slot
+                if slot is None:
+                    slot = self._take(request_id, request, scheduled, parked)
+                    restored.append((request.key, slot))
                 sparse_rows.extend(range(boundary, row + count))
-                sparse_slots.extend([request.slot] * (row + count - boundary))
+                sparse_slots.extend([slot] * (row + count - boundary))
             row += count
-        groups = (sparse_rows, sparse_slots, dense_rows, off_rows)
-        return Step(row, chunks, *map(self._tensor, groups))
+        rows, slots = self._tensor(sparse_rows), self._tensor(sparse_slots)
+        return Step(row, chunks, rows, slots, self._tensor(dense_rows), self._tensor(off_rows), parked, restored)
 
     def finish(self, request_id: str) -> int | None:
-        """Free the request's slot and return it; None for a request that never ran."""
+        """Forget the request, free its slot, and return its key; None for a request that never ran."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        self._free.append(request.slot)
-        return request.slot
+        if request.slot is not None:
+            self._free.append(request.slot)
+            del self._holders[request.slot]
+        return request.key
 
     def _add(self, request_id: str) -> _Request:
-        if not self._free:
-            self._free.append(self.num_slots)
-            self.num_slots += 1
-        request = self._requests[request_id] = _Request(self._free.pop())
+        request = self._requests[request_id] = _Request(self._created)
+        self._created += 1
         return request
 
-    def _chunk(
-        self, request_id: str, request: _Request, prompt_len: int, start: int, begin: int, end: int, pages: Commands
-    ) -> PromptChunk:
-        first = start == 0 or pages.load is not None  # also after a preemption in mid-prompt
+    def _take(self, request_id: str, request: _Request, batch: list[Scheduled], parked: list[tuple[int, int]]) -> int:
+        """A slot for the request; if none is free, that of the longest holder that is not in the batch."""
+        if not self._free:
+            present = {one.request_id for one in batch}
+            absent = (slot for slot, holder in self._holders.items() if holder not in present)
+            slot = next(absent, None)
+            if slot is None:
+                raise RuntimeError(f"more than {self.num_slots} requests in one batch")
+            loser = self._requests[self._holders.pop(slot)]
+            loser.slot = None
+            parked.append((loser.key, slot))
+            self._free.append(slot)
+        request.slot = self._free.pop()
+        self._holders[request.slot] = request_id
+        return request.slot
+
+    def _see(self, request_id: str, request: _Request, prompt_len: int, start: int, count: int, first: bool) -> None:
+        """Note the prompt tokens [start, start + count); the statistic of those before comes from a page if `first`."""
         if first:
             request.seen = start
         if start != request.seen:
             raise RuntimeError(f"request {request_id}: prompt tokens {request.seen} to {start} were skipped")
-        request.seen = start + end - begin
+        request.seen = start + count
         request.selected = request.seen == prompt_len
-        saves = tuple((begin + length - start, page) for length, page in pages.saves)
-        return PromptChunk(request.slot, prompt_len, begin, end, first, request.selected, pages.load, saves)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        """Without waiting for the device, nor for what it still does with an earlier step's tensors."""
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from . import compat
 from .ff import State
 from .flags import switched_off
 from .requests import Scheduled
-from .worker import execute_model, state_of
+from .worker import end_step, state_of
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
     """The model's own ModelState class, with Caprese's bookkeeping."""
-    compat.wrap(compat.V2_EXECUTE_MODEL, execute_model)
+    compat.wrap(compat.V2_EXECUTE_MODEL, end_step)
+    compat.wrap(compat.V2_CAPTURE_MODEL, end_step)
     compat.wrap(compat.V2_FINISH_REQUESTS, _finish_requests)
+    compat.wrap(compat.V2_GATHER_BATCH, _gather_batch)
     base: Any = resolve_model_state_cls(vllm_config, model)
 
     class CapreseModelState(base):
@@ -49,7 +52,39 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
             )
             state.begin(Scheduled(*row) for row in rows)
 
+        def prepare_attn(
+            self, input_batch: Any, cudagraph_mode: Any, *args: Any, for_capture: bool = False, **kwargs: Any
+        ) -> Any:
+            """vLLM calls it before each forward pass, before it captures one, and before it replays one.
+
+            `for_capture` is set for dummy batches of full graphs: captured, run beforehand to warm up, or replayed.
+            """
+            if for_capture:
+                state.begin_dummy_decode(input_batch.num_tokens_after_padding)
+            elif cudagraph_mode == CUDAGraphMode.FULL and not (state.step and state.can_replay(state.step)):
+                raise RuntimeError("a batch that does not only decode was sent to a full CUDA graph")
+            return super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
+
+        def only_decodes(self, batch: Any, num_computed_tokens: Any) -> bool:
+            """Whether every row is a generated token of a request that runs sparse."""
+            starts = num_computed_tokens[batch.idx_mapping_np].tolist()
+            watched = (self.watched[req_id] for req_id in batch.req_ids)
+            return all(
+                start >= prompt_len and not off for start, (prompt_len, off) in zip(starts, watched, strict=True)
+            )
+
     return CapreseModelState
+
+
+def _gather_batch(original: Callable[..., Any], self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
+    """vLLM sends a prompt's last token to a full graph when it is scheduled alone; we must see it as a prompt's."""
+    batch, uniform_token_count = original(self, scheduler_output, dummy_run)
+    if batch is None or state_of(self.vllm_config) is None:
+        return batch, uniform_token_count
+    if self.model_state.only_decodes(batch, self.req_states.num_computed_tokens_np):
+        return batch, uniform_token_count
+    # has_prefill also keeps it out of graphs for decode batches of mixed lengths.
+    return batch._replace(has_prefill=True, decode_graph_eligible=False), None
 
 
 def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> None:

@@ -34,7 +34,7 @@ def keeps_values(method: Method, model_dtype: torch.dtype) -> bool:
 
 
 class Statistics:
-    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each slot in mid-prompt.
+    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each request in mid-prompt, by its key.
 
     Under tensor parallelism they are of this rank's F neurons. GRIFFIN needs the tokens' norms over all ranks as they
     come; CATS the sum of all ranks' histograms (or all values) when a prompt ends.
@@ -60,9 +60,9 @@ class Statistics:
     def nbytes(self) -> int:
         return self._pages.nbytes
 
-    def forget(self, slot: int) -> None:
-        self._rows.pop(slot, None)
-        self._exact.pop(slot, None)
+    def forget(self, key: int) -> None:
+        self._rows.pop(key, None)
+        self._exact.pop(key, None)
 
     def observe(self, chunks: list[PromptChunk], z: Tensor, gate_up: Tensor) -> tuple[list[int], Tensor | None]:
         """Add a step's prompt chunks; z [P, F] and gate_up [P, 2F] are of its dense rows.
@@ -71,20 +71,21 @@ class Statistics:
         """
         gate = gate_up[:, : self.packed.num_neurons]
         added = chunks if self.griffin else [chunk for chunk in chunks if not self._add_exactly(chunk, gate)]
-        ended = [chunk.slot for chunk in chunks if chunk.last]
+        ended = [chunk for chunk in chunks if chunk.last]
         selected: dict[int, Tensor] = {}
         if added:
             table = self._add(added, z if self.griffin else gate)
             last = [i for i, chunk in enumerate(added) if chunk.last]
             if last:
                 selections = self._select(table[last])
-                selected = {added[i].slot: selection for i, selection in zip(last, selections, strict=True)}
+                selected = {added[i].key: selection for i, selection in zip(last, selections, strict=True)}
             # Copies: a view would keep the whole step's table alive.
-            self._rows |= {chunk.slot: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
-        for slot in ended:  # in the order of rows, as every rank does
-            if slot not in selected:
-                selected[slot] = self._exact_threshold(self._exact.pop(slot))
-        return ended, torch.stack([selected[slot] for slot in ended]) if ended else None
+            self._rows |= {chunk.key: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
+        for key in (chunk.key for chunk in ended):  # in the order of rows, as every rank does
+            if key not in selected:
+                selected[key] = self._exact_threshold(self._exact.pop(key))
+        rows = torch.stack([selected[chunk.key] for chunk in ended]) if ended else None
+        return [chunk.slot for chunk in ended], rows
 
     def _add(self, chunks: list[PromptChunk], values: Tensor) -> Tensor:
         """The chunks' statistics with these chunks in them: one row a chunk.
@@ -98,7 +99,7 @@ class Statistics:
         ends = []  # each chunk's last row
         row = 0
         for chunk, own in zip(chunks, parts, strict=True):
-            before = self._rows.pop(chunk.slot, None)  # also of a pass that a preemption cut short
+            before = self._rows.pop(chunk.key, None)  # also of a pass that a preemption cut short
             if chunk.load is not None:
                 table[row] = self._pages[chunk.load]
             elif not chunk.first:
@@ -135,19 +136,19 @@ class Statistics:
 
     def _add_exactly(self, chunk: PromptChunk, gate: Tensor) -> bool:
         if chunk.first:
-            self._exact.pop(chunk.slot, None)
+            self._exact.pop(chunk.key, None)
             num_values = chunk.prompt_len * self.packed.num_neurons * self.ranks.size
             statistic = CatsStatistic(num_values, gate.dtype)
             if statistic.exact:
-                self._exact[chunk.slot] = statistic
+                self._exact[chunk.key] = statistic
                 if chunk.load is not None:
                     statistic.values = list(self._exact_pages[chunk.load])
-        if chunk.slot not in self._exact:
+        if chunk.key not in self._exact:
             return False
         for begin, end, page in _parts(chunk):
-            self._exact[chunk.slot].add(self.packed.act(gate[begin:end]))
+            self._exact[chunk.key].add(self.packed.act(gate[begin:end]))
             if page is not None:
-                self._exact_pages[page] = list(self._exact[chunk.slot].values)
+                self._exact_pages[page] = list(self._exact[chunk.key].values)
         return True
 
 

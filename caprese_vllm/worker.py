@@ -53,20 +53,21 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
+    slots = vllm_config.scheduler_config.max_num_seqs
     ranks, stages = vllm_config.parallel_config.tensor_parallel_size, get_pp_group()
     state = State(
         method_of(settings),
-        RequestTable(device),
+        RequestTable(device, slots),
         served.num_hidden_layers,
         kernels,
-        settings["pages"],
-        vllm_config.model_config.max_model_len,
-        ranks,
+        num_pages=settings["pages"],
+        max_tokens=vllm_config.model_config.max_model_len,
+        tensor_parallel_size=ranks,
+        graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
     )
     here = range(*get_pp_indices(served.num_hidden_layers, stages.rank_in_group, stages.world_size))
     replace_blocks(model, state, here, served.hidden_act, vllm_config.compilation_config.static_forward_context)
-    for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
-        block.reserve(vllm_config.scheduler_config.max_num_seqs)
+    state.allocate()  # now, so that vLLM's memory profile sees the tables
     model.caprese = settings["weights"], state
     if vllm_config.use_v2_model_runner:
         from .runner_v2 import model_state_class
@@ -93,9 +94,11 @@ def _process_weights(
     processes = get_world_group().world_size
     part = f" in the first of {processes} processes" if processes > 1 else ""
     logger.info(
-        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB%s, adapter %s",
+        "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, slot tables of %d requests "
+        "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
-        extra / 2**20, part, path or "none (plain baseline)",
+        extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, state.num_pages,
+        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, path or "none (plain baseline)",
     )  # fmt: skip
 
 
@@ -144,14 +147,15 @@ def _v1_prepare_inputs(
     return result
 
 
-def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-    """End the step with the forward pass, whichever way it ends: what runs between steps is a dummy."""
+def end_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """End the step with what runs it, whichever way that ends: what runs between steps is a dummy."""
     state = state_of(self.vllm_config)
     if state is None:
-        return original(self, scheduler_output, *args, **kwargs)
+        return original(self, *args, **kwargs)
+    scheduler_output = args[0] if args else kwargs.get("scheduler_output")
     state.commands = getattr(scheduler_output, COMMANDS, {})
     try:
-        return original(self, scheduler_output, *args, **kwargs)
+        return original(self, *args, **kwargs)
     finally:
         state.step = None
 
@@ -169,7 +173,7 @@ def install() -> None:
     compat.wrap(compat.PROCESS_WEIGHTS, _process_weights)
     compat.wrap(compat.PREPARE_WEIGHTS, _prepare_weights)
     compat.wrap(compat.V1_PREPARE_INPUTS, _v1_prepare_inputs)
-    compat.wrap(compat.V1_EXECUTE_MODEL, execute_model)
+    compat.wrap(compat.V1_EXECUTE_MODEL, end_step)
     compat.wrap(compat.V1_REQUEST_REMOVED, _v1_request_removed)
 
 

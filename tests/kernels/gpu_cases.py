@@ -283,6 +283,10 @@ def test_path_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, plan=gather.plan(p.keep, p.slots))
         assert seen == (["plan_rows", "griffin_up", "down"] if tokens <= 3 else ["plan_rows", "_activate_and_mask"])
         with launches(monkeypatch) as seen:
+            layers = gpu.plan_layers(torch.stack([p.keep, ~p.keep]), p.slots)
+        assert seen == (["plan_rows"] if tokens <= 3 else [])
+        assert (layers is None) == (tokens > 3), "of layers whose rows are not gathered there is nothing to plan"
+        with launches(monkeypatch) as seen:
             gpu.cats_ff(p.x, p.ff, p.tau, p.slots)
         assert seen == (["cats_up", "down"] if tokens <= 2 else ["_activate_and_mask"])
     crossover.most_gathered.cache_clear()

@@ -5,13 +5,17 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from caprese_kernels.errors import CapreseError
+from caprese_vllm.enable import _choose_graphs
+from caprese_vllm.refusals import refuse_engine
 from tests.support.models import make_adapter, make_model
 
 ModelDir = Callable[[str], Path]
@@ -162,3 +166,34 @@ def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_pa
     assert (ours["method"], ours["density"], ours["layers"]) == ("cats", 0.3, [1, 3])
     with pytest.raises(CapreseError, match=r"'cats'.*'griffin'"):
         configure(model_dir("llama"), {"weights": str(adapter), "method": "griffin"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "splitting", "kernel", "v2", "becomes"),
+    [
+        ("FULL_AND_PIECEWISE", True, "triton", True, "FULL_AND_PIECEWISE"),
+        ("FULL_DECODE_ONLY", True, "triton", True, "FULL_DECODE_ONLY"),
+        ("FULL_DECODE_ONLY", False, "triton", True, "FULL_DECODE_ONLY"),
+        ("FULL_AND_PIECEWISE", True, "reference", True, "PIECEWISE"),
+        ("FULL_AND_PIECEWISE", True, "triton", False, "PIECEWISE"),
+        ("FULL_AND_PIECEWISE", False, "reference", True, "PIECEWISE"),
+        ("FULL_DECODE_ONLY", False, "reference", True, "NONE"),
+        ("PIECEWISE", True, "reference", False, "PIECEWISE"),
+        ("NONE", False, "triton", True, "NONE"),
+    ],
+)
+def test_which_graphs(mode: str, splitting: bool, kernel: str, v2: bool, becomes: str) -> None:
+    """Full graphs of decoding stay as asked for wherever the FF op can be part of them."""
+    ops = ["vllm::attention"] if splitting else []
+    compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=ops)
+    config = SimpleNamespace(compilation_config=compilation, use_v2_model_runner=v2)
+    _choose_graphs(config, SimpleNamespace(NAME=kernel))
+    assert compilation.cudagraph_mode == CUDAGraphMode[becomes]
+    assert ops == (["vllm::attention", "caprese::ff"] if splitting else [])
+
+
+def test_full_graphs_of_prompts_are_refused(model_dir: ModelDir) -> None:
+    config = configure(model_dir("llama"), {"method": "griffin"})  # on a CPU there are no graphs
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(CapreseError, match=r"found cudagraph_mode FULL.*FULL_AND_PIECEWISE"):
+        refuse_engine(config)

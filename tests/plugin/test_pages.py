@@ -60,7 +60,7 @@ class Worker:
     def __init__(self, method: MethodName, dtype: torch.dtype, gate_up: torch.Tensor):
         weights = torch.zeros(NEURONS, DEPTH, dtype=dtype)
         packed = PackedFF.pack(weights, weights, weights.t().contiguous(), "silu")
-        self.table, self.gate_up = RequestTable(torch.device("cpu")), gate_up
+        self.table, self.gate_up = RequestTable(torch.device("cpu"), 9), gate_up
         self.statistics = Statistics(Method(method, 0.5, (0,), 0), packed, reference, Ranks(), 4, len(gate_up))  # type: ignore[arg-type]
 
     def run(

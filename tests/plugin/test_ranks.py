@@ -18,10 +18,17 @@ from caprese_vllm.requests import PromptChunk
 from caprese_vllm.statistics import Statistics
 
 NEURONS, SIZE = 24, 3
+
+
+def chunk(key: int, prompt_len: int, begin: int, end: int, first: bool, last: bool) -> PromptChunk:
+    """Of a request whose slot is its key."""
+    return PromptChunk(key, key if last else -1, prompt_len, begin, end, first, last)
+
+
 # Two steps: a prompt in two chunks beside one that begins, rows of a request that is off, and one that ends at once.
 STEPS = [
-    [PromptChunk(1, 9, 0, 5, True, False), PromptChunk(0, 6, 7, 11, True, False)],
-    [PromptChunk(0, 6, 0, 2, False, True), PromptChunk(2, 1, 2, 3, True, True), PromptChunk(1, 9, 3, 7, False, True)],
+    [chunk(1, 9, 0, 5, True, False), chunk(0, 6, 7, 11, True, False)],
+    [chunk(0, 6, 0, 2, False, True), chunk(2, 1, 2, 3, True, True), chunk(1, 9, 3, 7, False, True)],
 ]
 
 
@@ -84,7 +91,7 @@ def test_griffin(values: Any, dtype: torch.dtype) -> None:
     found = together(Method("griffin", 0.5, (0,), 0), zs, gates)
     prompts = {
         slot: torch.cat(
-            [z[c.begin : c.end] for z, chunks in zip(zs, STEPS, strict=True) for c in chunks if c.slot == slot]
+            [z[c.begin : c.end] for z, chunks in zip(zs, STEPS, strict=True) for c in chunks if c.key == slot]
         )
         for slot in range(3)
     }

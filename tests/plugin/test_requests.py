@@ -18,7 +18,7 @@ def begin(table: RequestTable, *scheduled: tuple[str, int, int, int]) -> Step:
 
 
 def test_prompt_rows_are_dense_and_generated_rows_sparse() -> None:
-    table = RequestTable(CPU)
+    table = RequestTable(CPU, 8)
     step = begin(table, ("a", 3, 0, 3), ("b", 5, 0, 2))
     assert step.dense_rows.tolist() == [0, 1, 2, 3, 4]
     assert [(c.first, c.last) for c in step.chunks] == [(True, True), (True, False)]
@@ -31,7 +31,7 @@ def test_prompt_rows_are_dense_and_generated_rows_sparse() -> None:
 
 def test_a_request_with_caprese_off_takes_no_part() -> None:
     """Its prompt runs as prompts do, its generated tokens are a group of their own, whoever else runs."""
-    table = RequestTable(CPU)
+    table = RequestTable(CPU, 8)
     step = table.begin([Scheduled("off", 3, 0, 5, dense=True), Scheduled("on", 2, 0, 2)])
     assert step.dense_rows.tolist() == [0, 1, 2, 5, 6]
     assert step.off_rows.tolist() == [3, 4]
@@ -40,7 +40,7 @@ def test_a_request_with_caprese_off_takes_no_part() -> None:
 
 
 def test_a_preempted_request_keeps_its_selection_and_recomputes_both_kinds_in_one_chunk() -> None:
-    table = RequestTable(CPU)
+    table = RequestTable(CPU, 8)
     begin(table, ("a", 4, 0, 4))
     slot = begin(table, ("a", 4, 4, 1)).sparse_slots.tolist()
     step = begin(table, ("a", 4, 0, 6))  # preempted, then prompt and two generated tokens again
@@ -51,7 +51,7 @@ def test_a_preempted_request_keeps_its_selection_and_recomputes_both_kinds_in_on
 
 
 def test_a_request_preempted_in_mid_prompt_begins_its_statistic_again() -> None:
-    table = RequestTable(CPU)
+    table = RequestTable(CPU, 8)
     begin(table, ("a", 10, 0, 4))
     (chunk,) = begin(table, ("a", 10, 0, 7)).chunks
     assert chunk.first
@@ -61,7 +61,7 @@ def test_a_request_preempted_in_mid_prompt_begins_its_statistic_again() -> None:
 
 
 def test_an_identifier_used_again_is_another_request() -> None:
-    table = RequestTable(CPU)
+    table = RequestTable(CPU, 8)
     begin(table, ("a", 2, 0, 2))
     assert table.finish("a") is not None
     (chunk,) = begin(table, ("a", 3, 0, 3)).chunks
@@ -74,7 +74,29 @@ def test_an_identifier_used_again_is_another_request() -> None:
 def test_prompt_tokens_that_were_skipped_are_an_error(wrong: tuple[str, int, int, int]) -> None:
     # Tokens from a prefix cache would leave the statistic incomplete: never silently.
     with pytest.raises(RuntimeError, match="request a"):
-        begin(RequestTable(CPU), wrong)
+        begin(RequestTable(CPU, 8), wrong)
+
+
+def test_a_parked_selection_comes_back_when_its_request_does() -> None:
+    """Two slots, three requests with selections: the one that is not in the batch gives its slot up."""
+    table = RequestTable(CPU, 2)
+    begin(table, ("a", 2, 0, 2), ("b", 2, 0, 2))
+    step = begin(table, ("b", 2, 2, 1), ("c", 2, 0, 2))  # a was preempted
+    assert [slot for _, slot in step.parked] == [step.chunks[0].slot]
+    assert step.restored == []
+    parked = step.parked[0][0]
+    step = begin(table, ("c", 2, 2, 1), ("a", 2, 0, 1))  # a's prompt again: that needs no selection
+    assert step.parked == step.restored == []
+    step = begin(table, ("c", 2, 3, 1), ("a", 2, 1, 2))
+    assert len(step.parked) == 1  # b's
+    assert step.restored == [(parked, step.sparse_slots[1].item())]
+    table.finish("b")  # while parked
+    assert len(table) == 2
+
+
+def test_a_batch_of_more_requests_than_slots_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="more than 2 requests"):
+        begin(RequestTable(CPU, 2), ("a", 1, 0, 1), ("b", 1, 0, 1), ("c", 1, 0, 1))
 
 
 @dataclass
@@ -82,14 +104,31 @@ class Simulated:
     prompt_len: int
     computed: int = 0
     length: int = 0  # tokens that exist
-    slots: set[int] = field(default_factory=set)
     seen: list[int] = field(default_factory=list)  # prompt indices in the statistic, in order
 
 
-def check(step: Step, batch: Sequence[tuple[str, int]], live: dict[str, Simulated]) -> None:
+@dataclass
+class Memory:
+    """Whose selection lies where; moved as State.begin and SparseFF move them."""
+
+    table: dict[int, str] = field(default_factory=dict)
+    parked: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # of keys
+
+    def move(self, step: Step) -> None:
+        for key, slot in step.parked:
+            self.parked[key] = self.table.pop(slot)
+        for key, slot in step.restored:
+            self.table[slot] = self.parked.pop(key)
+
+
+def check(
+    step: Step, batch: Sequence[tuple[str, int]], live: dict[str, Simulated], memory: Memory, num_slots: int
+) -> None:
     slot_of = dict(zip(step.sparse_rows.tolist(), step.sparse_slots.tolist(), strict=True))
     dense = step.dense_rows.tolist()
     assert not len(step.off_rows)
+    memory.move(step)
     owner = {}  # entry of dense_rows -> (request, index in it)
     row = 0
     for name, count in batch:
@@ -100,26 +139,32 @@ def check(step: Step, batch: Sequence[tuple[str, int]], live: dict[str, Simulate
                 assert row not in slot_of
             else:
                 assert row not in dense
-                request.slots.add(slot_of[row])
+                assert memory.table[slot_of[row]] == name, "a row reads another request's selection"
             row += 1
     assert step.num_rows == row == len(dense) + len(slot_of)
+    assert step.decode == (not dense)
     for chunk in step.chunks:
         names = {owner[entry][0] for entry in range(chunk.begin, chunk.end)}
         assert len(names) == 1
-        request = live[names.pop()]
-        request.slots.add(chunk.slot)
+        name = names.pop()
+        request = live[name]
+        assert memory.names.setdefault(chunk.key, name) == name, "a key is of one request for ever"
         request.seen = [] if chunk.first else request.seen
         request.seen += [owner[entry][1] for entry in range(chunk.begin, chunk.end)]
         assert chunk.last == (request.seen == list(range(request.prompt_len)))
-    used = [request.slots for request in live.values() if request.slots]
-    assert all(len(slots) == 1 for slots in used), "a request changed its slot"
-    assert len(set.union(set(), *used)) == len(used), "two live requests share a slot"
+        assert (chunk.slot >= 0) == chunk.last
+        if chunk.last:
+            assert memory.table.get(chunk.slot) not in live, "a selection of a live request is overwritten"
+            memory.table[chunk.slot] = name
+    assert all(0 <= slot < num_slots for slot in memory.table)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_random_schedules(data: st.DataObject) -> None:
-    table, live, made = RequestTable(CPU), {}, 0
+    """Storms of preemptions, with up to fifty live requests on one to four slots."""
+    num_slots = data.draw(st.integers(1, 4))
+    table, live, memory, made = RequestTable(CPU, num_slots), {}, Memory(), 0
     for _ in range(data.draw(st.integers(1, 25))):
         for _ in range(data.draw(st.integers(0, 2))):
             live[f"r{made}"] = Simulated(prompt_len := data.draw(st.integers(1, 12)), length=prompt_len)
@@ -127,20 +172,21 @@ def test_random_schedules(data: st.DataObject) -> None:
         for name in list(live):
             fate = data.draw(st.sampled_from(["run"] * 8 + ["abort", "preempt"]))
             if fate == "abort":
-                table.finish(name)
+                key = table.finish(name)
+                memory.parked.pop(key, None)
                 del live[name]
             elif fate == "preempt":
                 live[name].computed = 0
-        running = [name for name in live if data.draw(st.booleans())]
+        order = data.draw(st.permutations(list(live)))
+        running = order[: data.draw(st.integers(0, num_slots))]
         batch = [(name, data.draw(st.integers(1, live[name].length - live[name].computed))) for name in running]
         step = table.begin(Scheduled(n, live[n].prompt_len, live[n].computed, count) for n, count in batch)
-        check(step, batch, live)
+        check(step, batch, live, memory, num_slots)
         for name, count in batch:
             request = live[name]
             request.computed += count
             if request.computed == request.length:
                 request.length += 1  # a token was sampled
-        assert table.num_slots <= made
     for name in live:
-        table.finish(name)
-    assert len(table) == 0
+        memory.parked.pop(table.finish(name), None)
+    assert len(table) == len(memory.parked) == 0

@@ -27,6 +27,7 @@ __all__ = [
     "griffin_observe",
     "griffin_select",
     "plan",
+    "plan_layers",
 ]
 
 NAME = "triton"
@@ -46,6 +47,11 @@ def griffin_ff(
     if (path or crossover.choose("griffin", len(x), x.device)) == "masked":
         return masked.griffin_ff(x, ff, keep, slots)
     return gather.griffin_ff(x, ff, keep, slots, plan or gather.plan(keep, slots))
+
+
+def plan_layers(keep: Tensor, slots: Tensor) -> Plan | None:
+    """`plan` of all layers' tables keep [L, S, F], in one launch; None where so many tokens take a path without one."""
+    return plan(keep, slots) if crossover.choose("griffin", len(slots), keep.device) == "gather" else None
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, path: Path | None = None) -> tuple[Tensor, Tensor]:
