@@ -37,7 +37,7 @@ def replace_blocks(model: nn.Module, state: State, act: str, context: dict[str, 
         assert mlp is not None
         key = f"{name}.caprese"
         packed = _repack(mlp, state.method.rank, ACTIVATIONS[act])
-        context[key] = block = SparseFF(mlp, packed, layer, state.method, state)
+        context[key] = block = SparseFF(name, mlp, packed, layer, state.method, state)
         state.blocks.append(block)
         mlp.forward = _forward(key)
 

@@ -78,6 +78,13 @@ PREPARE_WEIGHTS = Seam(
     "keeps adapter files that lie in the model's own directory from being loaded as its weights",
     "vLLM ignores safetensors files whose header names another format",
 )
+LOAD_LORA = Seam(
+    "vllm.lora.worker_manager",
+    "WorkerLoRAManager._load_adapter",
+    ("self", "lora_request"),
+    "refuses LoRA adapters that change a replaced FF block",
+    "sparse rows apply LoRA adapters",
+)
 ADD_ENDPOINTS = Seam(
     "vllm.plugins",
     "load_endpoint_plugins",

@@ -43,6 +43,7 @@ def refuse_engine(vllm_config: Any) -> None:
     """Refuse, by name, what Caprese was not shown to work with (design invariant 7)."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload, act = vllm_config.offload_config, activation_of(model.hf_text_config)
+    drafter = getattr(vllm_config.speculative_config, "method", None)
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
@@ -56,8 +57,7 @@ def refuse_engine(vllm_config: Any) -> None:
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "drop the flag"),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1, "drop the flag"),
         ("micro-batching", parallel.use_ubatching, "drop --enable-dbo and --ubatch-size"),
-        ("speculative decoding", vllm_config.speculative_config is not None, "drop --speculative-config"),
-        ("LoRA", vllm_config.lora_config is not None, "drop --enable-lora"),
+        (f"speculative decoding by {drafter}", drafter not in (None, "ngram"), "use method ngram, or none"),
         ("KV transfer", vllm_config.kv_transfer_config is not None, "drop --kv-transfer-config"),
         ("KV-sharing fast prefill", vllm_config.cache_config.kv_sharing_fast_prefill, "drop the flag"),
         ("run-time weight transfer", vllm_config.weight_transfer_config is not None, "drop the flag"),

@@ -1,5 +1,6 @@
 """Run as a program: vLLM's V2 model runner (the default on GPUs) on a CPU, through Triton's interpreter.
 
+With --v1 it is the V1 runner as it comes, for what must not share a process with other engines.
 Reads a JSON job {model, caprese, engine, prompts, new_tokens} on standard input and writes, as its last line, the
 tokens and what the plugin reports. Triton's interpreter must be chosen before Triton is imported: hence a process.
 """
@@ -10,9 +11,7 @@ import sys
 import types
 from typing import Any
 
-os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-
-import triton.backends
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 class Driver:
@@ -23,7 +22,11 @@ class Driver:
         return True
 
 
-triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
+if "--v1" not in sys.argv:
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    import triton.backends
+
+    triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
 
 
 def force_async_scheduling() -> None:
@@ -83,6 +86,8 @@ def main() -> None:
         results["preempted"] = len(preempted)
         results["loaded"] = len(loaded)
         results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
+        results["counters"] = {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
         results["report"] = llm.collective_rpc("caprese_report")[0]
     print(json.dumps(results), flush=True)
 
