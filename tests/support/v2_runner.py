@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -95,7 +96,8 @@ def main() -> None:
         results["v2"] = any(c.__module__ == "vllm.v1.worker.gpu.model_runner" for c in type(runner).__mro__)
         preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
         loaded = count_loads(llm.llm_engine.engine_core.engine_core.scheduler)
-        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]))
+        loras = [path and Path(path) for path in job.get("loras", [])]
+        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]), loras or None)
         results["preempted"] = len(preempted)
         results["loaded"] = len(loaded)
         results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
