@@ -46,7 +46,7 @@ def replace_blocks(model: nn.Module, state: State, here: range, act: str, contex
         key = f"{name}.caprese"
         ranks = Ranks(mlp.down_proj.tp_rank, mlp.down_proj.tp_size)
         packed = _repack(mlp, -(-state.method.rank // ranks.size), ACTIVATIONS[act], ranks)
-        context[key] = block = SparseFF(mlp, packed, ranks, layer, state.method, state)
+        context[key] = block = SparseFF(name, mlp, packed, ranks, layer, state.method, state)
         state.blocks.append(block)
         mlp.forward = _forward(key, _take_over_reduction(mlp.down_proj))
 

@@ -1,6 +1,8 @@
-"""Every vLLM symbol that the plugin wraps: its name, why, and when the wrap can go.
+"""Every vLLM symbol that the plugin touches. vLLM 0.32.
 
-vLLM 0.32. `wrap` is the only place where vLLM is changed; it is idempotent and checks what it finds.
+SEAMS are wrapped: each with why, and when the wrap can go. `wrap` is the only place where vLLM is changed; it is
+idempotent and checks what it finds. USES are only imported, called, overridden or read. tests/plugin/test_compat.py
+checks both lists against the installed vLLM, and that no import escapes them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +22,12 @@ SUPPORTED_VLLM = "0.32"
 
 
 @dataclass(frozen=True)
-class Seam:
-    """A wrapped symbol. `parameters` are those that our wrapper relies on, by name."""
+class Symbol:
+    """`needs`: the parameters of a function, or the attributes of a class and its instances, that we rely on."""
 
     module: str
     name: str
-    parameters: tuple[str, ...]
-    why: str
-    until: str
+    needs: tuple[str, ...]
 
     @property
     def path(self) -> str:
@@ -41,6 +43,14 @@ class Seam:
     @property
     def attribute(self) -> str:
         return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Seam(Symbol):
+    """A wrapped symbol."""
+
+    why: str
+    until: str
 
 
 ADD_CLI_ARGS = Seam(
@@ -77,6 +87,13 @@ PREPARE_WEIGHTS = Seam(
     ("self", "model_name_or_path", "allow_patterns_overrides"),
     "keeps adapter files that lie in the model's own directory from being loaded as its weights",
     "vLLM ignores safetensors files whose header names another format",
+)
+LOAD_LORA = Seam(
+    "vllm.lora.worker_manager",
+    "WorkerLoRAManager._load_adapter",
+    ("self", "lora_request"),
+    "refuses LoRA adapters that change a replaced FF block",
+    "sparse rows apply LoRA adapters",
 )
 ADD_ENDPOINTS = Seam(
     "vllm.plugins",
@@ -143,6 +160,64 @@ V2_GATHER_BATCH = Seam(
 )
 SEAMS = tuple(value for value in globals().values() if isinstance(value, Seam))
 
+# module, symbol, what of it: one line each.
+_USES = """
+vllm.engine.arg_utils EngineArgs: additional_config model hf_overrides quantization quantization_config enable_sleep_mode worker_extension_cls scheduler_cls
+vllm.config VllmConfig: additional_config model_config parallel_config compilation_config scheduler_config cache_config offload_config load_config speculative_config kv_transfer_config weight_transfer_config use_v2_model_runner
+vllm.config ModelConfig: model architectures dtype hf_config hf_text_config max_model_len model_impl runner_type quantization quantization_config enable_prompt_embeds
+vllm.config ParallelConfig: worker_extension_cls tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size prefill_context_parallel_size use_ubatching
+vllm.config CompilationConfig: splitting_ops cudagraph_mode static_forward_context
+vllm.config CUDAGraphMode: NONE PIECEWISE has_full_cudagraphs
+vllm.config CacheConfig: kv_sharing_fast_prefill enable_prefix_caching
+vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
+vllm.config SpeculativeConfig: method
+vllm.config LoadConfig: load_format
+vllm.config.offload OffloadConfig: uva prefetch
+vllm.config.offload UVAOffloadConfig: cpu_offload_gb
+vllm.config.offload PrefetchOffloadConfig: offload_group_size
+vllm.exceptions VLLMValidationError: parameter value
+vllm.logger init_logger: name
+vllm.platforms current_platform: device_type get_device_total_memory
+vllm.sampling_params SamplingParams: extra_args
+vllm.compilation.breakable_cudagraph eager_break_during_capture:
+vllm.forward_context get_forward_context:
+vllm.forward_context ForwardContext: no_compile_layers
+vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes quant_method bias
+vllm.model_executor.layers.linear RowParallelLinear: quant_method bias
+vllm.model_executor.layers.linear UnquantizedLinearMethod:
+vllm.utils.torch_utils direct_register_custom_op: mutates_args fake_impl target_lib
+vllm.lora.worker_manager WorkerLoRAManager: _adapter_manager
+vllm.lora.lora_model LoRAModel: loras
+vllm.lora.request LoRARequest: lora_name
+vllm.v1.request Request: request_id status sampling_params block_hashes num_prompt_tokens num_tokens num_computed_tokens
+vllm.v1.request RequestStatus: RUNNING
+vllm.v1.core.sched.output SchedulerOutput: num_scheduled_tokens finished_req_ids
+vllm.v1.core.sched.output NewRequestData: req_id sampling_params prompt_len
+vllm.v1.core.sched.async_scheduler AsyncScheduler:
+vllm.v1.core.sched.scheduler Scheduler: vllm_config block_size hash_block_size kv_cache_manager requests add_request schedule _handle_blocked_waiting_request _get_local_prefix_cache_hit _update_after_schedule reset_prefix_cache
+vllm.v1.core.kv_cache_manager KVCacheManager: coordinator enable_caching empty_kv_cache_blocks create_kv_cache_blocks prefix_cache_lookup_enabled
+vllm.v1.core.kv_cache_coordinator KVCacheCoordinator: find_longest_cache_hit cache_blocks
+vllm.v1.worker.gpu_model_runner GPUModelRunner: vllm_config input_batch requests
+vllm.v1.worker.gpu_input_batch InputBatch: req_ids num_reqs num_prompt_tokens num_computed_tokens_cpu
+vllm.v1.worker.gpu_input_batch CachedRequestState: sampling_params
+vllm.v1.worker.gpu.model_states resolve_model_state_cls: vllm_config model
+vllm.v1.worker.gpu.model_states.interface ModelState: add_request remove_request preprocess_state
+vllm.v1.worker.gpu.model_states.interface ModelState.add_request: req_index new_req_data
+vllm.v1.worker.gpu.model_states.interface ModelState.remove_request: req_id
+vllm.v1.worker.gpu.model_states.interface ModelState.preprocess_state: input_batch
+vllm.v1.worker.gpu.model_runner GPUModelRunner: vllm_config
+vllm.v1.worker.gpu.input_batch InputBatch: req_ids num_computed_tokens_np num_scheduled_tokens
+"""  # noqa: E501
+
+
+def _use(line: str) -> Symbol:
+    place, _, needs = line.partition(":")
+    module, name = place.split()
+    return Symbol(module, name, tuple(needs.split()))
+
+
+USES = tuple(map(_use, _USES.strip().splitlines()))
+
 
 def wrap(seam: Seam, wrapper: Callable[..., Any]) -> None:
     """Replace the symbol by `wrapper(original, *args, **kwargs)`, once.
@@ -164,21 +239,51 @@ def wrap(seam: Seam, wrapper: Callable[..., Any]) -> None:
     setattr(owner, attribute, staticmethod(wrapped) if isinstance(found, staticmethod) else wrapped)
 
 
-def check(seam: Seam) -> None:
-    """Raise CapreseError unless the symbol exists and has the parameters that we rely on."""
+def check(symbol: Symbol) -> None:
+    """Raise CapreseError unless the symbol exists and has what we rely on."""
     try:
-        original = getattr(seam.owner(), seam.attribute)
-        parameters = inspect.signature(original).parameters
+        original = getattr(symbol.owner(), symbol.attribute)
     except (ImportError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
     else:
-        missing = [name for name in seam.parameters if name not in parameters]
+        missing = [name for name in symbol.needs if not _has(original, name)]
         if not missing:
             return
-        found = f"no parameter {', '.join(missing)}"
+        found = f"no {', '.join(missing)}"
     raise CapreseError(
-        f"vLLM's {seam.path}",
+        f"vLLM's {symbol.path}",
         expected=f"it as in vLLM {SUPPORTED_VLLM}",
         found=found,
-        fix=f"install vllm=={SUPPORTED_VLLM}.* (the symbol {seam.why})",
+        fix=f"install vllm=={SUPPORTED_VLLM}.*",
     )
+
+
+def _has(symbol: Any, name: str) -> bool:
+    """Whether a function has the parameter, or a class or its instances, or another object, have the attribute."""
+    if inspect.isroutine(symbol):
+        return name in inspect.signature(symbol).parameters
+    kind = symbol if isinstance(symbol, type) else type(symbol)  # current_platform answers to any name with None
+    if hasattr(kind, name):
+        return True
+    assigned = re.compile(rf"\bself\.{name}(: [^=\n]+)? = |^    {name}: ", re.MULTILINE)
+    classes = (c for c in inspect.getmro(kind) if c.__module__.startswith("vllm."))
+    return any(assigned.search(inspect.getsource(c)) for c in classes)
+
+
+def check_version(version: str) -> str | None:
+    """A warning, if CAPRESE_ANY_VLLM=1 lets Caprese run with a vLLM that it is not proven with.
+
+    Raises CapreseError for such a vLLM otherwise, and then too when it lacks a symbol that we touch.
+    """
+    if version.startswith(f"{SUPPORTED_VLLM}."):
+        return None
+    if os.environ.get("CAPRESE_ANY_VLLM") != "1":
+        raise CapreseError(
+            "vLLM",
+            expected=f"version {SUPPORTED_VLLM}, the one that Caprese is proven with",
+            found=version,
+            fix=f"install vllm=={SUPPORTED_VLLM}.*, or set CAPRESE_ANY_VLLM=1 and compare outputs yourself",
+        )
+    for symbol in (*SEAMS, *USES):
+        check(symbol)
+    return f"vLLM {version} has every symbol that Caprese touches, but Caprese is proven with {SUPPORTED_VLLM} only"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import vllm
 from vllm.config import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -36,6 +37,9 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     All checks that need no built model happen here, in the first process, so that a mistake costs
     seconds and one line, and leaves no half-started server.
     """
+    warning = compat.check_version(vllm.__version__)
+    if warning:
+        logger.warning("Caprese: %s", warning)
     config = CapreseConfig.parse(settings, f'additional_config["{KEY}"]')
     kernels = refusals.refuse_config(config)
     adapters = None

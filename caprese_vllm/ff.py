@@ -153,8 +153,10 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
 class SparseFF:
     """One replaced FF block, or this rank's share of it: packed weights, statistics and selections, counters."""
 
-    def __init__(self, mlp: Any, packed: PackedFF, ranks: Ranks, layer: int, method: Method, state: State):
-        self.mlp, self.layer, self.method, self.state = mlp, layer, method, state
+    def __init__(self, name: str, mlp: Any, packed: PackedFF, ranks: Ranks, layer: int, method: Method, state: State):
+        self.name, self.mlp, self.layer, self.method, self.state = name, mlp, layer, method, state
+        # vLLM's own layers: --enable-lora puts wrappers in their places, which count on seeing the batch's every row.
+        self.gate_up, self.down = mlp.gate_up_proj, mlp.down_proj
         self.packed, self.ranks = packed, ranks
         self.num_neurons = self.packed.num_neurons
         self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
@@ -180,9 +182,9 @@ class SparseFF:
 
     def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """vLLM's own block, unchanged: its output, z [T, F] and the concatenated gate and up [T, 2F]."""
-        gate_up, _ = self.mlp.gate_up_proj(x)
+        gate_up, _ = self.gate_up(x)
         z = self.mlp.act_fn(gate_up)
-        y, _ = self.mlp.down_proj(z)
+        y, _ = self.down(z)
         return y, z, gate_up
 
     def _prompt(self, x: Tensor, step: Step) -> Tensor:
@@ -213,12 +215,11 @@ class SparseFF:
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
-        gate_up, down = self.mlp.gate_up_proj, self.mlp.down_proj
         views = (
-            (gate_up.weight, self.packed.gate_up_plus),
-            (down.weight, self.packed.down_plus),
-            (gate_up.bias, self.packed.gate_up_bias),
-            (None if self.ranks.rank else down.bias, self.packed.down_bias),
+            (self.gate_up.weight, self.packed.gate_up_plus),
+            (self.down.weight, self.packed.down_plus),
+            (self.gate_up.bias, self.packed.gate_up_bias),
+            (None if self.ranks.rank else self.down.bias, self.packed.down_bias),
         )
         for weight, packed in views:
             if weight is not None and (packed is None or weight.data_ptr() != packed.data_ptr()):

@@ -33,9 +33,16 @@ def refuse_config(config: CapreseConfig) -> Backend:
 
 def refuse_arguments(args: Any) -> None:
     """What must be refused before vLLM looks at it, because vLLM may fail on it first, and at length."""
-    quantization = args.quantization or _quantized(Path(args.model) / "config.json")
-    if quantization:
-        _refuse_feature(f"quantization {quantization}", "serve unquantized weights")
+    settings = _model_settings(Path(args.model) / "config.json")
+    named = settings.get("architectures") or [ARCHITECTURES[0]]
+    if named[0] not in ARCHITECTURES and not args.hf_overrides:
+        _refuse_feature(f"architecture {named[0]}", _one_of(ARCHITECTURES))
+    quantized = settings.get("quantization_config") or {}
+    _refuse_quantized_blocks(
+        args.quantization or quantized.get("quant_method"), f"{quantized} {args.quantization_config}"
+    )
+    if args.enable_sleep_mode:
+        _refuse_feature("sleep mode", "drop --enable-sleep-mode")
     ours = {"--worker-extension-cls": args.worker_extension_cls, "--scheduler-cls": args.scheduler_cls}
     for flag, given in ours.items():
         if given:
@@ -46,24 +53,27 @@ def refuse_engine(vllm_config: Any) -> None:
     """Refuse, by name, what Caprese was not shown to work with (design invariant 7)."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload, act = vllm_config.offload_config, activation_of(model.hf_text_config)
+    drafter = getattr(vllm_config.speculative_config, "method", None)
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
         (f"model implementation {model.model_impl}", model.model_impl not in ("auto", "vllm"), "drop --model-impl"),
         (f"runner type {model.runner_type}", model.runner_type != "generate", "serve a generating model"),
         (f"activation {act}", act not in ACTIVATIONS, _one_of(ACTIVATIONS)),
-        (f"quantization {model.quantization}", model.quantization is not None, "serve unquantized weights"),
+        (
+            "tensor together with pipeline parallelism",
+            parallel.tensor_parallel_size > 1 and parallel.pipeline_parallel_size > 1,
+            "use one of them",
+        ),
         # Its engines are apart and would run; but GET /caprese asks one of them, and no test runs two.
         ("data parallelism", parallel.data_parallel_size > 1, "start one server a replica"),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "drop the flag"),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1, "drop the flag"),
         ("micro-batching", parallel.use_ubatching, "drop --enable-dbo and --ubatch-size"),
-        ("speculative decoding", vllm_config.speculative_config is not None, "drop --speculative-config"),
-        ("LoRA", vllm_config.lora_config is not None, "drop --enable-lora"),
+        (f"speculative decoding by {drafter}", drafter not in (None, "ngram"), "use method ngram, or none"),
         ("KV transfer", vllm_config.kv_transfer_config is not None, "drop --kv-transfer-config"),
         ("KV-sharing fast prefill", vllm_config.cache_config.kv_sharing_fast_prefill, "drop the flag"),
         ("run-time weight transfer", vllm_config.weight_transfer_config is not None, "drop the flag"),
-        ("sleep mode", model.enable_sleep_mode, "drop --enable-sleep-mode"),
         ("prompt embeddings", model.enable_prompt_embeds, "drop --enable-prompt-embeds"),
         (
             "cudagraph_mode FULL, whose graphs hold prompts and generated tokens alike",
@@ -84,6 +94,8 @@ def refuse_engine(vllm_config: Any) -> None:
     for feature, in_use, fix in refused:
         if in_use:
             _refuse_feature(feature, fix)
+    quantized = f"{getattr(model.hf_config, 'quantization_config', None)} {model.quantization_config}"
+    _refuse_quantized_blocks(model.quantization, quantized)
 
 
 def refuse_split(method: Method, intermediate_size: int, ranks: int) -> None:
@@ -108,13 +120,24 @@ def _refuse_feature(feature: str, fix: str) -> NoReturn:
     raise CapreseError("Caprese", expected="an engine it is proven with", found=feature, fix=fix)
 
 
-def _quantized(config: Path) -> str | None:
-    """How a local checkpoint says that its weights are quantized."""
+def _refuse_quantized_blocks(method: str | None, settings: str) -> None:
+    """Kernels gather rows of FF weights as they are. Settings that speak of FF blocks may leave them as they are:
+    each block is looked at when the model is built.
+    """
+    if method and "mlp" not in settings:
+        _refuse_feature(
+            f"quantization {method} of FF weights",
+            "leave FF blocks out of the quantization, or serve unquantized weights",
+        )
+
+
+def _model_settings(config: Path) -> dict[str, Any]:
+    """A local model's config.json."""
     try:
-        settings = json.loads(config.read_text())["quantization_config"]
-        return str(settings["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a Hub id, no quantization, or a file that vLLM will complain about
+        settings = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return {}  # a Hub id, or a file that vLLM will complain about
+    return settings if isinstance(settings, dict) else {}
 
 
 def _one_of(names: Any) -> str:

@@ -20,6 +20,7 @@ from .blocks import replace_blocks
 from .enable import method_of
 from .ff import STATE, State
 from .flags import KEY, switched_off
+from .lora import load_adapter
 from .pages import COMMANDS
 from .requests import RequestTable, Scheduled
 
@@ -172,6 +173,7 @@ def install() -> None:
     compat.wrap(compat.INITIALIZE_MODEL, _initialize_model)
     compat.wrap(compat.PROCESS_WEIGHTS, _process_weights)
     compat.wrap(compat.PREPARE_WEIGHTS, _prepare_weights)
+    compat.wrap(compat.LOAD_LORA, load_adapter)
     compat.wrap(compat.V1_PREPARE_INPUTS, _v1_prepare_inputs)
     compat.wrap(compat.V1_EXECUTE_MODEL, end_step)
     compat.wrap(compat.V1_REQUEST_REMOVED, _v1_request_removed)

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 ModelDir = Callable[[str], Path]
 
 
-def run_v2(job: dict[str, Any]) -> dict[str, Any]:
+def run_v2(job: dict[str, Any], *options: str) -> dict[str, Any]:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.support.v2_runner"],
+        [sys.executable, "-m", "tests.support.v2_runner", *options],
         input=json.dumps(job),
         capture_output=True,
         text=True,

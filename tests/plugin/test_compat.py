@@ -1,5 +1,7 @@
-"""The contract with vLLM: every symbol that we wrap exists as we expect it, and absence is told by name."""
+"""The contract with vLLM: every symbol that we touch exists as we expect it, and absence is told by name."""
 
+import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,26 +12,64 @@ import pytest
 from caprese_kernels.errors import CapreseError
 from caprese_vllm import compat
 
+SOURCES = sorted(Path(compat.__file__).parent.glob("*.py"))
 
-@pytest.mark.parametrize("seam", compat.SEAMS, ids=lambda seam: seam.name)
-def test_vllm_has_the_symbol(seam: compat.Seam) -> None:
-    compat.check(seam)
-    assert seam.why
-    assert seam.until
+
+@pytest.mark.parametrize("symbol", [*compat.SEAMS, *compat.USES], ids=lambda symbol: symbol.path)
+def test_vllm_has_the_symbol(symbol: compat.Symbol) -> None:
+    compat.check(symbol)
+    if isinstance(symbol, compat.Seam):
+        assert symbol.why
+        assert symbol.until
 
 
 @pytest.mark.parametrize(
-    "seam",
+    ("module", "name", "needs"),
     [
-        compat.Seam("vllm.engine.arg_utils", "EngineArgs.gone", (), "", ""),
-        compat.Seam("vllm.engine.gone", "EngineArgs.add_cli_args", (), "", ""),
-        compat.Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("gone",), "", ""),
+        ("vllm.engine.arg_utils", "EngineArgs.gone", ()),
+        ("vllm.engine.gone", "EngineArgs.add_cli_args", ()),
+        ("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("gone",)),
+        ("vllm.engine.arg_utils", "EngineArgs", ("model", "gone")),
+        ("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids", "gone")),
+        ("vllm.platforms", "current_platform", ("gone",)),
     ],
-    ids=["symbol", "module", "parameter"],
+    ids=["symbol", "module", "parameter", "field", "attribute", "property"],
 )
-def test_a_missing_symbol_is_named(seam: compat.Seam) -> None:
+def test_what_is_missing_is_named(module: str, name: str, needs: tuple[str, ...]) -> None:
+    with pytest.raises(CapreseError, match=rf"vLLM's {module}\.{name}: .*gone"):
+        compat.check(compat.Symbol(module, name, needs))
     with pytest.raises(CapreseError, match=r"gone"):
-        compat.wrap(seam, lambda original: original())
+        compat.wrap(compat.Seam(module, name, needs, "", ""), lambda original: original())
+
+
+def test_no_import_escapes_the_table() -> None:
+    """And no line of the table outlives its use."""
+    imported = set()
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm":
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+            if isinstance(node, ast.Import):  # the bare package: only its version
+                assert not [a.name for a in node.names if a.name.startswith("vllm.")], source
+    known = {symbol.path for symbol in compat.USES}
+    assert imported <= known, f"add a line to compat.py's table: {imported - known}"
+    text = "\n".join(source.read_text() for source in SOURCES if source.name != "compat.py")
+    stale = [f"{s.path}: {need}" for s in compat.USES for need in s.needs if not re.search(rf"\b{need}\b", text)]
+    assert not stale
+
+
+def test_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.check_version("0.32.0+cpu") is None
+    monkeypatch.delenv("CAPRESE_ANY_VLLM", raising=False)
+    for version in ("0.33.0", "0.3.2", "0.320.1", "dev"):
+        with pytest.raises(CapreseError, match=rf"vLLM: expected version 0\.32.*found {version}"):
+            compat.check_version(version)
+    monkeypatch.setenv("CAPRESE_ANY_VLLM", "1")
+    assert "0.33.0" in str(compat.check_version("0.33.0"))
+    gone = compat.Symbol("vllm.v1.request", "Request", ("gone",))
+    monkeypatch.setattr(compat, "USES", (*compat.USES, gone))
+    with pytest.raises(CapreseError, match=r"vllm\.v1\.request\.Request.*gone"):
+        compat.check_version("0.33.0")
 
 
 def test_wrapping_twice_wraps_once(monkeypatch: pytest.MonkeyPatch) -> None:

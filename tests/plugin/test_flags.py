@@ -19,6 +19,7 @@ from caprese_vllm.refusals import refuse_engine
 from tests.support.models import make_adapter, make_model
 
 ModelDir = Callable[[str], Path]
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
 def parse(*arguments: str) -> Namespace:
@@ -101,14 +102,20 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
         ({"method": "griffin", "reselect_interval": 8}, {}, "reselect"),
         ({"method": "griffin", "unknown": 1}, {}, "unknown"),
         ({"method": "griffin"}, {"tensor_parallel_size": 2}, "divides the model's 97 neurons"),
+        ({"method": "griffin"}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "together with pipeline"),
         ({"method": "griffin"}, {"data_parallel_size": 2}, "data parallelism"),
-        ({"method": "griffin"}, {"enable_lora": True}, "LoRA"),
         ({"method": "griffin"}, {"quantization": "fp8"}, "quantization fp8"),
         (
             {"method": "griffin"},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative",
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative decoding by ngram_gpu",
         ),
+        ({"method": "griffin"}, {"quantization": "bitsandbytes"}, "quantization bitsandbytes"),
+        ({"method": "griffin"}, {"kv_transfer_config": CONNECTOR}, "KV transfer"),
+        ({"method": "griffin"}, {"weight_transfer_config": {"backend": "nccl"}}, "run-time weight transfer"),
+        ({"method": "griffin"}, {"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"method": "griffin"}, {"enable_sleep_mode": True}, "sleep mode"),
+        ({"method": "griffin"}, {"cpu_offload_gb": 1}, "weight offloading"),
         ({"method": "griffin"}, {"load_format": "sharded_state"}, "sharded_state"),
         ({"method": "griffin"}, {"model_impl": "transformers"}, "implementation transformers"),
         ({"method": "griffin"}, {"worker_extension_cls": "some.Extension"}, "some.Extension"),
@@ -145,19 +152,44 @@ def test_a_model_of_another_size_is_refused(model_dir: ModelDir, tmp_path: Path)
 def test_a_quantized_checkpoint_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
     shutil.copytree(model_dir("llama"), tmp_path / "quantized")
     config = tmp_path / "quantized" / "config.json"
-    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    quantized = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    settings = json.loads(config.read_text()) | {"quantization_config": quantized}
     config.write_text(json.dumps(settings))
     with pytest.raises(CapreseError, match="quantization awq"):
         configure(tmp_path / "quantized", {"method": "griffin"})
 
 
-def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config
+def test_drafting_models_are_refused(model_dir: ModelDir) -> None:
+    """Their own FF blocks must run dense, and Caprese was not shown to tell them from the model's."""
+    for method in ("draft_model", "eagle"):
+        drafter = {"method": method, "model": str(model_dir("llama")), "num_speculative_tokens": 2}
+        with pytest.raises(CapreseError, match=f"speculative decoding by {method}"):
+            configure(model_dir("llama"), {"method": "griffin"}, speculative_config=drafter)
 
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=300, architectures=["GPT2LMHeadModel"])
-    config.save_pretrained(tmp_path)
-    with pytest.raises(CapreseError, match="GPT2LMHeadModel"):
-        configure(tmp_path, {"method": "griffin"}, skip_tokenizer_init=True)
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "GPT2LMHeadModel",
+        "Qwen3MoeForCausalLM",
+        "MixtralForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "Llama4ForConditionalGeneration",
+        "BertForMaskedLM",
+    ],
+)
+def test_an_unsupported_architecture_is_refused(tmp_path: Path, architecture: str) -> None:
+    """By its name, before vLLM asks for packages that some models need."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(CapreseError, match=f"architecture {architecture}"):
+        configure(tmp_path, {"method": "griffin"})
+
+
+def test_an_architecture_that_vllm_was_told_is_refused(model_dir: ModelDir) -> None:
+    with pytest.raises(CapreseError, match="architecture GraniteMoeForCausalLM"):
+        configure(model_dir("llama"), {"method": "griffin"}, hf_overrides={"architectures": ["GraniteMoeForCausalLM"]})
 
 
 def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_path: Path) -> None:

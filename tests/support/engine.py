@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 # 32 is the smallest block that the CPU's attention likes: short prompts then fill several blocks of the prefix cache.
 DEFAULTS: dict[str, Any] = {
@@ -40,11 +41,15 @@ def greedy(max_tokens: int, caprese: str | None = None) -> SamplingParams:
 
 
 def generate(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    loras: Sequence[Path | None] | None = None,
 ) -> list[list[int]]:
-    """All prompts as one batch."""
+    """All prompts as one batch; `loras` names each one's LoRA adapter by its directory, lora1, lora2 ..."""
     requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    outputs = llm.generate(requests, params, use_tqdm=False)
+    chosen: Any = loras and [path and LoRARequest(path.name, int(path.name[4:]), str(path)) for path in loras]
+    outputs = llm.generate(requests, params, lora_request=chosen, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -6,7 +6,7 @@ then every generated token runs through the sparse block plus x L R, one token a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)  # lead of the best logit over the second, for each token
-    logprobs: list[float] = field(default_factory=list)  # of each token
+    logprobs: list[float] = field(default_factory=list)  # of each token, before `process`
+    prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first
     closest: float = math.inf  # the least relative distance of a neuron from being selected otherwise
 
 
@@ -103,10 +104,12 @@ class HFReference:
         right: Mapping[int, Tensor] | None = None,
         forced: Sequence[int] | None = None,
         tp: int = 1,
+        process: Callable[[list[int], Tensor], Tensor] | None = None,
     ) -> Generation:
         """`method` None is the original model. `layers` None is the method's default.
 
         `tp` devices hold an equal part of the neurons each, in order, and GRIFFIN selects on each among its own.
+        The best token is chosen from `process(tokens generated so far, logits [V])`.
 
         With `forced` these tokens are generated, whatever the logits say, and `logprobs` tells what they say.
         """
@@ -121,7 +124,7 @@ class HFReference:
         for i, state in states.items():
             self.blocks[i].forward = state.forward
         try:
-            result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced)
+            result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced, process)
         finally:
             for i in states:
                 del self.blocks[i].forward  # the class's own method shows again
@@ -135,15 +138,18 @@ class HFReference:
         eos: int | None,
         states: Mapping[int, SparseBlock],
         forced: Sequence[int] | None,
+        process: Callable[[list[int], Tensor], Tensor] | None,
     ) -> Generation:
         result = Generation()
         output = self.model(torch.tensor([prompt]), use_cache=True)
+        at = torch.arange(len(prompt) - 1)
+        result.prompt_logprobs = output.logits[0].log_softmax(dim=1)[at, prompt[1:]].tolist()
         for state in states.values():
             assert state.tokens_seen == len(prompt), "the statistic must come from the prompt, all of it, once"
             state.generating = True
         while True:
             logits = output.logits[0, -1]
-            best = logits.topk(2)
+            best = (logits if process is None else process(result.tokens, logits.clone())).topk(2)
             token = int(best.indices[0]) if forced is None else forced[len(result.tokens)]
             result.tokens.append(token)
             result.margins.append(float(best.values[0] - best.values[1]))

@@ -1,5 +1,6 @@
 """Run as a program: vLLM's V2 model runner (the default on GPUs) on a CPU, through Triton's interpreter.
 
+With --v1 it is the V1 runner as it comes, for what must not share a process with other engines.
 Reads a JSON job {model, caprese, engine, prompts, new_tokens} on standard input and writes, as its last line, the
 tokens and what the plugin reports. Triton's interpreter must be chosen before Triton is imported: hence a process.
 """
@@ -8,11 +9,10 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
-os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
-
-import triton.backends
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 class Driver:
@@ -23,7 +23,22 @@ class Driver:
         return True
 
 
-triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
+if "--v1" not in sys.argv:
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    import triton.backends
+
+    triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def take_integer_masks() -> None:
+    """The interpreter refuses masks of integers, which vLLM's n-gram kernel makes; compiled Triton takes them."""
+    load = InterpreterBuilder.create_masked_load
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, ptrs, TensorHandle(mask.data.astype(bool), mask.dtype), *rest)
+
+    InterpreterBuilder.create_masked_load = masked_load
 
 
 def force_async_scheduling() -> None:
@@ -69,6 +84,8 @@ def count_loads(scheduler: Any) -> list[str]:
 
 def main() -> None:
     job = json.load(sys.stdin)
+    if "--v1" not in sys.argv:
+        take_integer_masks()
     if job.get("async"):
         force_async_scheduling()
     from tests.support.engine import engine, generate, greedy
@@ -79,10 +96,13 @@ def main() -> None:
         results["v2"] = any(c.__module__ == "vllm.v1.worker.gpu.model_runner" for c in type(runner).__mro__)
         preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
         loaded = count_loads(llm.llm_engine.engine_core.engine_core.scheduler)
-        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]))
+        loras = [path and Path(path) for path in job.get("loras", [])]
+        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]), loras or None)
         results["preempted"] = len(preempted)
         results["loaded"] = len(loaded)
         results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
+        results["counters"] = {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
         results["report"] = llm.collective_rpc("caprese_report")[0]
     print(json.dumps(results), flush=True)
 
