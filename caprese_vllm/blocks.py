@@ -1,8 +1,8 @@
-"""Finding a model's FF blocks, moving their weights into packed storage, and taking over their forward."""
+"""Moving the weights of a model's FF blocks into packed storage, and taking over their forward."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,86 +10,53 @@ from torch import Tensor, nn
 from torch.library import Library
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from caprese_kernels.config import ACTIVATIONS
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.config import BaseModelInfo
 from caprese_kernels.packed import PackedFF, allocate
 
+from .architectures import Block, find_block
 from .ff import STATE, SparseFF, State
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp$")
 
-
-def replace_blocks(model: nn.Module, state: State, act: str, context: dict[str, Any]) -> None:
+def replace_blocks(model: nn.Module, state: State, served: BaseModelInfo, context: dict[str, Any]) -> None:
     """Replace the forward of every FF block that the method names; refuse if one is missing or foreign."""
     _register_op()
     context[STATE] = state
-    found = {}
-    for name, module in model.named_modules():
-        match = _LAYER.search(name)
-        if match and int(match[1]) in state.method.layers:
-            found[int(match[1])] = (name, module)
     for layer in state.method.layers:
-        name, mlp = found.get(layer, ("", None))
-        _check_block(layer, mlp)
-        assert mlp is not None
-        key = f"{name}.caprese"
-        packed = _repack(mlp, state.method.rank, ACTIVATIONS[act])
-        context[key] = block = SparseFF(mlp, packed, layer, state.method, state)
-        state.blocks.append(block)
-        mlp.forward = _forward(key)
+        block = find_block(model, layer, served)
+        key = f"{block.name}.caprese"
+        context[key] = ff = SparseFF(block, _repack(block, state.method.rank), state.method, state)
+        state.blocks.append(ff)
+        block.take_over(_forward(key))
 
 
-def _repack(mlp: Any, rank: int, act: str) -> PackedFF:
-    """Move an MLP's weights into neuron-major storage with room for L^T and R, before they are loaded.
+def _repack(block: Block, rank: int) -> PackedFF:
+    """Move a block's weights into neuron-major storage with room for L^T and R, before they are loaded.
 
     vLLM's parameters become views of that storage, of the same names and shapes: weights live once,
     and loaders as well as the prompt path notice nothing.
     """
-    gate_up, down = mlp.gate_up_proj, mlp.down_proj
-    assert isinstance(gate_up, MergedColumnParallelLinear)
-    assert isinstance(down, RowParallelLinear)
-    neurons = down.weight.shape[1]
-    rows = allocate(2 * neurons + rank, gate_up.weight)  # gate, up, L^T
-    down_plus = allocate(neurons + rank, gate_up.weight)
-    gate_up.weight.data = rows[: 2 * neurons]
+    up, down = block.up, block.down
+    rows, neurons = up.weight.shape[0], down.weight.shape[1]
+    up_plus = allocate(rows + rank, up.weight)  # gate (if there is one), up, L^T
+    down_plus = allocate(neurons + rank, up.weight)
+    up.weight.data = up_plus[:rows]
     down.weight.data = down_plus[:neurons].t()
-    for layer in (gate_up, down):
+    for layer in (up, down):
         layer._cpu_skip_gemm_dispatch = True  # vLLM's CPU backend would pack a copy and drop ours
-    bias = None if gate_up.bias is None else gate_up.bias.data
-    return PackedFF(rows, down_plus, act, rank, bias, None if down.bias is None else down.bias.data)
+    biases = (None if layer.bias is None else layer.bias.data for layer in (up, down))
+    return PackedFF(up_plus, down_plus, block.activation, rank, *biases)
 
 
-def _forward(key: str) -> Any:
+def _forward(key: str) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        torch.ops.caprese.ff(x, out, key)
-        return out
+        rows = x.flatten(0, -2)  # [1, T, D] in transformers' models
+        out = torch.empty_like(rows)
+        torch.ops.caprese.ff(rows, out, key)
+        return out.view_as(x)
 
     return forward
-
-
-def _check_block(layer: int, mlp: nn.Module | None) -> None:
-    gate_up, down = getattr(mlp, "gate_up_proj", None), getattr(mlp, "down_proj", None)
-    if not (
-        isinstance(gate_up, MergedColumnParallelLinear)
-        and isinstance(down, RowParallelLinear)
-        and len(gate_up.output_sizes) == 2
-        and hasattr(mlp, "act_fn")
-    ):
-        found = "none" if mlp is None else type(mlp).__name__
-    elif not (type(gate_up.quant_method) is type(down.quant_method) is UnquantizedLinearMethod):
-        found = f"weights handled by {type(gate_up.quant_method).__name__}"
-    else:
-        return
-    raise CapreseError(
-        f"FF block of layer {layer}",
-        expected="layers.N.mlp with unquantized gate_up_proj, act_fn and down_proj",
-        found=found,
-        fix="serve a supported architecture without quantization",
-    )
 
 
 def _ff(x: Tensor, out: Tensor, key: str) -> None:

@@ -15,6 +15,7 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import griffin_count
 
+from .architectures import Block
 from .requests import RequestTable, Step
 from .statistics import Statistics
 
@@ -65,11 +66,11 @@ class State:
 class SparseFF:
     """One replaced FF block: packed weights, per-request statistics and selections, counters."""
 
-    def __init__(self, mlp: Any, packed: PackedFF, layer: int, method: Method, state: State):
-        self.mlp, self.layer, self.method, self.state = mlp, layer, method, state
+    def __init__(self, block: Block, packed: PackedFF, method: Method, state: State):
+        self.block, self.layer, self.method, self.state = block, block.layer, method, state
         self.packed = packed
         self.num_neurons = self.packed.num_neurons
-        self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
+        self.num_weights = packed.num_matrices * self.num_neurons * self.packed.hidden_size
         self.statistics = Statistics(method, self.packed, state.kernels)
         # Row s is slot s: GRIFFIN's selection [slots, F] bool, or CATS's threshold [slots] float32.
         griffin, device = method.name == "griffin", self.packed.up_plus.device
@@ -83,7 +84,7 @@ class SparseFF:
         """out[rows] = FF(x[rows]); rows past the step's end are padding and are left as they are."""
         step = self.state.step
         if step is None:
-            out.copy_(self._original(x)[0])
+            out.copy_(self.block.run(x)[0])
             return
         if len(step.dense_rows):
             rows = _rows(step, step.dense_rows)
@@ -95,15 +96,8 @@ class SparseFF:
             rows = _rows(step, step.sparse_rows)
             out[rows] = self._sparse(x[rows], step.sparse_slots)
 
-    def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """vLLM's own block, unchanged: its output, z [T, F] and the concatenated gate and up [T, 2F]."""
-        gate_up, _ = self.mlp.gate_up_proj(x)
-        z = self.mlp.act_fn(gate_up)
-        y, _ = self.mlp.down_proj(z)
-        return y, z, gate_up
-
     def _prompt(self, x: Tensor, step: Step) -> Tensor:
-        y, z, gate_up = self._original(x)
+        y, z, gate_up = self.block.run(x)
         ended, selections = self.statistics.observe(step.chunks, z, gate_up)
         if selections is not None:
             self.selections[ended] = selections
@@ -128,21 +122,21 @@ class SparseFF:
     def weights_read(self) -> int:
         """FF weights that the generated tokens so far needed: kept neurons, and L and R once a token.
 
-        CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
+        CATS needs every row of the gate (W_1 where there is none) to know its neurons, GRIFFIN only the kept ones.
         """
-        depth, tokens = self.packed.hidden_size, self.generated_tokens
+        depth, matrices, tokens = self.packed.hidden_size, self.packed.num_matrices, self.generated_tokens
         low_rank = 2 * self.method.rank * depth * tokens
         if self.method.name == "griffin":
-            return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
-        return depth * (2 * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
+            return matrices * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
+        return depth * ((matrices - 1) * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
-        gate_up, down = self.mlp.gate_up_proj, self.mlp.down_proj
+        up, down = self.block.up, self.block.down
         views = (
-            (gate_up.weight, self.packed.gate_up_plus),
+            (up.weight, self.packed.gate_up_plus),
             (down.weight, self.packed.down_plus),
-            (gate_up.bias, self.packed.gate_up_bias),
+            (up.bias, self.packed.gate_up_bias),
             (down.bias, self.packed.down_bias),
         )
         for weight, packed in views:

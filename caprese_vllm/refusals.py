@@ -13,7 +13,8 @@ from caprese_kernels.backend import choose
 from caprese_kernels.config import ACTIVATIONS, CapreseConfig, activation_of
 from caprese_kernels.errors import CapreseError
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM")
+from .architectures import ARCHITECTURES
+
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
@@ -49,6 +50,7 @@ def refuse_engine(vllm_config: Any) -> None:
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
+        ("mixture of experts", model.get_num_experts() > 0, "serve a model without experts"),
         (f"model implementation {model.model_impl}", model.model_impl not in ("auto", "vllm"), "drop --model-impl"),
         (f"runner type {model.runner_type}", model.runner_type != "generate", "serve a generating model"),
         (f"activation {act}", act not in ACTIVATIONS, _one_of(ACTIVATIONS)),

@@ -45,12 +45,13 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     settings = vllm_config.additional_config.get(KEY)
     if settings is None:
         return model
-    hf_config = vllm_config.model_config.hf_text_config
-    served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
+    config = vllm_config.model_config
+    served = BaseModelInfo.from_hf(config.hf_text_config, config.model)
+    served.architecture = config.architectures[0]
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
     state = State(method_of(settings), RequestTable(device), served.num_hidden_layers, kernels)
-    replace_blocks(model, state, served.hidden_act, vllm_config.compilation_config.static_forward_context)
+    replace_blocks(model, state, served, vllm_config.compilation_config.static_forward_context)
     for block in state.blocks:  # now, so that vLLM's memory profile sees the tables; only preemption asks for more
         block.reserve(vllm_config.scheduler_config.max_num_seqs)
     model.caprese = settings["weights"], state

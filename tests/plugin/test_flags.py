@@ -138,11 +138,24 @@ def test_a_quantized_checkpoint_is_refused(model_dir: ModelDir, tmp_path: Path) 
 
 
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config
+    from transformers import BloomConfig
 
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=300, architectures=["GPT2LMHeadModel"])
+    config = BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=300, architectures=["BloomForCausalLM"])
     config.save_pretrained(tmp_path)
-    with pytest.raises(CapreseError, match="GPT2LMHeadModel"):
+    with pytest.raises(CapreseError, match="BloomForCausalLM"):
+        configure(tmp_path, {"method": "griffin"}, skip_tokenizer_init=True)
+
+
+def test_experts_beside_an_ff_block_are_refused(tmp_path: Path) -> None:
+    """Gemma 4 has them in some sizes only: its architecture is supported."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gemma4_text", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32
+    )
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CapreseError, match="mixture of experts"):
         configure(tmp_path, {"method": "griffin"}, skip_tokenizer_init=True)
 
 
