@@ -172,6 +172,13 @@ vllm.config CacheConfig: kv_sharing_fast_prefill enable_prefix_caching
 vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
 vllm.config SpeculativeConfig: method
 vllm.config LoadConfig: load_format
+vllm.distributed get_pp_group:
+vllm.distributed tensor_model_parallel_all_gather: input_ dim
+vllm.distributed tensor_model_parallel_all_reduce: input_
+vllm.distributed.parallel_state GroupCoordinator: rank_in_group world_size
+vllm.distributed.parallel_state get_world_group:
+vllm.distributed.parallel_state is_global_first_rank:
+vllm.distributed.utils get_pp_indices: num_hidden_layers pp_rank pp_size
 vllm.config.offload OffloadConfig: uva prefetch
 vllm.config.offload UVAOffloadConfig: cpu_offload_gb
 vllm.config.offload PrefetchOffloadConfig: offload_group_size
@@ -183,7 +190,7 @@ vllm.compilation.breakable_cudagraph eager_break_during_capture:
 vllm.forward_context get_forward_context:
 vllm.forward_context ForwardContext: no_compile_layers
 vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes quant_method bias
-vllm.model_executor.layers.linear RowParallelLinear: quant_method bias
+vllm.model_executor.layers.linear RowParallelLinear: quant_method bias tp_rank tp_size reduce_results
 vllm.model_executor.layers.linear UnquantizedLinearMethod:
 vllm.utils.torch_utils direct_register_custom_op: mutates_args fake_impl target_lib
 vllm.lora.worker_manager WorkerLoRAManager: _adapter_manager
@@ -201,7 +208,7 @@ vllm.v1.worker.gpu_model_runner GPUModelRunner: vllm_config input_batch requests
 vllm.v1.worker.gpu_input_batch InputBatch: req_ids num_reqs num_prompt_tokens num_computed_tokens_cpu
 vllm.v1.worker.gpu_input_batch CachedRequestState: sampling_params
 vllm.v1.worker.gpu.model_states resolve_model_state_cls: vllm_config model
-vllm.v1.worker.gpu.model_states.interface ModelState: add_request remove_request preprocess_state
+vllm.v1.worker.gpu.model_states.interface ModelState: add_request remove_request preprocess_state prepare_attn
 vllm.v1.worker.gpu.model_states.interface ModelState.add_request: req_index new_req_data
 vllm.v1.worker.gpu.model_states.interface ModelState.remove_request: req_id
 vllm.v1.worker.gpu.model_states.interface ModelState.preprocess_state: input_batch

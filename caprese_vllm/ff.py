@@ -16,6 +16,7 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import griffin_count
 
+from .architectures import Block
 from .pages import Commands
 from .ranks import Ranks
 from .requests import RequestTable, Scheduled, Step
@@ -153,13 +154,11 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
 class SparseFF:
     """One replaced FF block, or this rank's share of it: packed weights, statistics and selections, counters."""
 
-    def __init__(self, name: str, mlp: Any, packed: PackedFF, ranks: Ranks, layer: int, method: Method, state: State):
-        self.name, self.mlp, self.layer, self.method, self.state = name, mlp, layer, method, state
-        # vLLM's own layers: --enable-lora puts wrappers in their places, which count on seeing the batch's every row.
-        self.gate_up, self.down = mlp.gate_up_proj, mlp.down_proj
+    def __init__(self, block: Block, packed: PackedFF, ranks: Ranks, method: Method, state: State):
+        self.block, self.layer, self.method, self.state = block, block.layer, method, state
         self.packed, self.ranks = packed, ranks
         self.num_neurons = self.packed.num_neurons
-        self.num_weights = 3 * self.num_neurons * self.packed.hidden_size
+        self.num_weights = packed.num_matrices * self.num_neurons * self.packed.hidden_size
         self.statistics = Statistics(method, self.packed, state.kernels, ranks, state.num_pages, state.max_tokens)
         self.selections = torch.empty(0)  # this layer's part of State.table: row s is slot s
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
@@ -168,7 +167,7 @@ class SparseFF:
         """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, left as they are."""
         step = self.state.step
         if step is None:
-            out.copy_(self._original(x)[0])
+            out.copy_(self.block.run(x)[0])
             return
         if len(step.dense_rows):
             rows = _rows(step, step.dense_rows)
@@ -180,15 +179,8 @@ class SparseFF:
             rows = _rows(step, step.sparse_rows)
             out[rows] = self._sparse(x[rows], step.sparse_slots)
 
-    def _original(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """vLLM's own block, unchanged: its output, z [T, F] and the concatenated gate and up [T, 2F]."""
-        gate_up, _ = self.gate_up(x)
-        z = self.mlp.act_fn(gate_up)
-        y, _ = self.down(z)
-        return y, z, gate_up
-
     def _prompt(self, x: Tensor, step: Step) -> Tensor:
-        y, z, gate_up = self._original(x)
+        y, z, gate_up = self.block.run(x)
         ended, selections = self.statistics.observe(step.chunks, z, gate_up)
         if selections is not None:
             self.selections[ended] = selections
@@ -205,21 +197,22 @@ class SparseFF:
     def weights_read(self, tokens: int) -> int:
         """FF weights that the `tokens` generated so far needed: kept neurons, and L and R once a token.
 
-        CATS needs every row of the gate to know its neurons, GRIFFIN only the kept ones.
+        CATS needs every row of the gate (W_1 where there is none) to know its neurons, GRIFFIN only the kept ones.
         """
-        depth = self.packed.hidden_size
+        depth, matrices = self.packed.hidden_size, self.packed.num_matrices
         low_rank = 2 * self.packed.rank * depth * tokens
         if self.method.name == "griffin":
-            return 3 * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
-        return depth * (2 * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
+            return matrices * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
+        return depth * ((matrices - 1) * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once weights are loaded: check that they still lie in packed storage, and copy L and R beside them."""
+        up, down = self.block.up, self.block.down
         views = (
-            (self.gate_up.weight, self.packed.gate_up_plus),
-            (self.down.weight, self.packed.down_plus),
-            (self.gate_up.bias, self.packed.gate_up_bias),
-            (None if self.ranks.rank else self.down.bias, self.packed.down_bias),
+            (up.weight, self.packed.gate_up_plus),
+            (down.weight, self.packed.down_plus),
+            (up.bias, self.packed.gate_up_bias),
+            (None if self.ranks.rank else down.bias, self.packed.down_bias),
         )
         for weight, packed in views:
             if weight is not None and (packed is None or weight.data_ptr() != packed.data_ptr()):

@@ -15,9 +15,7 @@ def load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) -> 
     if ours is None:
         return adapter
     _, state = ours
-    changed = sorted(
-        name for name in adapter.loras if name.startswith(tuple(f"{block.name}." for block in state.blocks))
-    )
+    changed = sorted(name for name in adapter.loras if any(ff.block.holds(name) for ff in state.blocks))
     if changed:
         raise CapreseError(
             f"LoRA adapter {lora_request.lora_name}",

@@ -15,7 +15,8 @@ from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activatio
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM")
+from .architectures import ARCHITECTURES
+
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
@@ -34,8 +35,8 @@ def refuse_config(config: CapreseConfig) -> Backend:
 def refuse_arguments(args: Any) -> None:
     """What must be refused before vLLM looks at it, because vLLM may fail on it first, and at length."""
     settings = _model_settings(Path(args.model) / "config.json")
-    named = settings.get("architectures") or [ARCHITECTURES[0]]
-    if named[0] not in ARCHITECTURES and not args.hf_overrides:
+    named = settings.get("architectures")
+    if named and named[0] not in ARCHITECTURES and not args.hf_overrides:
         _refuse_feature(f"architecture {named[0]}", _one_of(ARCHITECTURES))
     quantized = settings.get("quantization_config") or {}
     _refuse_quantized_blocks(
@@ -57,6 +58,7 @@ def refuse_engine(vllm_config: Any) -> None:
     # feature, whether it is in use, what to do
     refused = [
         (f"architecture {model.architectures[0]}", model.architectures[0] not in ARCHITECTURES, _one_of(ARCHITECTURES)),
+        ("mixture of experts", model.get_num_experts() > 0, "serve a model without experts"),
         (f"model implementation {model.model_impl}", model.model_impl not in ("auto", "vllm"), "drop --model-impl"),
         (f"runner type {model.runner_type}", model.runner_type != "generate", "serve a generating model"),
         (f"activation {act}", act not in ACTIVATIONS, _one_of(ACTIVATIONS)),
@@ -124,7 +126,7 @@ def _refuse_quantized_blocks(method: str | None, settings: str) -> None:
     """Kernels gather rows of FF weights as they are. Settings that speak of FF blocks may leave them as they are:
     each block is looked at when the model is built.
     """
-    if method and "mlp" not in settings:
+    if method and not any(name in settings for name in ("mlp", "feed_forward", "fc1")):
         _refuse_feature(
             f"quantization {method} of FF weights",
             "leave FF blocks out of the quantization, or serve unquantized weights",

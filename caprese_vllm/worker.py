@@ -50,8 +50,9 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     settings = vllm_config.additional_config.get(KEY)
     if settings is None:
         return model
-    hf_config = vllm_config.model_config.hf_text_config
-    served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
+    config = vllm_config.model_config
+    served = BaseModelInfo.from_hf(config.hf_text_config, config.model)
+    served.architecture = config.architectures[0]
     device = next(model.parameters()).device
     kernels = choose(settings["kernel"], device)
     slots = vllm_config.scheduler_config.max_num_seqs
@@ -67,7 +68,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
     )
     here = range(*get_pp_indices(served.num_hidden_layers, stages.rank_in_group, stages.world_size))
-    replace_blocks(model, state, here, served.hidden_act, vllm_config.compilation_config.static_forward_context)
+    replace_blocks(model, state, here, served, vllm_config.compilation_config.static_forward_context)
     state.allocate()  # now, so that vLLM's memory profile sees the tables
     model.caprese = settings["weights"], state
     if vllm_config.use_v2_model_runner:

@@ -40,9 +40,21 @@ ACTIVATIONS = {
 
 
 def activation_of(hf_config: Any) -> str:
-    """The activation's canonical name, or the model's own for an unknown one (Gemma says `hidden_activation`)."""
-    act = str(getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None))
+    """The activation's canonical name, or the model's own for an unknown one."""
+    keys = (
+        "hidden_activation",
+        "hidden_act",
+        "activation_function",
+    )  # the first is Gemma's, the last OPT's and GPT-2's
+    act = next((str(getattr(hf_config, key)) for key in keys if getattr(hf_config, key, None)), "None")
     return ACTIVATIONS.get(act, act)
+
+
+def _intermediate_size(hf_config: Any) -> int:
+    """F by any of its names: `ffn_dim` is OPT's; GPT-2 says `n_inner`, or None for 4 D."""
+    if hasattr(hf_config, "n_inner"):
+        return hf_config.n_inner or 4 * hf_config.hidden_size
+    return hf_config.ffn_dim if hasattr(hf_config, "ffn_dim") else hf_config.intermediate_size
 
 
 class BaseModelInfo(BaseModel):
@@ -63,7 +75,7 @@ class BaseModelInfo(BaseModel):
             name_or_path=name_or_path,
             architecture=(getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0],
             hidden_size=hf_config.hidden_size,
-            intermediate_size=hf_config.intermediate_size,
+            intermediate_size=_intermediate_size(hf_config),
             num_hidden_layers=hf_config.num_hidden_layers,
             hidden_act=activation_of(hf_config),
         )

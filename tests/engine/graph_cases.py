@@ -17,6 +17,7 @@ from vllm.config import CUDAGraphMode
 from caprese_kernels import gpu, reference
 from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
+from caprese_vllm.architectures import Block, Names
 from caprese_vllm.ff import SparseFF, State
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
@@ -51,7 +52,8 @@ def new_state(method: str, kernels: ModuleType) -> State:
         weights = (random(neurons, depth), random(neurons, depth), random(depth, neurons))
         biases = (random(neurons), random(neurons), random(depth))
         ff = PackedFF.pack(*weights, "silu", random(depth, rank), random(rank, depth), *biases)
-        state.blocks.append(SparseFF(nn.Identity(), ff, Ranks(), layer, state.method, state))
+        block = Block("", layer, nn.Identity(), Names(), None, nn.Identity(), None, "silu")
+        state.blocks.append(SparseFF(block, ff, Ranks(), state.method, state))
     state.allocate()
     return state
 

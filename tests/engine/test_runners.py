@@ -136,10 +136,10 @@ def test_weights_live_once(model_dir: ModelDir, tmp_path: Path) -> None:
         for block in state.blocks:
             packed = block.packed
             rows = 2 * packed.num_neurons + packed.rank
-            up = block.mlp.gate_up_proj.weight.untyped_storage()
+            up = block.block.up.weight.untyped_storage()
             assert up.nbytes() == rows * packed.hidden_size * 4
             assert up.data_ptr() == packed.up_plus.untyped_storage().data_ptr()
-            down = block.mlp.down_proj.weight.untyped_storage()
+            down = block.block.down.weight.untyped_storage()
             assert down.nbytes() == packed.down_plus.nbytes
             assert down.data_ptr() == packed.down_plus.data_ptr()
         report = llm.collective_rpc("caprese_report")[0]

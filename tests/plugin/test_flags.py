@@ -170,7 +170,7 @@ def test_drafting_models_are_refused(model_dir: ModelDir) -> None:
 @pytest.mark.parametrize(
     "architecture",
     [
-        "GPT2LMHeadModel",
+        "BloomForCausalLM",
         "Qwen3MoeForCausalLM",
         "MixtralForCausalLM",
         "DeepseekV3ForCausalLM",
@@ -190,6 +190,19 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path, architecture: st
 def test_an_architecture_that_vllm_was_told_is_refused(model_dir: ModelDir) -> None:
     with pytest.raises(CapreseError, match="architecture GraniteMoeForCausalLM"):
         configure(model_dir("llama"), {"method": "griffin"}, hf_overrides={"architectures": ["GraniteMoeForCausalLM"]})
+
+
+def test_experts_beside_an_ff_block_are_refused(tmp_path: Path) -> None:
+    """Gemma 4 has them in some sizes only: its architecture is supported."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gemma4_text", enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32
+    )
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CapreseError, match="mixture of experts"):
+        configure(tmp_path, {"method": "griffin"}, skip_tokenizer_init=True)
 
 
 def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_path: Path) -> None:

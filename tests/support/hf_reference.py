@@ -27,11 +27,61 @@ class Generation:
     closest: float = math.inf  # the least relative distance of a neuron from being selected otherwise
 
 
+# The parts of an FF block, by any of their names; `gate` is missing where there is none or where `up` holds both.
+PARTS = {
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "fc_in"),
+    "act": ("act_fn", "activation_fn", "act"),
+    "down": ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out"),
+}
+
+
+class FeedForward:
+    """The original FF block of a decoder layer; OPT's has no module of its own, its parts lie in the layer."""
+
+    def __init__(self, layer: nn.Module):
+        self.inline = not hasattr(layer, "mlp")
+        self.module: Any = layer if self.inline else layer.mlp
+        children = dict(self.module.named_children())
+        self.parts = {part: children[name] for part, names in PARTS.items() for name in names if name in children}
+        self.fused = "gate_up_proj" in children
+
+    def call(self, part: str, x: Tensor) -> Tensor:
+        return type(self.parts[part]).forward(self.parts[part], x)  # its class's forward: `replaced` hides it
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """g and z."""
+        if self.fused:
+            gate, up = self.call("up", x).chunk(2, dim=-1)
+        elif "gate" in self.parts:
+            gate, up = self.call("gate", x), self.call("up", x)
+        else:
+            g = self.call("act", self.call("up", x))
+            return g, g
+        g = self.call("act", gate)
+        return g, g * up
+
+    def down(self, z: Tensor) -> Tensor:
+        return self.call("down", z)
+
+    def replace(self, forward: Callable[[Tensor], Tensor]) -> None:
+        if self.inline:
+            self.parts["up"].forward = self.parts["act"].forward = lambda x: x
+            self.parts["down"].forward = forward
+        else:
+            self.module.forward = forward
+
+    def restore(self) -> None:
+        """The classes' own methods show again."""
+        for module in self.parts.values() if self.inline else [self.module]:
+            del module.forward
+
+
 @dataclass
 class SparseBlock:
     """One request's state at one FF block."""
 
-    mlp: nn.Module
+    ff: "FeedForward"
     method: str
     density: float
     left: Tensor | None
@@ -44,17 +94,16 @@ class SparseBlock:
     closest: float = math.inf
 
     def forward(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        g = mlp.act_fn(mlp.gate_proj(x))
-        z = g * mlp.up_proj(x)
+        g, z = self.ff.activations(x)
         if not self.generating:
-            self.choose(g[0], z[0])
-            return mlp.down_proj(z)
+            self.choose(g.flatten(0, -2), z.flatten(0, -2))
+            return self.ff.down(z)
         keep = self.keep
         if self.tau is not None:
             keep = g.abs() >= self.tau
-            self.closest = min(self.closest, float(((g.abs() - self.tau).abs() / self.tau).min()))
-        y = mlp.down_proj(torch.where(keep, z, torch.zeros_like(z)))
+            if self.tau > 0:  # a ReLU's zeros are exact
+                self.closest = min(self.closest, float(((g.abs() - self.tau).abs() / self.tau).min()))
+        y = self.ff.down(torch.where(keep, z, torch.zeros_like(z)))
         if self.left is not None and self.right is not None:
             y = y + (x @ self.left) @ self.right
         return y
@@ -74,7 +123,8 @@ class SparseBlock:
                 self.keep[best_first[:count]] = True
                 if 0 < count < size:
                     last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
-                    self.closest = min(self.closest, (last - first) / last)
+                    # A ReLU's zeros are exact.
+                    self.closest = min(self.closest, (last - first) / last if last > 0 else math.inf)
         else:
             # Linear interpolation between order statistics, as torch.quantile's default.
             self.tau = torch.quantile(g.abs().flatten(), 1.0 - self.density)
@@ -89,7 +139,8 @@ class HFReference:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self.blocks: list[Any] = [layer.mlp for layer in self.model.model.layers]
+        decoder = self.model.get_decoder()
+        self.blocks = [FeedForward(layer) for layer in (decoder.layers if hasattr(decoder, "layers") else decoder.h)]
 
     @torch.inference_mode()
     def generate(
@@ -122,12 +173,12 @@ class HFReference:
                 for i in layers
             }
         for i, state in states.items():
-            self.blocks[i].forward = state.forward
+            self.blocks[i].replace(state.forward)
         try:
             result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced, process)
         finally:
             for i in states:
-                del self.blocks[i].forward  # the class's own method shows again
+                self.blocks[i].restore()
         result.closest = min((state.closest for state in states.values()), default=math.inf)
         return result
 

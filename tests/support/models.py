@@ -42,6 +42,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+TWO_HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
 # What differs from COMMON. An odd F finds kernels that count on even ones; biases in the FF block are llama-bias's.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "intermediate_size": 97},
@@ -57,6 +58,58 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
     },
+    # Proven by tokens in tests/engine/test_architectures.py. Where there is no head_dim it is hidden_size / heads.
+    "cwm": {"model_type": "cwm", "sliding_window": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "ernie4_5": {"model_type": "ernie4_5"},
+    "exaone4": {"model_type": "exaone4", "sliding_window": 32, "sliding_window_pattern": 2},
+    "gemma": {"model_type": "gemma", "tie_word_embeddings": True},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 32,
+        "tie_word_embeddings": True,
+    },
+    "glm4": {"model_type": "glm4"},
+    "gpt2": {"model_type": "gpt2", **TWO_HEADS, "n_inner": 160},
+    "gptj": {"model_type": "gptj", **TWO_HEADS, "n_inner": 129, "rotary_dim": 16},
+    "granite": {
+        "model_type": "granite",
+        **TWO_HEADS,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.9,
+    },
+    "hunyuan": {"model_type": "hunyuan_v1_dense"},
+    "hyperclovax": {"model_type": "hyperclovax", **TWO_HEADS},
+    "minicpm3": {
+        "model_type": "minicpm3",
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "ministral3": {"model_type": "ministral3"},
+    "olmo": {"model_type": "olmo", **TWO_HEADS},
+    "olmo2": {"model_type": "olmo2", **TWO_HEADS},
+    "olmo3": {"model_type": "olmo3", **TWO_HEADS, "sliding_window": 32},
+    "opt": {"model_type": "opt", **TWO_HEADS, "ffn_dim": 160, "word_embed_proj_dim": HIDDEN},
+    "opt-350m": {
+        "model_type": "opt",
+        **TWO_HEADS,
+        "ffn_dim": 97,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    "phi": {"model_type": "phi", **TWO_HEADS},
+    "phi3": {"model_type": "phi3", **TWO_HEADS},
+    "seed_oss": {"model_type": "seed_oss"},
+    "smollm3": {"model_type": "smollm3", **TWO_HEADS},
+    "stablelm": {"model_type": "stablelm", **TWO_HEADS},
+    "starcoder2": {"model_type": "starcoder2", **TWO_HEADS, "sliding_window": None},
 }
 
 
@@ -80,13 +133,13 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(weight.shape, generator=generator)
         if centred and "post_" in name:
             noise = 0.2 * noise + 3.0  # else tied embeddings repeat the last token for ever
-        elif "norm" in name:
+        elif "norm" in name or "ln_" in name:
             noise = 0.2 * noise + (0.0 if centred else 1.0)
         elif name.endswith("bias"):
             noise *= 0.3
-        elif "embed_tokens" in name:
+        elif any(part in name for part in ("embed_", "wte", "wpe")):
             noise *= 0.15 if centred else 1.0
-        elif "mlp" in name:
+        elif any(part in name for part in ("mlp", "fc1", "fc2")):
             noise *= 2.0 * weight.shape[1] ** -0.5
         elif "lm_head" in name:
             noise *= 3.0 * weight.shape[1] ** -0.5
@@ -130,9 +183,10 @@ def make_adapter(
     x L has entries of about `scale` times x's; x L R is then as large as what the sparse block leaves out.
     """
     served = json.loads((model_dir / "config.json").read_text())
+    num_layers = first_of(served, "num_hidden_layers", "n_layer")
     if layers is None:
-        layers = range(served["num_hidden_layers"] // (2 if method == "griffin" else 1))
-    depth = served["hidden_size"]
+        layers = range(num_layers // (2 if method == "griffin" else 1))
+    depth = first_of(served, "hidden_size", "n_embd")
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for i in layers:
@@ -144,9 +198,9 @@ def make_adapter(
             "name_or_path": str(model_dir),
             "architecture": served["architectures"][0],
             "hidden_size": depth,
-            "intermediate_size": served["intermediate_size"],
-            "num_hidden_layers": served["num_hidden_layers"],
-            "hidden_act": served.get("hidden_activation") or served["hidden_act"],
+            "intermediate_size": first_of(served, "ffn_dim", "n_inner", "intermediate_size"),
+            "num_hidden_layers": num_layers,
+            "hidden_act": first_of(served, "hidden_activation", "hidden_act", "activation_function"),
         },
         "method": method,
         "density": density,
@@ -158,6 +212,11 @@ def make_adapter(
     header = {"format": "caprese", "format_version": "1", "config": json.dumps(config)}
     save_file(tensors, path, metadata=header)
     return path
+
+
+def first_of(settings: Mapping[str, Any], *names: str) -> Any:
+    """The first setting that is there: models' configs have different names for the same thing."""
+    return next(settings[name] for name in names if settings.get(name) is not None)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
