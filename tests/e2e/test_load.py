@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -50,7 +49,7 @@ ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # POST /reset_prefix_cache: the load must not find what its rehearsal left
     "OMP_NUM_THREADS": "1",
 }
-WORDS = "one two three four five six seven eight nine ten ".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SYSTEMS = ["", "five " * 20, "ten nine eight seven " * 8]
 
 

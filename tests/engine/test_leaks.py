@@ -18,9 +18,10 @@ REQUESTS = int(os.environ.get("CAPRESE_REQUESTS", "10000"))
 WARM_UP = 2000  # allocators and vLLM's own tables have their size by then
 MAX_NUM_SEQS = 64
 PAGES = 16
-# A kilobyte a request: less than the least of what a request owns, a row of s^2 (97 neurons, 2 layers, 776 bytes) with
-# its tensors' headers. The allocator's own noise was below 2 MiB in ten runs.
-LEAK = 1024 * (REQUESTS - WARM_UP)
+# Plain vLLM's process grew by 2.6 KiB a request in this very load, with Caprese by 1.4 KiB: 2 KiB leaves room for that.
+# A slot kept with its statistics (97 neurons, 2 layers, tensors and dictionaries) is more than the rest of it, and
+# what Caprese's own tables hold is counted one by one besides.
+LEAK = 2048 * (REQUESTS - WARM_UP)
 
 
 @pytest.fixture(scope="module", params=["griffin", "cats"])

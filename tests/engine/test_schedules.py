@@ -19,7 +19,7 @@ import caprese_vllm.enable
 import caprese_vllm.scheduler
 from tests.engine.test_equality import BLOCK, ROUNDING, Case, new_case
 from tests.engine.test_equality import check as check_tokens
-from tests.support.engine import engine, greedy, leaks
+from tests.support.engine import engine, generate, greedy, leaks
 from tests.support.models import random_prompts
 from tests.support.schedules import MAX_NEW, Answer, Element, differences, make_pool, play, preempt, watch
 
@@ -165,7 +165,7 @@ def test_random_schedules(llm: LLM, pool: list[Answer], setting: Setting) -> Non
 
 
 def test_an_answer_that_became_a_prompt_while_its_request_was_preempted(llm: LLM, case: Case) -> None:
-    """A client sends a half-streamed answer back as the next turn's prompt: its tokens' KV entries are published, exact.
+    """A client sends a half-streamed answer back in the next turn's prompt: now its tokens' exact KV is published.
 
     The request that is still giving that answer is preempted, finds those entries under its own tokens' hashes, and
     must not take them for its own, which were computed sparse.
@@ -193,3 +193,14 @@ def test_an_answer_that_became_a_prompt_while_its_request_was_preempted(llm: LLM
         step()
     assert seen["hits cut at the prompt"] >= 1, "the request did not find the other one's blocks"
     check_tokens([tokens["answers"], tokens["next turn"]], [reference, *case.expected([turn], 1)], "both")
+
+
+def test_what_sparse_decoding_wrote_is_never_found(llm: LLM, case: Case) -> None:
+    """A next turn, asked twice: the second time its statistics reach over the whole answer, so all KV there is exact."""
+    assert llm.reset_prefix_cache()
+    (first,) = random_prompts([2 * BLOCK + 1], seed=41)
+    (reference,) = case.expected([first], BLOCK + 8)
+    turn = [*first, *reference.tokens, 9]
+    expected = [reference, *case.expected([turn, turn], BLOCK + 8)]
+    found = [generate(llm, [prompt], greedy(BLOCK + 8))[0] for prompt in (first, turn, turn)]
+    check_tokens(found, expected, "a conversation, and its second turn again")
