@@ -215,10 +215,11 @@ def problems(ask: Ask, response: Response, alone: Response) -> list[str]:
     if response.left:
         (said,) = response.choices
         return [] if said.tokens == whole.tokens[: len(said.tokens)] else [f"first tokens {said.tokens}"]
-    wrong = []
-    for said in response.choices:
-        if (said.text, said.tokens, said.finish) != (whole.text, whole.tokens, whole.finish):
-            wrong.append(f"{said} instead of {whole}")
+    wrong = [
+        f"{said} instead of {whole}"
+        for said in response.choices
+        if (said.text, said.tokens, said.finish) != (whole.text, whole.tokens, whole.finish)
+    ]
     count = sum(len(said.tokens) for said in response.choices)
     usage = response.usage
     if usage is None or usage.completion_tokens != count or usage.prompt_tokens != alone.usage.prompt_tokens:

@@ -196,7 +196,7 @@ def test_an_answer_that_became_a_prompt_while_its_request_was_preempted(llm: LLM
 
 
 def test_what_sparse_decoding_wrote_is_never_found(llm: LLM, case: Case) -> None:
-    """A next turn, asked twice: the second time its statistics reach over the whole answer, so all KV there is exact."""
+    """A next turn, asked twice: the second time its statistics reach over the answer, whose KV must be exact."""
     assert llm.reset_prefix_cache()
     (first,) = random_prompts([2 * BLOCK + 1], seed=41)
     (reference,) = case.expected([first], BLOCK + 8)
