@@ -172,7 +172,7 @@ async def rehearse(client: AsyncOpenAI, count: int) -> list[tuple[Ask, Response]
         ask = random_ask(chance)
         drawn += 1
         # Whole and without a hurry: what a client that leaves would have got.
-        alone = await send(client, replace(ask, stream=False, n=1, leave_after=None), leads=True)
+        alone = await send(client, replace(ask, stream=False, n=1), leads=True)
         if alone.choices[0].lead > 2 * ROUNDING:
             found.append((ask, alone))
     assert drawn < 1.2 * count, f"{drawn - count} of {drawn} requests have ties"
