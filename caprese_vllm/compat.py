@@ -189,8 +189,9 @@ vllm.sampling_params SamplingParams: extra_args
 vllm.compilation.breakable_cudagraph eager_break_during_capture:
 vllm.forward_context get_forward_context:
 vllm.forward_context ForwardContext: no_compile_layers
-vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes quant_method bias
-vllm.model_executor.layers.linear RowParallelLinear: quant_method bias tp_rank tp_size reduce_results
+vllm.model_executor.layers.linear ColumnParallelLinear: input_size output_size quant_method bias skip_bias_add return_bias
+vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes
+vllm.model_executor.layers.linear RowParallelLinear: input_size output_size quant_method bias skip_bias_add return_bias tp_rank tp_size reduce_results
 vllm.model_executor.layers.linear UnquantizedLinearMethod:
 vllm.utils.torch_utils direct_register_custom_op: mutates_args fake_impl target_lib
 vllm.lora.worker_manager WorkerLoRAManager: _adapter_manager
