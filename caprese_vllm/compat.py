@@ -173,12 +173,12 @@ vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
 vllm.config SpeculativeConfig: method
 vllm.config LoadConfig: load_format
 vllm.distributed get_pp_group:
-vllm.distributed tensor_model_parallel_all_gather: input_ dim
-vllm.distributed tensor_model_parallel_all_reduce: input_
+vllm.distributed tensor_model_parallel_all_gather: dim
+vllm.distributed tensor_model_parallel_all_reduce:
 vllm.distributed.parallel_state GroupCoordinator: rank_in_group world_size
 vllm.distributed.parallel_state get_world_group:
 vllm.distributed.parallel_state is_global_first_rank:
-vllm.distributed.utils get_pp_indices: num_hidden_layers pp_rank pp_size
+vllm.distributed.utils get_pp_indices: num_hidden_layers
 vllm.config.offload OffloadConfig: uva prefetch
 vllm.config.offload UVAOffloadConfig: cpu_offload_gb
 vllm.config.offload PrefetchOffloadConfig: offload_group_size
