@@ -96,10 +96,10 @@ class _Pages(Scheduler):
                 return True
         return False
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """vLLM's hit, cut to the deepest page of this request's prefix."""
+    def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
+        """vLLM's hit, within such limits as vLLM 0.33 may give, cut to the deepest page of this request's prefix."""
         prompt: _Prompt = request.caprese
-        found = super()._get_local_prefix_cache_hit(request)
+        found = super()._get_local_prefix_cache_hit(request, *limits, **named_limits)
         _, hit, boundary, diverged = found
         if prompt.off or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return found
