@@ -300,5 +300,5 @@ def test_weights_reloaded(model_dir: ModelDir, tmp_path: Path) -> None:
             assert llm.reset_prefix_cache()  # as in plain vLLM: what other weights computed
             check(generate(llm, PROMPTS, greedy(NEW_TOKENS)), expected.expected(PROMPTS), "after")
             for block in model.caprese[1].blocks:
-                assert block.gate_up.weight.data_ptr() == block.packed.gate_up_plus.data_ptr()
-                assert block.down.weight.data_ptr() == block.packed.down_plus.data_ptr()
+                assert block.block.up.weight.data_ptr() == block.packed.gate_up_plus.data_ptr()
+                assert block.block.down.weight.data_ptr() == block.packed.down_plus.data_ptr()
