@@ -173,12 +173,12 @@ vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
 vllm.config SpeculativeConfig: method
 vllm.config LoadConfig: load_format
 vllm.distributed get_pp_group:
-vllm.distributed tensor_model_parallel_all_gather: input_ dim
-vllm.distributed tensor_model_parallel_all_reduce: input_
+vllm.distributed tensor_model_parallel_all_gather: dim
+vllm.distributed tensor_model_parallel_all_reduce:
 vllm.distributed.parallel_state GroupCoordinator: rank_in_group world_size
 vllm.distributed.parallel_state get_world_group:
 vllm.distributed.parallel_state is_global_first_rank:
-vllm.distributed.utils get_pp_indices: num_hidden_layers pp_rank pp_size
+vllm.distributed.utils get_pp_indices: num_hidden_layers
 vllm.config.offload OffloadConfig: uva prefetch
 vllm.config.offload UVAOffloadConfig: cpu_offload_gb
 vllm.config.offload PrefetchOffloadConfig: offload_group_size
@@ -189,8 +189,9 @@ vllm.sampling_params SamplingParams: extra_args
 vllm.compilation.breakable_cudagraph eager_break_during_capture:
 vllm.forward_context get_forward_context:
 vllm.forward_context ForwardContext: no_compile_layers
-vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes quant_method bias
-vllm.model_executor.layers.linear RowParallelLinear: quant_method bias tp_rank tp_size reduce_results
+vllm.model_executor.layers.linear ColumnParallelLinear: input_size output_size quant_method bias skip_bias_add return_bias
+vllm.model_executor.layers.linear MergedColumnParallelLinear: output_sizes
+vllm.model_executor.layers.linear RowParallelLinear: input_size output_size quant_method bias skip_bias_add return_bias tp_rank tp_size reduce_results
 vllm.model_executor.layers.linear UnquantizedLinearMethod:
 vllm.utils.torch_utils direct_register_custom_op: mutates_args fake_impl target_lib
 vllm.lora.worker_manager WorkerLoRAManager: _adapter_manager

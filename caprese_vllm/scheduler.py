@@ -30,6 +30,7 @@ class _Prompt:
     """How far a request's statistic is."""
 
     off: bool
+    length: int  # tokens; a streaming-input session's prompt grows by tokens that ran sparse
     exact_values: bool  # a CATS prompt so short that its values are kept: its pages fit no longer prompt
     selected: bool = False  # the prompt's last token is scheduled
     page: int | None = None  # where the statistic begins, once admitted
@@ -63,13 +64,14 @@ class _Pages(Scheduler):
 
         def publish_exact(request: Any, num_computed_tokens: int) -> None:
             """Never what sparse decoding wrote."""
-            exact = num_computed_tokens if request.caprese.off else request.num_prompt_tokens
+            exact = num_computed_tokens if request.caprese.off else request.caprese.length
             publish(request, min(num_computed_tokens, exact))
 
         coordinator.cache_blocks = publish_exact
 
     def add_request(self, request: Any) -> None:
-        request.caprese = _Prompt(switched_off(request.sampling_params), request.num_prompt_tokens <= self.exact_tokens)
+        length = request.num_prompt_tokens
+        request.caprese = _Prompt(switched_off(request.sampling_params), length, length <= self.exact_tokens)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +86,8 @@ class _Pages(Scheduler):
 
         So the samples of one prompt compute it once, though they arrive together.
         """
-        if not self.leaders or request.num_computed_tokens > 0 or not self._uses_pages(request):
+        reads = self.kv_cache_manager.prefix_cache_lookup_enabled(request)
+        if not self.leaders or request.num_computed_tokens > 0 or not (reads and self._uses_pages(request)):
             return False
         reached = next(self._known(request, request.num_tokens - 1), 0)
         for position in self._positions(request.num_tokens - 1, reached + WORTH_WAITING - 1):
@@ -93,15 +96,15 @@ class _Pages(Scheduler):
                 return True
         return False
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """vLLM's hit, cut to the deepest page of this request's prefix."""
+    def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
+        """vLLM's hit, within such limits as vLLM 0.33 may give, cut to the deepest page of this request's prefix."""
         prompt: _Prompt = request.caprese
-        found = super()._get_local_prefix_cache_hit(request)
+        found = super()._get_local_prefix_cache_hit(request, *limits, **named_limits)
         _, hit, boundary, diverged = found
         if prompt.off or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return found
         if prompt.selected:  # preempted while it generated; the selection is kept
-            return self._cut(request, min(hit, request.num_prompt_tokens), boundary, diverged)
+            return self._cut(request, min(hit, prompt.length), boundary, diverged)
         prompt.page, prompt.junction = None, hit // self.hash_block_size * self.hash_block_size
         for position in self._known(request, hit):
             cut = self._cut(request, position, boundary, diverged)

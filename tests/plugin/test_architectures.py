@@ -27,6 +27,7 @@ from caprese_kernels import reference
 from caprese_kernels.config import BaseModelInfo
 from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activation_of_module, find_block
 from caprese_vllm.blocks import _repack
+from caprese_vllm.ranks import Ranks
 from tests.engine import test_architectures, test_equality
 from tests.support import models
 
@@ -143,7 +144,7 @@ def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -
     generator = torch.Generator().manual_seed(0)
     for layer in range(served.num_hidden_layers):
         block = find_block(model, layer, served)
-        packed = _repack(block, rank=0)
+        packed = _repack(block, 0, Ranks())
         for linear in (block.up, block.down):
             for weight in linear.parameters():
                 weight.data.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)

@@ -79,3 +79,20 @@ def generate(
 
 def scheduler(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def leaks(llm: LLM) -> dict[str, int]:
+    """What is left of requests when none is live, by name; empty if nothing is."""
+    _, state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.caprese
+    inner = scheduler(llm)
+    blocks = inner.kv_cache_manager.block_pool
+    left = {
+        "slots": len(state.requests),
+        "slots not free": state.requests.num_slots - len(state.requests._free),
+        "statistics": sum(len(block.statistics._rows) for block in state.blocks),
+        "exact statistics": sum(len(block.statistics._exact) for block in state.blocks),
+        "the scheduler's requests": len(inner.requests),
+        "leaders": len(getattr(inner, "leaders", ())),
+        "KV blocks": blocks.num_gpu_blocks - 1 - blocks.get_num_free_blocks(),  # one is vLLM's null block
+    }
+    return {name: count for name, count in left.items() if count}
