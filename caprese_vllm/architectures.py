@@ -59,6 +59,7 @@ ARCHITECTURES: dict[str, Names] = {
     # without a gate
     "GPT2LMHeadModel": Names("transformer.h.{}.mlp", "c_fc", "act", "c_proj", gated=False),
     "GPTJForCausalLM": Names("transformer.h.{}.mlp", "fc_in", "act", "fc_out", gated=False),
+    "GPTNeoXForCausalLM": Names(up="dense_h_to_4h", act="act", down="dense_4h_to_h", gated=False),
     "OPTForCausalLM": Names("model.decoder.layers.{}", "fc1", "activation_fn", "fc2", gated=False, inline=True),
     "PhiForCausalLM": Names(up="fc1", act="activation_fn", down="fc2", gated=False),
     "Starcoder2ForCausalLM": Names(up="c_fc", act="act", down="c_proj", gated=False),

@@ -200,12 +200,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
 
 
 def resident(server: VllmServer) -> int:
-    """Bytes in memory of the server's processes."""
+    """Bytes in memory of the front end and the engine's core.
+
+    Not of the worker: plain vLLM's grows by 6 to 60 MiB a round of this load as well (measured: from 758 to 950 MiB in
+    eight rounds; with Caprese from 775 to 962). What Caprese keeps there is told by /caprese and by test_leaks.py.
+    """
     assert server._guard is not None
     total = 0
     for process in psutil.Process(server._guard.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
+            total += 0 if "Worker" in process.name() else process.memory_info().rss
     return total
 
 
@@ -255,8 +259,7 @@ def test_load(server: VllmServer) -> None:
     left = sum(response.left for response in responses)
     print(f"\n{LOAD} requests three times, {dict(kinds)}, {left} left; memory {[m >> 20 for m in memory]} MiB")
     assert left > 0
-    # A request owns at least 40 KiB of KV cache; a hundredth of that, kept, is what this finds.
-    assert memory[2] - memory[1] < 16 * 2**20
+    assert memory[2] - memory[1] < 4 * 2**20  # 1 MiB was seen in eight rounds
     deadline = time.monotonic() + 10  # the engine hears of the last disconnects a moment later
     while live := server.get("/caprese")["live_requests"]:
         assert time.monotonic() < deadline, f"{live} requests still live"

@@ -11,24 +11,10 @@ from tests.support.engine import engine, greedy
 from tests.support.hf_reference import Generation
 from tests.support.models import make_adapter, random_prompts
 
-# Both methods for the families that most people serve, and for OPT; one of the methods for the others. Of those that
-# vLLM serves with transformers' own model (OLMo's and others) never both: it wraps transformers' class, and the
-# reference cannot build another model of that class in this process.
-BOTH = ("exaone4", "gemma3", "glm4", "granite", "opt", "phi3")
-GRIFFIN = (
-    "ernie4_5",
-    "gemma",
-    "gpt2",
-    "gptj",
-    "hunyuan",
-    "ministral3",
-    "olmo",
-    "olmo2",
-    "opt-350m",
-    "seed_oss",
-    "stablelm",
-)
-CATS = ("cwm", "hyperclovax", "minicpm3", "olmo3", "phi", "smollm3", "starcoder2")
+# Both methods for the families that most people serve, and for OPT; one of the methods for the others.
+BOTH = ("cohere2", "exaone4", "gemma3", "glm4", "gptneox", "granite", "olmo2", "opt", "phi3")
+GRIFFIN = ("ernie4_5", "gemma", "gpt2", "gptj", "hunyuan", "ministral3", "olmo", "opt-350m", "seed_oss", "stablelm")
+CATS = ("cohere", "cwm", "hyperclovax", "minicpm3", "olmo3", "phi", "smollm3", "starcoder2")
 CASES = [(name, method) for names, method in ((BOTH + GRIFFIN, "griffin"), (BOTH + CATS, "cats")) for name in names]
 LENGTHS = (1, 7, 33, BUDGET + 1)
 

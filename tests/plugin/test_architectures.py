@@ -35,7 +35,6 @@ from tests.support import models
 LEFT_OUT = {
     "no gate, and an activation that the kernels lack": ["Apertus", "Arcee", "Jais2", "Nemotron"],
     "no gate, and biases that are added outside the block, or none in tensor-parallel layers": ["Falcon", "GPTBigCode"],
-    "no gate; its tiny model ends the process with a segmentation fault on a CPU": ["GPTNeoX"],
     "no intermediate size in its config": ["Bloom"],
     "recurrent layers": ["FalconMamba", "FalconH1", "Lfm2", "Mamba", "Mamba2", "OlmoHybrid", "Zamba2"],
     "layers that differ in size": ["DeciLM", "Gemma3n"],
@@ -50,8 +49,6 @@ LEFT_OUT = {
 LLAMA: dict[str, Any] = {"model_type": "llama"}
 # vLLM looks at the architecture's name only: where transformers has no config of its own, a similar one will do.
 LIKE: dict[str, dict[str, Any]] = {
-    "CohereForCausalLM": {"model_type": "cohere", **models.TWO_HEADS},
-    "Cohere2ForCausalLM": {"model_type": "cohere2", "sliding_window": 32},
     "ExaoneForCausalLM": {**LLAMA, "activation_function": "silu", "num_layers": 4, "layer_norm_epsilon": 1e-5},
     "Gemma4ForCausalLM": {"model_type": "gemma4_text", "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
     "GraniteSWAForCausalLM": {"model_type": "granite_swa"},

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models.transformers.base import Base
 
 # 32 is the smallest block that the CPU's attention likes: short prompts then fill several blocks of the prefix cache.
 DEFAULTS: dict[str, Any] = {
@@ -25,13 +27,35 @@ def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: An
     """`LLM(model_dir)`, with `caprese` as the plugin's configuration; None: installed, not enabled."""
     if caprese is not None:
         options["additional_config"] = {"caprese": caprese}
-    llm = LLM(str(model_dir), **(DEFAULTS | options))
+    with _transformers_kept():
+        llm = LLM(str(model_dir), **(DEFAULTS | options))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()  # collects garbage too
+
+
+@contextmanager
+def _transformers_kept() -> Iterator[None]:
+    """Undo what vLLM's compiler does, in place, to transformers' classes: the next test's reference is made of them."""
+    before: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
+    decorate = Base._decorate_cls_for_torch_compile
+
+    def remember(self: Base, cls: type, *args: Any, **options: Any) -> None:
+        before.setdefault(cls, (cls.__bases__, dict(vars(cls))))
+        decorate(self, cls, *args, **options)
+
     try:
-        yield llm
+        with patch.object(Base, "_decorate_cls_for_torch_compile", remember):
+            yield
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()  # collects garbage too
+        for cls, (bases, attributes) in before.items():
+            for name in set(vars(cls)) - set(attributes):
+                delattr(cls, name)
+            cls.__init__ = attributes["__init__"]  # type: ignore[misc]
+            cls.__bases__ = bases
 
 
 def greedy(max_tokens: int, caprese: str | None = None) -> SamplingParams:
