@@ -163,8 +163,8 @@ SEAMS = tuple(value for value in globals().values() if isinstance(value, Seam))
 # module, symbol, what of it: one line each.
 _USES = """
 vllm.engine.arg_utils EngineArgs: additional_config model hf_overrides quantization quantization_config enable_sleep_mode worker_extension_cls scheduler_cls
-vllm.config VllmConfig: additional_config model_config parallel_config compilation_config scheduler_config cache_config offload_config load_config speculative_config kv_transfer_config weight_transfer_config use_v2_model_runner
-vllm.config ModelConfig: model architectures dtype hf_config hf_text_config max_model_len model_impl runner_type quantization quantization_config enable_prompt_embeds
+vllm.config VllmConfig: additional_config model_config parallel_config compilation_config scheduler_config cache_config offload_config load_config speculative_config kv_transfer_config weight_transfer_config use_v2_model_runner num_speculative_tokens
+vllm.config ModelConfig: model architectures dtype hf_config hf_text_config max_model_len model_impl runner_type quantization quantization_config enable_prompt_embeds get_num_experts
 vllm.config ParallelConfig: worker_extension_cls tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size prefill_context_parallel_size use_ubatching
 vllm.config CompilationConfig: splitting_ops cudagraph_mode static_forward_context
 vllm.config CUDAGraphMode: NONE PIECEWISE has_full_cudagraphs
@@ -213,8 +213,8 @@ vllm.v1.worker.gpu.model_states.interface ModelState: add_request remove_request
 vllm.v1.worker.gpu.model_states.interface ModelState.add_request: req_index new_req_data
 vllm.v1.worker.gpu.model_states.interface ModelState.remove_request: req_id
 vllm.v1.worker.gpu.model_states.interface ModelState.preprocess_state: input_batch
-vllm.v1.worker.gpu.model_runner GPUModelRunner: vllm_config
-vllm.v1.worker.gpu.input_batch InputBatch: req_ids num_computed_tokens_np num_scheduled_tokens
+vllm.v1.worker.gpu.model_runner GPUModelRunner: vllm_config model_state req_states
+vllm.v1.worker.gpu.input_batch InputBatch: req_ids num_computed_tokens_np num_scheduled_tokens num_tokens_after_padding
 """  # noqa: E501
 
 

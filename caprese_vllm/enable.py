@@ -19,7 +19,7 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, refusals
-from .flags import KEY
+from .flags import KEY, dict_of
 from .statistics import keeps_values, page_nbytes
 
 logger = init_logger("vllm.caprese")
@@ -118,7 +118,7 @@ def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args
     """Refuse a wrong `vllm_xargs: {"caprese": ...}`: HTTP 400."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
-    if KEY in self.vllm_config.additional_config and extra.get(KEY, "off") != "off":
+    if KEY in dict_of(self.vllm_config.additional_config) and extra.get(KEY, "off") != "off":
         error = CapreseError(
             'vllm_xargs["caprese"]',
             expected="'off', or no such key",

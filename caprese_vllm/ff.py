@@ -20,7 +20,7 @@ from .architectures import Block
 from .pages import Commands
 from .ranks import Ranks
 from .requests import RequestTable, Scheduled, Step
-from .statistics import Statistics
+from .statistics import Plan, Statistics
 
 STATE = "caprese"  # our key in vLLM's per-engine forward context
 
@@ -42,6 +42,7 @@ class State:
     graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's for the next step
+    prompts: Plan | None = None  # of the step
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
     generated_tokens: int = 0  # that ran sparse
 
@@ -76,6 +77,7 @@ class State:
             self.table[:, slot] = self.parked.pop(key)
         self.generated_tokens += len(step.sparse_rows)
         self.step = step
+        self.prompts = Plan.of(step.chunks, self.requests.device) if step.chunks else None
         if self.can_replay(step):
             self.decode_slots[: step.num_rows] = step.sparse_slots
             self.decode_slots[step.num_rows :] = -1
@@ -164,14 +166,19 @@ class SparseFF:
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
 
     def run(self, x: Tensor, out: Tensor) -> None:
-        """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, left as they are."""
+        """out[rows] = FF(x[rows]), this rank's part of it; rows past the step's end are padding, and zero.
+
+        A quantized layer that scales by the largest value of all rows must not meet what lay there.
+        """
         step = self.state.step
         if step is None:
             out.copy_(self.block.run(x)[0])
             return
+        if step.num_rows < len(out):
+            out[step.num_rows :].zero_()
         if len(step.dense_rows):
             rows = _rows(step, step.dense_rows)
-            out[rows] = self._prompt(x[rows], step)
+            out[rows] = self._prompt(x[rows])
         if len(step.off_rows):
             rows = _rows(step, step.off_rows)
             out[rows] = self.state.kernels.dense_ff(x[rows], self.packed)
@@ -179,11 +186,13 @@ class SparseFF:
             rows = _rows(step, step.sparse_rows)
             out[rows] = self._sparse(x[rows], step.sparse_slots)
 
-    def _prompt(self, x: Tensor, step: Step) -> Tensor:
+    def _prompt(self, x: Tensor) -> Tensor:
         y, z, gate_up = self.block.run(x)
-        ended, selections = self.statistics.observe(step.chunks, z, gate_up)
-        if selections is not None:
-            self.selections[ended] = selections
+        prompts = self.state.prompts
+        if prompts is not None:
+            selections = self.statistics.observe(prompts, z, gate_up)
+            if selections is not None:
+                self.selections[prompts.slots] = selections
         return y
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:

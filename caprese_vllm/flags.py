@@ -16,6 +16,11 @@ from . import compat
 KEY = "caprese"
 
 
+def dict_of(additional_config: Any) -> dict[str, Any]:
+    """vLLM also allows objects of other kinds there, which cannot hold our key."""
+    return additional_config if isinstance(additional_config, dict) else {}
+
+
 def switched_off(sampling_params: Any) -> bool:
     """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end has refused other values."""
     return KEY in (getattr(sampling_params, "extra_args", None) or {})
@@ -93,8 +98,7 @@ class _Merging(argparse._StoreAction):
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    # vLLM also allows objects of other kinds here, which cannot hold our key.
-    settings = self.additional_config.get(KEY) if isinstance(self.additional_config, dict) else None
+    settings = dict_of(self.additional_config).get(KEY)
     if settings is None:
         return original(self, *args, **kwargs)
     from . import enable

@@ -67,6 +67,11 @@ def refuse_engine(vllm_config: Any) -> None:
             parallel.tensor_parallel_size > 1 and parallel.pipeline_parallel_size > 1,
             "use one of them",
         ),
+        (
+            "LoRA for an architecture whose FF blocks are part of its decoder layers",
+            vllm_config.lora_config is not None and getattr(ARCHITECTURES.get(model.architectures[0]), "inline", False),
+            "drop --enable-lora: vLLM's wrappers would go around what Caprese puts there",
+        ),
         # Its engines are apart and would run; but GET /caprese asks one of them, and no test runs two.
         ("data parallelism", parallel.data_parallel_size > 1, "start one server a replica"),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "drop the flag"),

@@ -41,6 +41,14 @@ class PromptChunk(NamedTuple):
     load: int | None = None  # page of the cached prefix before this chunk
     saves: tuple[tuple[int, int], ...] = ()  # (entry of dense_rows, page that takes the statistic before that entry)
 
+    def parts(self) -> list[tuple[int, int, int | None]]:
+        """(begin, end, page that takes the statistic then), in order, of its entries of dense_rows."""
+        ends: list[tuple[int, int | None]] = list(self.saves)
+        if not ends or ends[-1][0] < self.end:
+            ends.append((self.end, None))
+        begins = [self.begin, *(end for end, _ in ends)]
+        return [(begin, end, page) for begin, (end, page) in zip(begins, ends, strict=False)]
+
 
 @dataclass
 class Step:
@@ -176,6 +184,10 @@ class RequestTable:
         request.selected = request.seen == prompt_len
 
     def _tensor(self, values: list[int]) -> Tensor:
-        """Without waiting for the device, nor for what it still does with an earlier step's tensors."""
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+        return index_tensor(values, self.device)
+
+
+def index_tensor(values: list[int], device: torch.device) -> Tensor:
+    """int64, without waiting for the device, nor for what it still does with an earlier step's tensors."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from vllm.v1.request import RequestStatus
 from .flags import KEY, switched_off
 from .pages import COMMANDS, Commands, PageIndex
 
-WORTH_WAITING = 64  # tokens that another request must be about to compute for one that needs them to wait a step
+WORTH_WAITING = 64  # tokens that another request must be about to compute for one that needs them to wait
 
 
 @dataclass
@@ -82,18 +82,19 @@ class _Pages(Scheduler):
         return super()._handle_blocked_waiting_request(request) and not self._follows(request)
 
     def _follows(self, request: Any) -> bool:
-        """Whether a request waits a step because a running one is just computing the prefix that it needs.
+        """Whether a request waits because a running one is just computing the prefix that it needs.
 
         So the samples of one prompt compute it once, though they arrive together.
         """
         reads = self.kv_cache_manager.prefix_cache_lookup_enabled(request)
         if not self.leaders or request.num_computed_tokens > 0 or not (reads and self._uses_pages(request)):
             return False
-        reached = next(self._known(request, request.num_tokens - 1), 0)
-        for position in self._positions(request.num_tokens - 1, reached + WORTH_WAITING - 1):
-            leader = self.leaders.get(self._key(request, position))
-            if leader is not None and leader.on_its_way:
-                return True
+        for end in sorted({leader.position for leader in self.leaders.values()}, reverse=True):
+            if WORTH_WAITING <= end < request.num_tokens:
+                leader = self.leaders.get(self._key(request, end))
+                if leader is not None and leader.on_its_way:
+                    near = self._positions(end, end - WORTH_WAITING)  # a page there is as good
+                    return not any(self._key(request, position) in self.pages for position in near)
         return False
 
     def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
@@ -11,7 +15,7 @@ from caprese_kernels.packed import PackedFF
 from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic, griffin_count
 
 from .ranks import Ranks
-from .requests import PromptChunk
+from .requests import PromptChunk, index_tensor
 
 
 def page_dtype(method: Method, num_neurons: int, max_tokens: int) -> torch.dtype:
@@ -31,6 +35,67 @@ def page_nbytes(method: Method, num_neurons: int, max_tokens: int, model_dtype: 
 def keeps_values(method: Method, model_dtype: torch.dtype) -> bool:
     """Whether prompts of up to EXACT_VALUES magnitudes keep them (CatsStatistic.exact)."""
     return method.name == "cats" and model_dtype == torch.float32
+
+
+@dataclass
+class Round:
+    """Parts of chunks, at most one of each: entries [offsets[2i], offsets[2i + 1]) of dense_rows add to a table's row.
+
+    offsets [2n + 1] and rows [2n] (-1 between two parts, where others' tokens lie) as the kernels' `observe` take them.
+    """
+
+    offsets: Tensor
+    rows: Tensor
+    saved_rows: Tensor  # rows whose statistic becomes a page then
+    saved_pages: Tensor
+
+
+@dataclass
+class Plan:
+    """A step's prompt chunks as index tensors, made once for all layers, so that no layer waits for the device.
+
+    A chunk is cut where a prefix ends that leaves a page behind, and its parts follow each other in rounds. Every part
+    goes on from the sum before it, whether that comes from a page, an earlier chunk or an earlier round: a prompt's sum
+    is taken in one order, however it was cut.
+    """
+
+    chunks: list[PromptChunk]
+    rounds: list[Round]
+    loaded_rows: Tensor  # chunks that begin with a page
+    loaded_pages: Tensor
+    last_rows: Tensor  # chunks that end their prompt,
+    slots: Tensor  # and where their selections go
+    unfinished: list[int]  # keys of those that do not,
+    unfinished_rows: Tensor  # and their rows
+
+    @classmethod
+    def of(cls, chunks: list[PromptChunk], device: torch.device) -> Plan:
+        def tensor(values: Iterable[int]) -> Tensor:
+            return index_tensor(list(values), device)
+
+        rounds = []
+        for parts in zip_longest(*(chunk.parts() for chunk in chunks)):
+            offsets, rows, saved = [0], [], []
+            for row, part in enumerate(parts):
+                if part is not None:
+                    begin, end, page = part
+                    offsets += [begin, end]
+                    rows += [-1, row]
+                    saved += [] if page is None else [(row, page)]
+            saves = (tensor(row for row, _ in saved), tensor(page for _, page in saved))
+            rounds.append(Round(tensor(offsets), tensor(rows), *saves))
+        loaded = [(row, chunk.load) for row, chunk in enumerate(chunks) if chunk.load is not None]
+        rest = [(row, chunk.key) for row, chunk in enumerate(chunks) if not chunk.last]
+        return cls(
+            chunks,
+            rounds,
+            tensor(row for row, _ in loaded),
+            tensor(page for _, page in loaded),
+            tensor(row for row, chunk in enumerate(chunks) if chunk.last),
+            tensor(chunk.slot for chunk in chunks if chunk.last),
+            [key for _, key in rest],
+            tensor(row for row, _ in rest),
+        )
 
 
 class Statistics:
@@ -64,65 +129,48 @@ class Statistics:
         self._rows.pop(key, None)
         self._exact.pop(key, None)
 
-    def observe(self, chunks: list[PromptChunk], z: Tensor, gate_up: Tensor) -> tuple[list[int], Tensor | None]:
-        """Add a step's prompt chunks; z [P, F] and gate_up [P, 2F] are of its dense rows.
+    def observe(self, plan: Plan, z: Tensor, gate_up: Tensor) -> Tensor | None:
+        """Add a step's prompt chunks; z [P, F] and gate_up [P, 2F] (or [P, F]) are of its dense rows.
 
-        Returns the slots whose prompts ended and what they selected: masks [n, F] bool (GRIFFIN) or thresholds [n].
+        Returns what the prompts that ended selected, in the order of plan.slots: masks [n, F] bool (GRIFFIN) or
+        thresholds [n] float32 (CATS); None if none ended.
         """
         gate = gate_up[:, : self.packed.num_neurons]
-        added = chunks if self.griffin else [chunk for chunk in chunks if not self._add_exactly(chunk, gate)]
-        ended = [chunk for chunk in chunks if chunk.last]
-        selected: dict[int, Tensor] = {}
-        if added:
-            table = self._add(added, z if self.griffin else gate)
-            last = [i for i, chunk in enumerate(added) if chunk.last]
-            if last:
-                selections = self._select(table[last])
-                selected = {added[i].key: selection for i, selection in zip(last, selections, strict=True)}
-            # Copies: a view would keep the whole step's table alive.
-            self._rows |= {chunk.key: row.clone() for chunk, row in zip(added, table, strict=True) if not chunk.last}
-        for key in (chunk.key for chunk in ended):  # in the order of rows, as every rank does
-            if key not in selected:
-                selected[key] = self._exact_threshold(self._exact.pop(key))
-        rows = torch.stack([selected[chunk.key] for chunk in ended]) if ended else None
-        return [chunk.slot for chunk in ended], rows
+        if self.griffin or not keeps_values(self.method, gate.dtype):
+            return self._observe(plan, z if self.griffin else gate)
+        counted = Plan.of([chunk for chunk in plan.chunks if not self._add_exactly(chunk, gate)], gate.device)
+        thresholds = self._observe(counted, gate)
+        ended: Iterator[Tensor] = iter([] if thresholds is None else thresholds)
+        last = [chunk for chunk in plan.chunks if chunk.last]  # in the order of rows, as every rank does
+        selected = [
+            self._exact_threshold(self._exact.pop(chunk.key)) if chunk.key in self._exact else next(ended)
+            for chunk in last
+        ]
+        return torch.stack(selected) if selected else None
 
-    def _add(self, chunks: list[PromptChunk], values: Tensor) -> Tensor:
-        """The chunks' statistics with these chunks in them: one row a chunk.
-
-        A chunk is counted in parts, cut where a prefix ends that leaves a page behind, and the parts are summed in
-        order: a prompt that begins with that page sums what a prompt that computes all of it sums.
-        """
-        parts = [_parts(chunk) for chunk in chunks]
-        table = torch.zeros(sum(map(len, parts)), self._width, dtype=self._dtype, device=values.device)
-        offsets, rows = [0], []
-        ends = []  # each chunk's last row
-        row = 0
-        for chunk, own in zip(chunks, parts, strict=True):
+    def _observe(self, plan: Plan, values: Tensor) -> Tensor | None:
+        """By statistics of a fixed size: one row of a table a chunk, in rounds, between which pages are saved."""
+        table = torch.zeros(len(plan.chunks), self._width, dtype=self._dtype, device=values.device)
+        if len(plan.loaded_rows):
+            table[plan.loaded_rows] = self._pages[plan.loaded_pages].to(self._dtype)
+        for row, chunk in enumerate(plan.chunks):
             before = self._rows.pop(chunk.key, None)  # also of a pass that a preemption cut short
-            if chunk.load is not None:
-                table[row] = self._pages[chunk.load]
-            elif not chunk.first:
+            if not chunk.first:
                 assert before is not None
-                table[row] = before
-            for begin, end, _ in own:
-                offsets += [begin, end]  # what lies between two chunks is of requests with Caprese off
-                rows += [-1, row]
-                row += 1
-            ends.append(row - 1)
-        at, where = torch.tensor(offsets, device=values.device), torch.tensor(rows, device=values.device)
-        if self.griffin:
-            norms = self.ranks.norms(self.kernels.griffin_norms(values)) if self.ranks.size > 1 else None
-            self.kernels.griffin_observe(values, at, where, table, norms)
-        else:
-            self.kernels.cats_observe(values, self.packed.activation, at, where, table)
-        for last, own in zip(ends, parts, strict=True):
-            for row, (_, _, page) in enumerate(own, last + 1 - len(own)):
-                if page is not None:
-                    self._pages[page] = table[row]
-                if row < last:
-                    table[row + 1] += table[row]
-        return table[ends]
+                table[row].copy_(before)
+        # A rank's collective comes before any round.
+        norms = self.ranks.norms(self.kernels.griffin_norms(values)) if self.griffin and self.ranks.size > 1 else None
+        for part in plan.rounds:
+            if self.griffin:
+                self.kernels.griffin_observe(values, part.offsets, part.rows, table, norms)
+            else:
+                self.kernels.cats_observe(values, self.packed.activation, part.offsets, part.rows, table)
+            if len(part.saved_rows):
+                self._pages[part.saved_pages] = table[part.saved_rows].to(self._pages.dtype)
+        if plan.unfinished:
+            # A copy: views of the whole table would keep it alive.
+            self._rows |= zip(plan.unfinished, table[plan.unfinished_rows], strict=True)
+        return self._select(table[plan.last_rows]) if len(plan.last_rows) else None
 
     def _select(self, statistics: Tensor) -> Tensor:
         if self.griffin:
@@ -145,16 +193,8 @@ class Statistics:
                     statistic.values = list(self._exact_pages[chunk.load])
         if chunk.key not in self._exact:
             return False
-        for begin, end, page in _parts(chunk):
+        for begin, end, page in chunk.parts():
             self._exact[chunk.key].add(self.packed.act(gate[begin:end]))
             if page is not None:
                 self._exact_pages[page] = list(self._exact[chunk.key].values)
         return True
-
-
-def _parts(chunk: PromptChunk) -> list[tuple[int, int, int | None]]:
-    """(begin, end, page that takes the statistic then) of the chunk's entries of dense_rows."""
-    ends: list[tuple[int, int | None]] = list(chunk.saves)
-    if not ends or ends[-1][0] < chunk.end:
-        ends.append((chunk.end, None))
-    return [(begin, end, page) for begin, (end, page) in zip([chunk.begin, *(e for e, _ in ends)], ends, strict=False)]

@@ -19,7 +19,7 @@ from . import compat
 from .blocks import replace_blocks
 from .enable import method_of
 from .ff import STATE, State
-from .flags import KEY, switched_off
+from .flags import KEY, dict_of, switched_off
 from .lora import load_adapter
 from .pages import COMMANDS
 from .requests import RequestTable, Scheduled
@@ -47,7 +47,7 @@ def state_of(vllm_config: Any) -> State | None:
 
 def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: Any) -> Any:
     model = original(vllm_config, **kwargs)
-    settings = vllm_config.additional_config.get(KEY)
+    settings = dict_of(vllm_config.additional_config).get(KEY)
     if settings is None:
         return model
     config = vllm_config.model_config

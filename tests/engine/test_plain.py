@@ -71,7 +71,8 @@ def storages(root: Any) -> dict[int, int]:
 def test_memory_beyond_plain_vllms(model_dir: ModelDir, tmp_path: Path, method: str) -> None:
     """All tensors that the model and Caprese's state hold, storage by storage, beside the model of a plain engine.
 
-    Beyond plain vLLM's: L and R, a row of selections for each slot, the pages of statistics, a counter a layer, a number a slot.
+    Beyond plain vLLM's: L and R, a row of selections for each slot, the pages of statistics, a counter a layer, and
+    the slots of the rows of a batch that decodes.
     While no prompt is being computed nothing else; so the KV cache, which gets the rest, shrinks by no more.
     """
     case = new_case(model_dir, tmp_path, "qwen2", method, True)

@@ -78,9 +78,9 @@ class TestOneEngine:
         statistics, counted = blocks_of(llm)[0].statistics, []
         observe = statistics.observe
 
-        def spy(chunks: Any, *args: Any) -> Any:
-            counted.extend(chunk.end - chunk.begin for chunk in chunks)
-            return observe(chunks, *args)
+        def spy(plan: Any, *args: Any) -> Any:
+            counted.extend(chunk.end - chunk.begin for chunk in plan.chunks)
+            return observe(plan, *args)
 
         monkeypatch.setattr(statistics, "observe", spy)
         (prompt,) = random_prompts([150], seed=45)

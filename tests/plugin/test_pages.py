@@ -1,6 +1,7 @@
 """Pages of statistics: who holds which, and that a prompt which begins with one sums what it would have summed."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caprese_kernels import reference
-from caprese_kernels.config import Method, MethodName
+from caprese_kernels.backend import choose
+from caprese_kernels.config import KernelName, Method, MethodName
 from caprese_kernels.packed import PackedFF
 from caprese_vllm.pages import Commands, PageIndex
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
-from caprese_vllm.statistics import Statistics, keeps_values, page_dtype, page_nbytes
+from caprese_vllm.statistics import Plan, Statistics, keeps_values, page_dtype, page_nbytes
 
 NEURONS, DEPTH = 12, 4
 
@@ -57,11 +59,11 @@ def test_index(num_pages: int, steps: list[list[tuple[bool, int]]]) -> None:
 class Worker:
     """A table and one layer's statistics, fed with a prompt's own activations."""
 
-    def __init__(self, method: MethodName, dtype: torch.dtype, gate_up: torch.Tensor):
-        weights = torch.zeros(NEURONS, DEPTH, dtype=dtype)
+    def __init__(self, method: MethodName, dtype: torch.dtype, gate_up: torch.Tensor, kernels: Any = reference):
+        weights = torch.zeros(gate_up.shape[1] // 2, DEPTH, dtype=dtype)
         packed = PackedFF.pack(weights, weights, weights.t().contiguous(), "silu")
         self.table, self.gate_up = RequestTable(torch.device("cpu"), 9), gate_up
-        self.statistics = Statistics(Method(method, 0.5, (0,), 0), packed, reference, Ranks(), 4, len(gate_up))  # type: ignore[arg-type]
+        self.statistics = Statistics(Method(method, 0.5, (0,), 0), packed, kernels, Ranks(), 4, len(gate_up))
 
     def run(
         self, name: str, start: int, end: int, load: int | None = None, *saves: tuple[int, int]
@@ -69,8 +71,8 @@ class Worker:
         step = self.table.begin([Scheduled(name, len(self.gate_up), start, end - start)], {name: Commands(load, saves)})
         part = self.gate_up[start:end]
         gate, up = part.chunk(2, dim=1)
-        _, selections = self.statistics.observe(step.chunks, torch.nn.functional.silu(gate) * up, part)
-        return selections
+        plan = Plan.of(step.chunks, self.table.device)
+        return self.statistics.observe(plan, torch.nn.functional.silu(gate) * up, part)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,6 +103,21 @@ def test_a_page_stands_for_its_prefix(method: MethodName, dtype: torch.dtype, da
         assert later is not None
         for found in (first, later):  # sums of a few float32 numbers, in another order: no two neurons are that near
             torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_a_prompts_sum_has_the_same_bits_however_it_was_cut(kernel: KernelName) -> None:
+    """By chunks of a few hundred tokens, with pages left behind or not, or from a page on."""
+    gate_up = torch.randn(1000, 2 * 1024, generator=torch.Generator().manual_seed(0))
+    worker = Worker("griffin", torch.float32, gate_up, choose(kernel, torch.device("cpu")))
+    for name, cuts in (("whole", [0, 999]), ("cut", [0, 300, 999]), ("cut again", [0, 512, 600, 999])):
+        for start, end in pairwise(cuts):
+            worker.run(name, start, end, None, *([(512, 0)] if name == "cut" and end == 999 else []))
+    worker.run("loaded", 512, 999, 0)
+    whole, *others = worker.statistics._rows.values()
+    assert len(others) == 3
+    for other in others:
+        assert torch.equal(whole, other)
 
 
 def test_a_preempted_prompt_may_go_on_from_a_page() -> None:
