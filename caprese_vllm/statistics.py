@@ -55,8 +55,8 @@ class Plan:
     """A step's prompt chunks as index tensors, made once for all layers, so that no layer waits for the device.
 
     A chunk is cut where a prefix ends that leaves a page behind, and its parts follow each other in rounds. Every part
-    goes on from the sum before it, whether that comes from a page, an earlier chunk or an earlier round: a prompt's sum
-    is taken in one order, however it was cut.
+    goes on from the sum before it, whether that comes from a page, an earlier chunk or an earlier round: kernels that
+    add token by token give a prompt's sum the same bits, however it was cut.
     """
 
     chunks: list[PromptChunk]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import httpx
@@ -199,18 +200,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
         yield running
 
 
-def resident(server: VllmServer) -> int:
-    """Bytes in memory of the front end and the engine's core.
+def resident(server: VllmServer) -> dict[str, int]:
+    """Bytes in memory of the front end and the engine's core, by process.
 
     Not of the worker: plain vLLM's grows by 6 to 60 MiB a round of this load as well (measured: from 758 to 950 MiB in
     eight rounds; with Caprese from 775 to 962). What Caprese keeps there is told by /caprese and by test_leaks.py.
     """
     assert server._guard is not None
-    total = 0
+    found = {}
     for process in psutil.Process(server._guard.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            total += 0 if "Worker" in process.name() else process.memory_info().rss
-    return total
+            if "Worker" not in process.name():
+                found[f"{process.name()} {process.pid}"] = process.memory_info().rss
+    return found
 
 
 def problems(ask: Ask, response: Response, alone: Response) -> list[str]:
@@ -228,8 +230,6 @@ def problems(ask: Ask, response: Response, alone: Response) -> list[str]:
     usage = response.usage
     if usage is None or usage.completion_tokens != count or usage.prompt_tokens != alone.usage.prompt_tokens:
         wrong.append(f"usage {usage}, but {count} tokens, and {alone.usage} alone")
-    if ask.stream and count > 4 * ask.n and response.chunks < 4:
-        wrong.append(f"streamed in {response.chunks} chunks")
     return wrong
 
 
@@ -257,9 +257,12 @@ def test_load(server: VllmServer) -> None:
         memory.append(resident(server))
     assert not wrong, f"{len(wrong)} of {3 * LOAD}\n" + "\n".join(wrong[:10])
     left = sum(response.left for response in responses)
-    print(f"\n{LOAD} requests three times, {dict(kinds)}, {left} left; memory {[m >> 20 for m in memory]} MiB")
+    print(f"\n{LOAD} requests three times, {dict(kinds)}, {left} left; memory {memory}")
     assert left > 0
-    assert memory[2] - memory[1] < 4 * 2**20  # 1 MiB was seen in eight rounds
+    # A busy server may join tokens of a stream, but not as a rule.
+    streams = [r.chunks for a, r in zip(asks, responses, strict=True) if a.stream and len(r.choices[0].tokens) > 8]
+    assert median(streams) > 8
+    assert max(memory[2][name] - memory[1][name] for name in memory[1]) < 4 * 2**20, memory  # seen in eight rounds: 1
     deadline = time.monotonic() + 10  # the engine hears of the last disconnects a moment later
     while live := server.get("/caprese")["live_requests"]:
         assert time.monotonic() < deadline, f"{live} requests still live"

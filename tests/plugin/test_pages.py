@@ -1,5 +1,7 @@
 """Pages of statistics: who holds which, and that a prompt which begins with one sums what it would have summed."""
 
+import os
+import shutil
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from caprese_kernels import reference
 from caprese_kernels.backend import choose
-from caprese_kernels.config import KernelName, Method, MethodName
+from caprese_kernels.config import Method, MethodName
 from caprese_kernels.packed import PackedFF
 from caprese_vllm.pages import Commands, PageIndex
 from caprese_vllm.ranks import Ranks
@@ -105,11 +107,11 @@ def test_a_page_stands_for_its_prefix(method: MethodName, dtype: torch.dtype, da
             torch.testing.assert_close(found, alone)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "auto"])
-def test_a_prompts_sum_has_the_same_bits_however_it_was_cut(kernel: KernelName) -> None:
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX") or "g++"), reason="needs a C++ compiler: $CXX or g++")
+def test_a_prompts_sum_has_the_same_bits_however_it_was_cut() -> None:
     """By chunks of a few hundred tokens, with pages left behind or not, or from a page on."""
     gate_up = torch.randn(1000, 2 * 1024, generator=torch.Generator().manual_seed(0))
-    worker = Worker("griffin", torch.float32, gate_up, choose(kernel, torch.device("cpu")))
+    worker = Worker("griffin", torch.float32, gate_up, choose("cpu", torch.device("cpu")))
     for name, cuts in (("whole", [0, 999]), ("cut", [0, 300, 999]), ("cut again", [0, 512, 600, 999])):
         for start, end in pairwise(cuts):
             worker.run(name, start, end, None, *([(512, 0)] if name == "cut" and end == 999 else []))
