@@ -33,12 +33,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 def prefix(
     arch: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(ARCHS)}.")] = "qwen2.5-0.5b",
     rounds: Annotated[int, typer.Option(min=1, help="Times that every load is run on every engine.")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Prompts of a quarter of the length, two rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Prompts of a quarter of the length, three rounds at most.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for prefix.json, .csv and .html.")] = Path("out/bench"),
 ) -> None:
     """Cached tokens and time to first token beside plain vLLM: shared system prompts, conversations, best of 8."""
     out.mkdir(parents=True, exist_ok=True)
-    shorter, rounds = (4, min(rounds, 2)) if quick else (1, rounds)
+    shorter, rounds = (4, min(rounds, 3)) if quick else (1, rounds)
     result = Result("prefix", provenance() | {"settings": {"rounds": rounds, "quick": quick}}, KEYS, MEASURES)
     jobs = loads(random.Random(0), shorter)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
