@@ -33,7 +33,9 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 def prefix(
     arch: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(ARCHS)}.")] = "qwen2.5-0.5b",
     rounds: Annotated[int, typer.Option(min=1, help="Times that every load is run on every engine.")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Prompts of a quarter of the length, three rounds at most.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Prompts of a quarter of the length, three rounds at most.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for prefix.json, .csv and .html.")] = Path("out/bench"),
 ) -> None:
     """Cached tokens and time to first token beside plain vLLM: shared system prompts, conversations, best of 8."""
@@ -63,6 +65,8 @@ def prefix(
             for engine in engines.values():
                 engine.close()
     result.rows = [_row(section, arch, name, runs, seen[section, "plain"]) for (section, name), runs in seen.items()]
+    for name in VARIANTS:
+        (out / f"prefix-{name}.log").unlink()
     result.partial = False
     for section, rows in result.sections().items():
         console.print(table(section, rows, COLUMNS))
