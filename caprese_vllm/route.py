@@ -19,7 +19,10 @@ class CapreseRoute:
     def attach_router(self, app: FastAPI) -> None:
         @app.get("/caprese")
         async def report(request: Request) -> dict[str, Any]:
-            """Method, density, rank, layers, kernel, generated tokens and the share of FF weights they needed."""
+            """Method, density, rank, layers, kernel, rows that ran sparse, and the share of FF weights they needed.
+
+            These are generated tokens, and also drafts that were rejected and what a preemption had computed anew.
+            """
             return merge(await request.app.state.caprese_engine.collective_rpc("caprese_report"))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
