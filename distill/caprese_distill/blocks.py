@@ -43,7 +43,8 @@ def find_blocks(model: Any, info: BaseModelInfo, layers: Sequence[int]) -> dict[
         parts = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         linear = all(isinstance(part, nn.Linear) and part.weight.is_floating_point() for part in parts)
         if not (linear and isinstance(getattr(block, "act_fn", None), nn.Module)):
-            raise _unsupported(f"FF block of layer {i}", f"{type(block).__name__} of {info.architecture}")
+            found = "no module mlp" if block is None else type(block).__name__
+            raise _unsupported(f"FF block of layer {i}", f"{found} of {info.architecture}")
         if tuple(block.down_proj.weight.shape) != shape:
             raise _unsupported(f"FF block of layer {i}", f"down_proj of shape {tuple(block.down_proj.weight.shape)}")
         blocks[i] = block

@@ -267,8 +267,11 @@ def test_other_ff_blocks_are_refused_by_name() -> None:
     ):
         run_pass(mixtral, make_samples(2), info, method)
     opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=32, word_embed_proj_dim=32))
-    with pytest.raises(CapreseError, match=r"expected a gated FF block.*found OPT"):
-        plan(opt.config, "m", "griffin", 0.5, 4)
+    info, method = plan(opt.config, "m", "griffin", 0.5, 4)
+    with pytest.raises(
+        CapreseError, match=r"FF block of layer 0: expected a gated FF block.*found no module mlp of OPT"
+    ):
+        run_pass(opt, make_samples(2), info, method)
 
 
 @pytest.mark.parametrize("where", ["embedding", "block"])

@@ -201,16 +201,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
 
 
 def resident(server: VllmServer) -> dict[str, int]:
-    """Bytes in memory of the front end and the engine's core, by process.
+    """Bytes in memory of the front end's processes.
 
-    Not of the worker: plain vLLM's grows by 6 to 60 MiB a round of this load as well (measured: from 758 to 950 MiB in
-    eight rounds; with Caprese from 775 to 962). What Caprese keeps there is told by /caprese and by test_leaks.py.
+    Not of those that hold the model: plain vLLM's grow by 6 to 60 MiB a round of this load as well (measured: a worker
+    from 758 to 950 MiB in eight rounds; with Caprese from 775 to 962). What Caprese keeps is told by GET /caprese and
+    by tests/engine/test_leaks.py.
     """
     assert server._guard is not None
     found = {}
     for process in psutil.Process(server._guard.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "Worker" not in process.name():
+            if not process.name().startswith("VLLM::"):  # VLLM::EngineCore, VLLM::Worker
                 found[f"{process.name()} {process.pid}"] = process.memory_info().rss
     return found
 
