@@ -50,6 +50,8 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "density": 0.25,
         "layers": [3, 1],
         "reselect_interval": 64,
+        "statistics_page": 256,
+        "statistics_mib": 100,
         "kernel": "reference",
     }
     parsed = CapreseConfig.parse(given, "here")
@@ -64,6 +66,8 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "density": None,
         "layers": None,
         "reselect_interval": None,
+        "statistics_page": 512,
+        "statistics_mib": None,
         "kernel": "auto",
     }
     assert config(density=1).density == 1.0
@@ -89,6 +93,8 @@ def test_keys_that_are_not_given_stay_open() -> None:
         ({"reselect_interval": 0}, ("key 'reselect_interval'", "greater than or equal to 1", "found 0")),
         ({"reselect_interval": 1.5}, ("key 'reselect_interval'", "integer", "1.5")),
         ({"reselect_interval": True}, ("key 'reselect_interval'", "integer", "True")),
+        ({"statistics_page": 0}, ("key 'statistics_page'", "greater than or equal to 1", "found 0")),
+        ({"statistics_mib": -1}, ("key 'statistics_mib'", "greater than or equal to 0", "found -1")),
         ({"kernel": "cuda"}, ("key 'kernel'", "'triton', 'cpu' or 'reference'", "'cuda'")),
         ({"weights": 3}, ("key 'weights'", "string", "found 3")),
         ({"weights": ""}, ("key 'weights'", "at least 1 character", "''")),
