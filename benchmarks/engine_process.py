@@ -3,7 +3,7 @@
     python -m benchmarks.engine_process   < {"model": DIR, "caprese": {...} or null, "engine": {...}}, then jobs
 
 A job is {"prompts": [[token id]], "max_tokens": N, "n": N, "reset": bool}; its answer {"ttft": [s], "tpot": [s],
-"cached": [tokens], "seconds": s, "report": {...}}. All prompts arrive at once.
+"cached": [tokens]}, for each prompt. All prompts arrive at once.
 """
 
 from __future__ import annotations
@@ -95,8 +95,6 @@ def _run(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "ttft": [times[i][0] for i in order],
         "tpot": [(times[i][-1] - times[i][0]) / max(job["max_tokens"] - 1, 1) for i in order],
         "cached": [cached[i] for i in order],
-        "seconds": time.perf_counter() - begin,
-        "report": llm.collective_rpc("caprese_report")[0] if job.get("report") else None,
     }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .report import iqr
+
 Call = Callable[[], Any]
 LEAST_SAMPLE = {"cpu": 10e-3, "cuda": 1e-3}  # seconds; far above the clock's resolution and a graph's launch
 
@@ -98,8 +100,7 @@ def interleave(timers: dict[Any, Timer], repeats: int, seconds: float) -> dict[A
 
 
 def timing(samples: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (samples * 3)
-    return Timing(statistics.median(samples), min(samples), high - low, len(samples))
+    return Timing(statistics.median(samples), min(samples), iqr(samples), len(samples))
 
 
 def cache_bytes(device: str) -> int:

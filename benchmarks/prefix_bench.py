@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from caprese_serve.provenance import provenance
 
 from .engine_models import ARCHS, write_arch
 from .engine_process import Engine
-from .report import Columns, Plot, Result, Row, table, terminal
+from .report import Columns, Plot, Result, Row, iqr, table, terminal
 
 KEYS = ["section", "arch", "variant"]
 MEASURES = ["ttft_s", "cached_share"]
@@ -135,18 +135,11 @@ def _row(section: str, arch: str, variant: str, runs: list[dict[str, Any]], plai
         "cached_tokens": cached,
         "cached_share": cached / plain[0]["cached"] if plain[0]["cached"] else None,
         "ttft_s": median(means),
-        "ttft_iqr_s": _iqr(means),
+        "ttft_iqr_s": iqr(means),
         "ratio": median(ratios),
-        "ratio_iqr": _iqr(ratios),
+        "ratio_iqr": iqr(ratios),
         "rounds": len(runs),
     }
-
-
-def _iqr(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low
 
 
 COLUMNS: Columns = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from rich.console import Console
@@ -106,6 +107,14 @@ class Result:
             writer.writerows(self.rows)
         path.with_suffix(".html").write_text(page(self, plots))
         return path
+
+
+def iqr(values: Sequence[float]) -> float:
+    """Interquartile range; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 def columns_of(rows: list[Row]) -> list[str]:
