@@ -6,10 +6,11 @@ import typer
 
 from .compare import compare
 from .kernel_bench import kernels
+from .parameters import parameters
 from .prefix_bench import prefix
 
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, compare):
+for verb in (kernels, prefix, parameters, compare):
     app.command()(verb)
