@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from caprese_distill.data import Sample
 from caprese_distill.layerwise import make_batches
-from caprese_distill.moments import Batch, Moments, keep_mask
+from caprese_distill.moments import Batch, Moments, keep_mask, select
 from caprese_distill.solve import RIDGES, reduced_rank
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
@@ -35,7 +35,8 @@ class Case(NamedTuple):
         """Neurons kept by the batch's generated tokens, [N, F] bool; g, z [B, T, F]."""
         if self.method == "top-k":
             return griffin_select(z.flatten(0, 1)[batch.rows()].abs(), griffin_count(self.density, z.shape[-1]))
-        return keep_mask(Method(self.method, self.density, (), 0), batch, g, z)
+        method = Method(self.method, self.density, (), 0)
+        return keep_mask(method, batch, select(method, batch, g, z), g)
 
 
 @dataclass
@@ -73,9 +74,9 @@ def run_cases(
     depth = model.config.hidden_size
     sums: Sums = {}
     for layer in blocks:
-        shared = [Moments.zeros(depth, device) for _ in range(2)]
+        fit, held_out = (Moments.zeros(depth, device) for _ in range(2))
         sums[layer] = {
-            case: CaseSums(*map(_sharing, shared), gram=torch.zeros_like(shared[0].xe) if spectrum else None)
+            case: CaseSums(_sharing(fit), _sharing(held_out), torch.zeros_like(fit.xe) if spectrum else None)
             for case in cases
         }
     model.eval()
