@@ -76,9 +76,8 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "GRIFFIN loses" in output
     assert "layer-wise, closed form" in (tmp_path / "recovery.html").read_text()
     kept = {path.name for path in (tmp_path / "recovery").iterdir()}
-    assert kept == {"full.json", "griffin-plain.json"} | {
-        f"griffin-{s}.{e}" for s in STAGES for e in ("json", "safetensors")
-    }
+    files = {f"griffin-{stage}.{kind}" for stage in STAGES for kind in ("json", "safetensors")}
+    assert kept == {"full.json", "griffin-plain.json"} | files
 
     whole = rows_of(tmp_path)
     with monkeypatch.context() as patch:  # nothing is left to do
@@ -104,9 +103,7 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     other = Adapters.load(given / "griffin-adam.safetensors")
     other.config.density = 0.25
     other.save(given / "griffin-adam.safetensors")
-    with pytest.raises(
-        CapreseError, match=r"griffin-adam.safetensors: expected griffin, density 0.5, .* found .* 0.25"
-    ):
+    with pytest.raises(CapreseError, match=r"griffin-adam.*: expected griffin, density 0.5, .* found .* 0.25"):
         run(tmp_path / "new", "--adapters", str(given))
     with pytest.raises(CapreseError, match="--adapters: expected a folder"):
         run(tmp_path / "new", "--adapters", str(tmp_path / "nowhere"))
@@ -138,11 +135,8 @@ def test_rows_and_remarks() -> None:
         return Findings({"math": marks, "reading": "1" * 100}, 10, 2.0, 0.1, 0.2)
 
     full, plain, best = found(90), found(50), found(80)
-    rows = [
-        row("s", "Full", full, None, full),
-        row("s", "CATS", plain, None, full),
-        row("s", "best", best, plain, full),
-    ]
+    parts = (("Full", full, None), ("CATS", plain, None), ("best", best, plain))
+    rows = [row("s", name, each, over, full) for name, each, over in parts]
     assert (rows[2]["math"], rows[2]["math_stderr"]) == (0.8, pytest.approx(0.04))
     assert (rows[2]["math_below_full"], rows[2]["math_below_full_stderr"]) == (pytest.approx(0.1), pytest.approx(0.03))
     assert rows[2]["math_recovered"] == pytest.approx(0.75)
