@@ -202,7 +202,7 @@ def test_greedy_answers_are_the_trained_students(name: str) -> None:
     model, tokenizer = demo()
     info, method = plan(model.config, "demo", name, density=0.05, rank=48, layers=[0, 1, 2, 3])
     asked = [*problems("math", "test", 6), *problems("reading", "test", 4)]
-    lora: Mapping[int, nn.Module] = stir(begin(info, method, 0, CPU), 0.2)
+    lora: Mapping[int, nn.Module] = stir(begin(info, method, 0, CPU), 0.5)
     answers = decode(model, tokenizer, asked, {i: DecodedFF(method, each) for i, each in lora.items()}, max_tokens=24)
     assert answers != decode(model, tokenizer, asked, max_tokens=24)
     samples = []
