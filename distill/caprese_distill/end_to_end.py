@@ -127,11 +127,10 @@ class Trainer:
     def load(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         for n, p in enumerate(self.student.parameters()):
             p.copy_(tensors[f"parameter.{n}"])
-            names = [key.removesuffix(f".{n}") for key in tensors if key.endswith(f".{n}")]
-            state = {key: tensors[f"{key}.{n}"].to(p.device if key != "step" else "cpu") for key in names}
-            state.pop("parameter")
-            if state:
-                self.optimizer.state[p] = state
+            state = {key.removesuffix(f".{n}"): tensor for key, tensor in tensors.items() if key.endswith(f".{n}")}
+            del state["parameter"]
+            if state:  # none yet before the first step; Adam keeps its "step" on the CPU
+                self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
 
     def run(self, console: Console | None, writer: Any = None) -> None:
