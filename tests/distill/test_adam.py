@@ -8,19 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, layerwise
+from caprese_distill import checkpoint, layerwise, stages
 from caprese_distill.adam import AdamSettings, Descent, LowRank
 from caprese_distill.blocks import plan
+from caprese_distill.cli import distill
 from caprese_distill.data import split
+from caprese_distill.end_to_end import Recipe
 from caprese_distill.layerwise import descend, distill_layer_wise, run_pass
 from caprese_distill.moments import Moments, Observer
 from caprese_distill.solve import reduced_rank, solve
+from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
+from tests.distill.conftest import make_rows, make_samples
 from tests.distill.test_moments import by_hand, mlp_inputs
 
 ModelDir = Callable[[str], Path]
@@ -263,7 +268,7 @@ def test_the_checkpoint_of_another_run_is_left_aside(
 
     descend(model, samples, info, method, settings, resume)
     descend(model, samples, info, method, settings, resume, console)
-    assert "going on after step 2 of 2" in told()
+    assert "going on after step" in told()
     descend(model, samples, info, method, replace(settings, lr=1e-2), resume, console)
     assert "it belongs to a run with other Adam settings; starting anew" in told()
     descend(model, samples, info, replace(method, rank=3), replace(settings, lr=1e-2), resume, console)
@@ -296,3 +301,39 @@ def test_density_one_gives_zero_adapters(model: Any) -> None:
     info, method = plan(model.config, "m", "griffin", 1.0, 4)
     adapters = distill_layer_wise(model, make_samples(5), info, method, adam=AdamSettings(epochs=2))
     assert not any(t.any() for t in adapters.tensors().values())
+
+
+def test_another_solvers_first_stage_is_not_taken_over(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer-wise adapters that a killed end-to-end run left belong to one solver and its settings."""
+    monkeypatch.setattr(stages, "distill_end_to_end", lambda *args: args[4])
+    samples, settings = make_samples(8), AdamSettings(epochs=1)
+    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    solvers, made = (None, settings, settings, replace(settings, epochs=2), None), []
+    make = stages.distill_layer_wise
+
+    def watch(*args: Any) -> Adapters:
+        made.append(args[-1])
+        return make(*args)
+
+    monkeypatch.setattr(stages, "distill_layer_wise", watch)
+    for adam in solvers:
+        found = stages.run_stages(model, samples, info, method, Recipe(1e-4), tmp_path / "a", adam=adam)
+        assert found.config.training["solver"] == ("adam" if adam else "closed-form")
+    assert made == [None, settings, replace(settings, epochs=2), None]
+
+
+def test_the_command(model_dir: ModelDir, write_rows: Callable[[list[dict[str, Any]]], Path], tmp_path: Path) -> None:
+    app, output = typer.Typer(), tmp_path / "out" / "a.safetensors"
+    app.command("distill")(distill)
+    words = [str(model_dir("llama")), "--data", str(write_rows(make_rows(22))), "--output", str(output), "--rank", "8"]
+    words += ["--stage", "layer-wise", "--solver", "adam", "--layer-wise-epochs", "3", "--layer-wise-batch", "7"]
+    result = CliRunner().invoke(app, [*words, "--layer-wise-learning-rate", "0.01", "--seed", "3", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "layer-wise by adam" in " ".join(result.output.split())
+    told = Adapters.load(output).config.training
+    assert told["adam"] == {"lr": 0.01, "batch": 7, "epochs": 3, "warmup": 0.02, "seed": 3}
+    assert "--layer-wise-learning-rate 0.01 --layer-wise-batch 7 --layer-wise-epochs 3" in told["command"]
+    assert all(0 < errors["remaining"] < 1 for errors in told["errors"].values())
+    assert [p.name for p in output.parent.iterdir()] == ["a.safetensors"]
