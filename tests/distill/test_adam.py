@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from caprese_distill import checkpoint, layerwise, stages
-from caprese_distill.adam import AdamSettings, Descent, LowRank
+from caprese_distill.adam import AdamSettings, Descent, LowRank, schedule
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
 from caprese_distill.data import split
@@ -70,13 +70,13 @@ def test_the_schedule() -> None:
     """2% of 100 steps rise, then a line to zero; however few the steps, each has a rate above zero."""
     settings = AdamSettings()
     assert (settings.lr, settings.batch, settings.epochs, settings.warmup) == (1e-3, 128, 20, 0.02)  # Table 6
-    rates = [settings.rate(step, 100) for step in range(100)]
+    rates = [schedule(step, 100, settings.warmup) for step in range(100)]
     assert rates[:4] == [0.5, 1.0, 1.0, 97 / 98]
     assert rates[51] == 0.5
     assert rates[-1] == 1 / 98
-    assert [settings.rate(step, 3) for step in range(3)] == [1.0, 1.0, 0.5]
-    assert settings.rate(0, 1) == 1.0
-    assert [replace(settings, warmup=0.0).rate(step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [schedule(step, 3, settings.warmup) for step in range(3)] == [1.0, 1.0, 0.5]
+    assert schedule(0, 1, settings.warmup) == 1.0
+    assert [schedule(step, 6, 0.5) for step in range(6)] == [1 / 3, 2 / 3, 1.0, 1.0, 2 / 3, 1 / 3]
 
 
 def test_l_is_random_and_r_is_zero() -> None:
