@@ -27,6 +27,11 @@ class Stage(StrEnum):
     end_to_end = "end-to-end"
 
 
+class Solver(StrEnum):
+    closed_form = "closed-form"
+    adam = "adam"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -50,6 +55,9 @@ def distill(
     stage: Annotated[
         Stage, typer.Option(help="Where to stop: end-to-end begins with layer-wise, and is several times its time.")
     ] = Stage.end_to_end,
+    solver: Annotated[
+        Solver, typer.Option(help="Layer-wise: the optimum in one pass, or the paper's many epochs, to compare.")
+    ] = Solver.closed_form,
     layers: Annotated[
         str | None,
         typer.Option(help="first-half, all, or indices as 0,1,2; by default first-half for griffin, all for cats."),
@@ -65,6 +73,9 @@ def distill(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="End to end: samples of a step.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="End to end: passes over the samples.")] = 3,
+    layer_wise_learning_rate: Annotated[float, typer.Option(min=0.0, help="With --solver adam.")] = 1e-3,
+    layer_wise_batch: Annotated[int, typer.Option(min=1, help="With --solver adam: samples of a step.")] = 128,
+    layer_wise_epochs: Annotated[int, typer.Option(min=1, help="With --solver adam: passes over the samples.")] = 20,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
     ] = True,
@@ -84,6 +95,7 @@ def distill(
         "--density": density,
         "--rank": rank,
         "--stage": stage,
+        "--solver": solver,
         "--layers": layers,
         "--samples": samples,
         "--max-length": max_length,
@@ -94,6 +106,12 @@ def distill(
         "--epochs": epochs,
         "--seed": seed,
     }
+    if solver == Solver.adam:
+        command |= {
+            "--layer-wise-learning-rate": layer_wise_learning_rate,
+            "--layer-wise-batch": layer_wise_batch,
+            "--layer-wise-epochs": layer_wise_epochs,
+        }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
     choice = _parse_layers(layers)
     rows = read_rows(data, samples, seed)
@@ -102,6 +120,7 @@ def distill(
 
     import torch
 
+    from .adam import AdamSettings
     from .blocks import plan
     from .end_to_end import Recipe, default_learning_rate
     from .loading import find_device, load_model, load_small_parts
@@ -117,10 +136,19 @@ def distill(
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
     rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
     recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
+    adam = AdamSettings(layer_wise_learning_rate, layer_wise_batch, layer_wise_epochs, seed=seed)
     network = load_model(model, dtype).to(target)
     try:
         adapters = run_stages(
-            network, encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
+            network,
+            encoded,
+            info,
+            resolved,
+            recipe if stage == Stage.end_to_end else None,
+            output,
+            notes,
+            tensorboard,
+            adam if solver == Solver.adam else None,
         )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
