@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import re
@@ -68,7 +67,7 @@ def distill(
     An interrupted run goes on where it was when the same command is given again.
     """
     from . import checkpoint
-    from .data import read_rows
+    from .sources import read_source
 
     command = {
         "--data": data,
@@ -86,8 +85,8 @@ def distill(
     }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
     choice = _parse_layers(layers)
-    rows = read_rows(data, samples, seed)
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    source = read_source(data, samples, seed)
+    rows = source.rows
     _check_writable(output)
 
     import torch
@@ -117,7 +116,7 @@ def distill(
         notes.print("interrupted; the same command goes on from the last checkpoint")
         raise
     adapters.config.training |= {
-        "data": {"file": data.name, "sha256": digest},
+        "data": source.provenance,
         "command": shlex.join(["caprese", "distill", model, *given]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
