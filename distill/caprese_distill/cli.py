@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 import shlex
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice
 from caprese_kernels.errors import CapreseError
 
 if TYPE_CHECKING:
-    from caprese_kernels.adapters import Adapters
+    from collections import Counter
 
     from .data import Row, Sample
+
+INSTRUCTION = "Please reason step by step."  # of every training sample of the paper, section 3.4
+SAMPLES = 20_000  # as many
 
 
 class Stage(StrEnum):
     layer_wise = "layer-wise"
+    end_to_end = "end-to-end"
 
 
 class Dtype(StrEnum):
@@ -44,29 +47,69 @@ class Device(StrEnum):
 
 def distill(
     model: Annotated[str, typer.Argument(help="Model directory, or Hub id.")],
-    data: Annotated[Path, typer.Option(help="JSONL file of rows with `prompt` (text or messages) and `response`.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="JSONL, .parquet or .csv file, directory of such files, or Hub dataset as owner/name:config@split."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Adapter file to write.")] = Path("adapters.safetensors"),
     method: Annotated[str, typer.Option(metavar="griffin|cats", help="Sparse method.")] = "griffin",
     density: Annotated[float, typer.Option(help="Share of neurons that a generated token keeps.")] = DEFAULT_DENSITY,
     rank: Annotated[int, typer.Option(help="Rank r of the low-rank layers.")] = DEFAULT_RANK,
-    stage: Annotated[Stage, typer.Option(help="Kind of distillation.")] = Stage.layer_wise,
+    stage: Annotated[
+        Stage, typer.Option(help="Where to stop: end-to-end begins with layer-wise, and is several times its time.")
+    ] = Stage.end_to_end,
     layers: Annotated[
         str | None,
         typer.Option(help="first-half, all, or indices as 0,1,2; by default first-half for griffin, all for cats."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Rows to use, drawn by the seed; default all.")] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Text or chat messages; by default prompt, question, problem ..., the first there."),
+    ] = None,
+    response_column: Annotated[
+        str | None,
+        typer.Option(help="By default response, solution, answer ...; or the messages' last, the assistant's."),
+    ] = None,
+    instruction: Annotated[
+        str, typer.Option(help="Put before every prompt that has it not, as in the paper; '' for none.")
+    ] = INSTRUCTION,
+    samples: Annotated[int, typer.Option(min=2, help="Rows to use at most, drawn by the seed.")] = SAMPLES,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Let the model answer the prompts itself, by vLLM; no responses are read."),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="--generate: by default as the model's generation_config; else greedy.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="--generate: longest response; by default what --max-length leaves.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help='--generate: arguments of vllm.LLM, as {"tensor_parallel_size": 4}.'),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Longer samples (in tokens) are skipped.")] = 2048,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of model and adapters; auto is the checkpoint's.")] = Dtype.auto,
     device: Annotated[
         Device, typer.Option(help="Where the model runs; auto is cuda where there is one.")
     ] = Device.auto,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="End to end; default 2e-4 for hidden size 2048 or less, 4e-6 for 8192 or more.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="End to end: samples of a step.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="End to end: passes over the samples.")] = 3,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
+    ] = True,
+    tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows and of the order of training.")] = 0,
 ) -> None:
     """Make adapters that give back what a sparse FF block loses.
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from . import checkpoint
     from .sources import read_source
 
     command = {
@@ -77,46 +120,85 @@ def distill(
         "--rank": rank,
         "--stage": stage,
         "--layers": layers,
+        "--prompt-column": prompt_column,
+        "--response-column": response_column,
+        "--instruction": instruction,
         "--samples": samples,
+        "--temperature": temperature,
+        "--max-new-tokens": max_new_tokens,
+        "--engine": engine,
         "--max-length": max_length,
         "--dtype": dtype,
         "--device": device,
+        "--learning-rate": learning_rate,
+        "--batch": batch,
+        "--epochs": epochs,
         "--seed": seed,
     }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
+    given += ["--generate"] if generate else []
     choice = _parse_layers(layers)
-    source = read_source(data, samples, seed)
-    rows = source.rows
+    arguments = _parse_engine(engine)
+    unused = [name for name in ("--temperature", "--max-new-tokens", "--engine") if command[name] is not None]
+    if unused and not generate:
+        raise CapreseError(unused[0], expected="--generate beside it", found="none", fix=f"take out {unused[0]}")
+    source = read_source(
+        data,
+        samples,
+        seed,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        responses=not generate,
+        instruction=instruction,
+    )
+    rows, told = source.rows, source.provenance
     _check_writable(output)
 
     import torch
 
     from .blocks import plan
-    from .layerwise import distill_layer_wise
+    from .end_to_end import Recipe, default_learning_rate
+    from .generate import Generation, generate_samples
+    from .loading import find_device, load_model, load_small_parts
+    from .report import report
+    from .stages import clean_up, run_stages
 
-    notes, resume = Console(stderr=True), checkpoint.resume_path(output)
-    target = _device(device)
-    config, tokenizer = _load_small_parts(model)
+    notes, target = Console(stderr=True), find_device(device)
+    notes.print(str(source), highlight=False, markup=False)
+    config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
-    encoded = _encode(tokenizer, rows, max_length, data, notes)
+    if tokenizer.chat_template is None:
+        notes.print("the tokenizer has no chat template: prompts are used as plain text")
+    made = None
+    if generate:
+        settings = Generation(temperature, max_new_tokens, seed, dtype, arguments)
+        made = generate_samples(rows, tokenizer, model, config, output, settings, max_length, notes)
+        encoded = _usable(made.samples, made.skipped, len(rows), data, notes)
+        told |= {"generated": made.provenance}
+    else:
+        encoded = _encode(tokenizer, rows, max_length, data, notes)
     fed = sum(s.num_rows for s in encoded)
     if fed < info.hidden_size:
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
-    network = _load_model(model, dtype).to(target)
+    rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
+    recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
+    network = load_model(model, dtype).to(target)
     try:
-        adapters = distill_layer_wise(network, encoded, info, resolved, resume, notes)
+        adapters = run_stages(
+            network, encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
+        )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",
             expected="enough for the model and a sample",
             found=str(error),
-            fix="use a lower --max-length",
+            fix="use a lower --max-length, or --stage layer-wise",
         ) from None
     except KeyboardInterrupt:
         notes.print("interrupted; the same command goes on from the last checkpoint")
         raise
     adapters.config.training |= {
-        "data": source.provenance,
+        "data": told,
         "command": shlex.join(["caprese", "distill", model, *given]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
@@ -125,8 +207,10 @@ def distill(
         adapters.save(output)
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None
-    checkpoint.remove(resume)
-    _report(adapters, output)
+    clean_up(output)
+    report(adapters, output)
+    if made:
+        notes.print(f"responses kept in {made.keep()}: --data reads them", highlight=False, markup=False)
 
 
 def _parse_layers(text: str | None) -> LayerChoice | None:
@@ -156,86 +240,36 @@ def _unwritable(output: Path, found: str) -> CapreseError:
     )
 
 
-def _device(device: Device) -> str:
-    import torch
-
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise CapreseError("--device", expected="a GPU that torch can use", found="none", fix="use --device cpu")
-    return str(device) if device != Device.auto else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load_small_parts(model: str) -> tuple[Any, Any]:
-    """The model's configuration and tokenizer."""
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise CapreseError(
-            "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"
-        )
+def _parse_engine(text: str | None) -> dict[str, Any]:
     try:
-        from transformers import AutoConfig, AutoTokenizer
-
-        return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
-        raise _unloadable(model, error) from None
-
-
-def _load_model(model: str, dtype: Dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=str(dtype), output_loading_info=True)
-    except Exception as error:  # as above
-        raise _unloadable(model, error) from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise _unloadable(model, f"{len(missing)} weights are missing, first {missing[0]}")
-    return network
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        value = error
+    if isinstance(value, dict):
+        return value
+    raise CapreseError("--engine", expected="a JSON object", found=f"{text!r}", fix="correct it")
 
 
-def _unloadable(model: str, error: Exception | str) -> CapreseError:
-    found = error if isinstance(error, str) else f"{type(error).__name__}: {shorten(str(error), 250)}"
-    return CapreseError(
-        f"model {model}",
-        expected="a causal language model that transformers loads",
-        found=found,
-        fix="check the directory",
-    )
-
-
-def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: Path, notes: Console) -> list[Sample]:
-    from rich.progress import Progress
-
+def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: str, notes: Console) -> list[Sample]:
     from .data import encode
+    from .progress import progress_bar
 
-    if tokenizer.chat_template is None:
-        notes.print("the tokenizer has no chat template: prompts are used as plain text")
-    with Progress(console=notes) as bar:
+    with progress_bar(notes, "rows/s") as bar:
         line = bar.add_task("tokens", total=len(rows))
         encoded, skipped = encode(tokenizer, rows, max_length, lambda: bar.advance(line))
+    return _usable(encoded, skipped, len(rows), data, notes)
+
+
+def _usable(samples: list[Sample], skipped: Counter[str], rows: int, data: str, notes: Console) -> list[Sample]:
+    """The samples, if they are enough; what was skipped is told."""
     told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    if len(encoded) < 2:
+    if len(samples) < 2:
         raise CapreseError(
             f"samples of {data}",
             expected="2 or more usable (one is held out)",
-            found=f"{len(encoded)} of {len(rows)}" + (f" ({told})" if told else ""),
+            found=f"{len(samples)} of {rows}" + (f" ({told})" if told else ""),
             fix="give more data, or a higher --max-length",
         )
     if skipped:
-        notes.print(f"skipped {skipped.total()} of {len(rows)} samples: {told}")
-    return encoded
-
-
-def _report(adapters: Adapters, output: Path) -> None:
-    config, training = adapters.config, adapters.config.training
-    table = Table(title=f"{config.method}, density {config.density:g}, rank {config.rank}, on held-out samples")
-    for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
-        table.add_column(column, justify="right")
-    for layer, row in training["errors"].items():
-        parts = [f"{row[key]:.1%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")]
-        table.add_row(layer, *parts, f"{row['ridge']:g}")
-    console = Console()
-    console.print(table)
-    size = output.stat().st_size / 2**20
-    tokens = f"{training['samples']} samples, {training['tokens']:,} response tokens, {training['seconds']:g} s"
-    console.print(f"wrote {output} ({size:.1f} MiB, {str(adapters.dtype).removeprefix('torch.')}): {tokens}")
+        notes.print(f"skipped {skipped.total()} of {rows} samples: {told}")
+    return samples

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,28 @@ class Generated:
         """Once the adapter is there: the responses as rows for `--data`, written whole; the cache goes."""
         path = responses_path(self.output)
         partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w") as file:
-            for row in self.rows:
-                if response := self.responses.get(row.line):
-                    ids = response.ids if response.cut else response.ids[:-1]
-                    text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                    file.write(json.dumps({"prompt": row.prompt, "response": text}, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(self._lines())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CapreseError(
+                f"responses {path}",
+                expected="room for them beside the adapter, which is written",
+                found=error.strerror or type(error).__name__,
+                fix=f"free some space; their token ids are in {cache_path(self.output)}",
+            ) from None
         for rest in (cache_path(self.output), *_own_files(self.output)):
             rest.unlink(missing_ok=True)
         return path
+
+    def _lines(self) -> Iterator[str]:
+        for row in self.rows:
+            if response := self.responses.get(row.line):
+                ids = response.ids if response.cut else response.ids[:-1]
+                text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                yield json.dumps({"prompt": row.prompt, "response": text}, ensure_ascii=False) + "\n"
 
 
 def responses_path(output: Path) -> Path:
@@ -99,7 +111,7 @@ def _own_files(output: Path) -> tuple[Path, Path]:
     return output.with_name(f".{output.stem}.generate.json"), output.with_name(f".{output.stem}.generate.log")
 
 
-def generate(
+def generate_samples(
     rows: Sequence[Row],
     tokenizer: Any,
     model: str,

@@ -19,7 +19,6 @@ from caprese_kernels.errors import CapreseError
 
 from .data import Row
 
-INSTRUCTION = "Please reason step by step."  # paper, section 3.4
 # The first that is there is taken. Where a dataset has both, `solution` is the reasoning and `answer` its last word.
 PROMPT_COLUMNS = ("prompt", "question", "problem", "query", "instruction", "input", "messages", "conversations")
 RESPONSE_COLUMNS = ("response", "solution", "generated_solution", "answer", "output", "completion")

@@ -15,9 +15,18 @@ import pytest
 from transformers import AutoConfig
 
 import caprese_distill.generate as module
+from caprese_distill.cli import INSTRUCTION, Device, Stage, distill
 from caprese_distill.data import Row, encode
-from caprese_distill.generate import Generation, cache_path, generate, model_identity, responses_path, sampling_of
+from caprese_distill.generate import (
+    Generation,
+    cache_path,
+    generate_samples,
+    model_identity,
+    responses_path,
+    sampling_of,
+)
 from caprese_distill.sources import read_source
+from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_rows
 from tests.support.models import EOS, make_model, make_tokenizer
@@ -32,7 +41,7 @@ def prompts(count: int) -> list[Row]:
 
 @pytest.fixture
 def ask(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., module.Generated]:
-    """generate() with the tiny model, and what its engine needs on a small machine."""
+    """generate_samples() with the tiny model, and what its engine needs on a small machine."""
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(module, "CHUNK", 2)
@@ -40,7 +49,9 @@ def ask(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., m
     def run(output: Path, rows: list[Row], max_length: int = 150, **settings: Any) -> module.Generated:
         model = str(model_dir("llama"))
         chosen = Generation(**{"temperature": 0.8, "engine": ENGINE} | settings)
-        return generate(rows, make_tokenizer(), model, AutoConfig.from_pretrained(model), output, chosen, max_length)
+        return generate_samples(
+            rows, make_tokenizer(), model, AutoConfig.from_pretrained(model), output, chosen, max_length
+        )
 
     return run
 
@@ -255,3 +266,68 @@ def test_the_child_ends_with_its_parent() -> None:
         os.kill(pid, 0)  # there
         process.kill()
         assert process.communicate(timeout=20)[0] == ""  # the pipe ends when the child, which holds it too, does
+
+
+def test_the_command_learns_from_what_was_generated(
+    model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill after the responses costs none of them; they stay beside the adapter, and can be read again."""
+    fake_child(
+        monkeypatch,
+        "out = open(job['output'], 'a')\n"
+        "for p in job['prompts']:\n"
+        "  print(json.dumps({'row': p['row'], 'ids': [9, 8, 7] * 6 + [1], 'finish': 'stop'}), file=out)",
+    )
+    data, output = tmp_path / "problems.jsonl", tmp_path / "a.safetensors"
+    data.write_text("".join(json.dumps({"question": row.prompt}) + "\n" for row in prompts(6)))
+    settings: dict[str, Any] = {"rank": 4, "stage": Stage.layer_wise, "device": Device.cpu, "max_length": 100}
+
+    def run(**more: Any) -> None:
+        distill(str(model_dir("llama")), str(data), output, generate=True, **settings, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapters, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert not output.exists()
+    assert not responses_path(output).exists()
+    fake_child(monkeypatch, "sys.exit('started again')")
+    capsys.readouterr()
+    run(density=0.25)
+    assert "6 of 6 responses are there already" in " ".join(capsys.readouterr().err.split())
+    told = Adapters.load(output).config.training
+    assert told["data"]["generated"] == {
+        "sampling": {"temperature": 0.0},
+        "seed": 0,
+        "responses": 6,
+        "cut": 0,
+        "tokens": 6 * 19,
+    }
+    assert told["tokens"] == 6 * 18
+    assert "--generate" in told["command"]
+    kept = responses_path(output)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name])
+    rows = read_source(kept, instruction=INSTRUCTION).rows
+    assert [row.prompt for row in rows] == [f"{INSTRUCTION}\n{row.prompt}" for row in prompts(6)]
+    distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)
+
+
+def test_a_full_disk_keeps_the_cache(
+    ask: Callable[..., module.Generated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_child(
+        monkeypatch,
+        "open(job['output'], 'a').write(json.dumps({'row': 1, 'ids': [9, 8, 1], 'finish': 'stop'}) + chr(10))",
+    )
+    made = ask(tmp_path / "a.safetensors", prompts(1))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(
+        CapreseError, match=r"room for them beside the adapter.*found No space left.*a\.responses\.jsonl"
+    ):
+        made.keep()
+    assert cache_path(made.output).exists()
+    assert not responses_path(made.output).exists()

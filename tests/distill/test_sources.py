@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from caprese_distill.sources import INSTRUCTION, read_source
+from caprese_distill.cli import INSTRUCTION
+from caprese_distill.sources import read_source
 from caprese_kernels.errors import CapreseError
 
 PROBLEMS = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(20)]
