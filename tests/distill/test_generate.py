@@ -83,7 +83,7 @@ def test_a_killed_engine_goes_on_to_the_same_rows(
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": row.prompt}], add_generation_prompt=True, return_dict=False
         )
-        assert sample.ids.tolist() == prompt + response.ids[:-1]
+        assert sample.ids.tolist() == prompt + response.ids[:-1].tolist()
         assert sample.prompt_length == len(prompt)
         assert response.cut == (tokenizer.eos_token_id not in response.ids) == (len(prompt) + len(response.ids) == 150)
     cut = sum(r.cut for r in whole.responses.values())
@@ -172,6 +172,18 @@ def test_errors_of_the_child(
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CapreseError, match=r'--generate: expected vLLM.*pip install "caprese-vllm\[cuda\]"'):
         ask(output, prompts(2))
+
+
+def test_an_interrupted_command_ends_its_child(
+    ask: Callable[..., module.Generated],
+    children: list[subprocess.Popen[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_child(monkeypatch, "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path / "a.safetensors", prompts(2))
+    assert [process.poll() for process in children] == [-signal.SIGKILL]
 
 
 def test_what_the_child_is_asked(
