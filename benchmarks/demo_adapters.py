@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -59,8 +59,17 @@ def main(
     write_rows(data, samples, seed)
     for method, chosen in SETTINGS.items():
         file = output / f"{method}.safetensors"
-        sparse: dict[str, Any] = {"method": method, "density": chosen.density, "layers": chosen.layers, "rank": RANK}
-        distill(str(model), data, file, stage=Stage.layer_wise, **sparse)
+        distill(
+            str(model),
+            str(data),
+            file,
+            method=method,
+            density=chosen.density,
+            layers=chosen.layers,
+            rank=RANK,
+            stage=Stage.layer_wise,
+            instruction="",  # the demo model never saw it
+        )
 
 
 if __name__ == "__main__":

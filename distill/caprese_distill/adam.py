@@ -29,16 +29,17 @@ class AdamSettings:
     lr: float = 1e-3
     batch: int = 128  # samples of a step; an epoch's last step may have fewer
     epochs: int = 20
-    warmup: float = 0.02  # share of the steps during which the rate rises to `lr`; then it falls to zero
+    warmup: float = 0.02  # share of the steps
     seed: int = 0  # of the first L, and of the order of samples in each epoch
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0 <= `step` < `steps`, as a share of `lr`; neither end of the ramps is zero.
 
-        (The schedule of transformers begins at zero: of few steps a good part would be lost, of one step all.)
-        """
-        rising = math.ceil(self.warmup * steps)
-        return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
+def schedule(step: int, total: int, warmup: float) -> float:
+    """The learning rate's factor at `step` (from 0): up to 1 over the share `warmup`, then down to 0.
+
+    No step of the `total` has 0, as the first of transformers' schedule has: of one step nothing would be learnt.
+    """
+    first = max(1, math.ceil(warmup * total))
+    return min((step + 1) / first, (total - step) / max(1, total - first))
 
 
 class LowRank:
@@ -132,7 +133,7 @@ class Descent:
         """
         remaining = [ratio(self._finite(i, layer.after), float(layer.before)) for i, layer in self.layers.items()]
         (group,) = self.optimizer.param_groups
-        group["lr"] = self.settings.lr * self.settings.rate(self.step, self.steps)
+        group["lr"] = self.settings.lr * schedule(self.step, self.steps, self.settings.warmup)
         for parameter in group["params"]:
             parameter.grad /= rows
         self.optimizer.step()
