@@ -147,14 +147,20 @@ class Examiner:
         return findings
 
     def _identity(self, maker: Maker | None, correction: Correction | None) -> str:
+        from caprese_distill.end_to_end import digest
+
         from .lora import tensors
 
         told: list[Any] = [self.base]
         if maker and correction:
             method = maker.method
-            told.append([method.name, method.density, list(method.layers), correction.seconds])
-            for name, tensor in tensors(correction.ff).items():
-                told.append([name, hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()])
+            told += [
+                method.name,
+                method.density,
+                list(method.layers),
+                correction.seconds,
+                digest(tensors(correction.ff)),
+            ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def _examine(self, name: str, maker: Maker | None, correction: Correction | None) -> Findings:
@@ -218,7 +224,10 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         parts = [f"{plain['variant']} loses {lost:.1f} ± {error:.1f} points of {task}"]
         for each in corrections:
             share, error = each[f"{task}_recovered"], each[f"{task}_recovered_stderr"]
-            if share is not None:
+            if share is None:
+                below, error = (100 * each[f"{task}_below_full{part}"] for part in ("", "_stderr"))
+                parts.append(f"{each['variant']} is {below:.1f} ± {error:.1f} below Full")
+            else:
                 parts.append(f"{each['variant']} gives back {share:.0%} ± {100 * error:.0f}")
         told.append("; ".join(parts) + ".")
     return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from caprese_distill import checkpoint
 from caprese_distill.adam import AdamSettings
 from caprese_distill.data import Sample
-from caprese_distill.end_to_end import Recipe, distill_end_to_end
+from caprese_distill.end_to_end import Recipe, digest, distill_end_to_end
 from caprese_distill.layerwise import distill_layer_wise
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
@@ -102,10 +102,10 @@ class Maker:
         ff = {i: LowRank(adapters.left[i], adapters.right[i]).to(self.model.device) for i in self.method.layers}
         return Correction(dict[int, nn.Module](ff), adapters.config.training.get("seconds", 0.0))
 
-    def _identity(self, *stages: str) -> str:
-        """Of stages that follow one another."""
-        recipes = [asdict(self.recipes[s]) if s in self.recipes else asdict(self.adam) for s in stages]
-        return hashlib.sha256(json.dumps([self.base, stages, recipes]).encode()).hexdigest()
+    def _identity(self, stage: str, initial: Mapping[str, Tensor]) -> str:
+        """Of a stage that begins with `initial`."""
+        recipes = {"adam": asdict(self.adam)} | {name: asdict(recipe) for name, recipe in self.recipes.items()}
+        return hashlib.sha256(json.dumps([self.base, stage, recipes.get(stage), digest(initial)]).encode()).hexdigest()
 
     def _path(self, stage: str) -> tuple[Path, bool]:
         """Its file, and whether that is a given one."""
@@ -116,18 +116,17 @@ class Maker:
 
     def _adapters(self, stage: str) -> Adapters:
         path, given = self._path(stage)
-        identity = self._identity(*(["closed-form"] if stage == "end-to-end" else []), stage)
+        if given:
+            return self._checked(path)
+        initial = self._adapters("closed-form") if stage == "end-to-end" else None
+        identity = self._identity(stage, initial.tensors() if initial else {})
         if path.exists():
             found = Adapters.load(path)
-            if given:
-                self._check(found, path)
-            if given or found.config.training.get("identity") == identity:
+            if found.config.training.get("identity") == identity:
                 return found
-        resume = checkpoint.resume_path(path)
+        resume, common = checkpoint.resume_path(path), (self.model, self.samples, self.info, self.method)
         self._say(stage)
-        common = (self.model, self.samples, self.info, self.method)
-        if stage == "end-to-end":
-            initial = self._adapters("closed-form")
+        if initial:
             made = distill_end_to_end(*common, initial, self.recipes[stage], resume, self.console)
         else:
             made = distill_layer_wise(*common, resume, self.console, self.adam if stage == "adam" else None)
@@ -138,9 +137,13 @@ class Maker:
 
     def _lora(self, stage: str) -> Correction:
         path, given = self._path(stage)
-        lora = begin(self.info, self.method, 0, self.model.device)
-        before = ["lora-layer-wise"] if stage == "lora-end-to-end" else []
-        identity = {} if given else {"settings": self._identity(*before, stage)}
+        lora, seconds, identity = begin(self.info, self.method, 0, self.model.device), 0.0, {}
+        if not given:
+            if stage == "lora-end-to-end":
+                first = self._lora("lora-layer-wise")
+                load_tensors(lora, tensors(first.ff))
+                seconds = first.seconds
+            identity = {"settings": self._identity(stage, tensors(lora))}
         found = checkpoint.load(path, identity) if path.exists() else "there is none"
         if not isinstance(found, str):
             try:
@@ -151,25 +154,23 @@ class Maker:
         if given:
             raise self._other(path, found)
         self._say(stage)
-        seconds = 0.0
-        if before:
-            first = self._lora(*before)
-            load_tensors(lora, tensors(first.ff))
-            seconds = first.seconds
-        resume, task = checkpoint.resume_path(path), EndToEnd if before else LayerWise
-        recipe = self.recipes[stage]
+        resume, task = checkpoint.resume_path(path), EndToEnd if stage == "lora-end-to-end" else LayerWise
         common = (self.model, self.samples, self.info, self.method)
-        seconds = round(seconds + fit(task, *common, lora, recipe, resume, self.console).seconds, 1)
+        trainer = fit(task, *common, lora, self.recipes[stage], resume, self.console)
+        seconds = round(seconds + trainer.seconds, 1)
         checkpoint.save(path, tensors(lora), {"seconds": seconds}, identity)
         checkpoint.remove(resume)
         return Correction(dict[int, nn.Module](lora), seconds)
 
-    def _check(self, found: Adapters, path: Path) -> None:
-        config, ours = found.config, self.method
+    def _checked(self, path: Path) -> Adapters:
+        """Given adapters, which must be of this method and model."""
+        found, ours = Adapters.load(path), self.method
+        config = found.config
         config.base_model.check_serves(self.info, str(path))
         theirs = (config.method, config.density, tuple(config.layers), config.rank)
         if theirs != (ours.name, ours.density, tuple(ours.layers), ours.rank):
             raise self._other(path, "{}, density {:g}, layers {}, rank {}".format(*theirs))
+        return found
 
     def _other(self, path: Path, found: str) -> CapreseError:
         ours = self.method

@@ -228,15 +228,20 @@ def train(
     return trainer
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes and values."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def identify(
     model: Any, samples: Sequence[Sample], method: Method, initial: Mapping[str, Tensor], recipe: Recipe
 ) -> dict[str, Any]:
     """All that the result of a training depends on."""
-    digest = hashlib.sha256()
-    for name, tensor in initial.items():
-        digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
     versions = {"dtype": str(model.dtype), "device": str(next(model.parameters()).device), "torch": torch.__version__}
-    settings = {"method": method.name, "density": method.density, "initial adapters": digest.hexdigest()}
+    settings = {"method": method.name, "density": method.density, "initial adapters": digest(initial)}
     return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -89,6 +90,16 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(Killed):
             run(tmp_path, "--seed", "2")  # other samples: all anew
 
+    def wrong(*_: object, **__: object) -> None:
+        pytest.fail("nothing of this depends on what changed")
+
+    with monkeypatch.context() as patch:  # one learning rate: its stage alone
+        patch.setitem(SETTINGS, "griffin", replace(SETTINGS["griffin"], end_to_end=1e-3))
+        patch.setattr(recovery_adapters, "distill_end_to_end", killed)
+        patch.setattr(recovery_adapters, "distill_layer_wise", wrong)
+        with pytest.raises(Killed):
+            run(tmp_path)
+
     given = tmp_path / "given"
     given.mkdir()
     for stage in STAGES:
@@ -144,5 +155,5 @@ def test_rows_and_remarks() -> None:
     assert rows[1]["math_recovered"] is None
     assert remarks(rows) == [
         "CATS loses 40.0 ± 4.9 points of math; best gives back 75% ± 7.",
-        "CATS loses 0.0 ± 0.0 points of reading.",
+        "CATS loses 0.0 ± 0.0 points of reading; best is 0.0 ± 0.0 below Full.",
     ]
