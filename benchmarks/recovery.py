@@ -94,8 +94,11 @@ def recovery(
         console.print(table(section, part, COLUMNS))
         for remark in remarks(part):
             console.print(remark)
+    error = "held-out error of the last hidden state, eq. 8"
     plots = [
-        Plot(s, "variant", task, ("section",), "", f"{task} accuracy") for s in result.sections() for task in TASKS
+        Plot(section, "hidden_error", task, ("variant",), error, f"{task} accuracy")
+        for section in result.sections()
+        for task in TASKS
     ]
     console.print(f"Written: {result.write(out, plots)}, .csv, .html")
 
