@@ -8,9 +8,10 @@ from .compare import compare
 from .kernel_bench import kernels
 from .parameters import parameters
 from .prefix_bench import prefix
+from .residual import residual
 
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, parameters, compare):
+for verb in (kernels, prefix, parameters, residual, compare):
     app.command()(verb)
