@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .ablation import ablation
 from .compare import compare
 from .kernel_bench import kernels
 from .parameters import parameters
@@ -13,5 +14,5 @@ from .residual import residual
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, parameters, residual, compare):
+for verb in (kernels, prefix, parameters, residual, ablation, compare):
     app.command()(verb)
