@@ -36,7 +36,7 @@ KEYS = ["section", "stage", "density", "rank"]
 MEASURES = ["math", "reading"]
 STAGES = ("layer-wise", "end-to-end")
 # Where the demo model goes from nearly all lost to hardly anything; CATS needs far fewer neurons than GRIFFIN.
-DENSITIES: dict[MethodName, str] = {"griffin": "0.3,0.4,0.5,0.6,0.75", "cats": "0.01,0.02,0.05,0.1,0.25"}
+DENSITIES: dict[MethodName, str] = {"griffin": "0.4,0.5,0.6,0.75", "cats": "0.02,0.05,0.1,0.25"}
 TITLES: dict[MethodName, str] = {"griffin": "GRIFFIN", "cats": "CATS"}
 FULL = "Full"
 
@@ -49,7 +49,7 @@ def ablation(
     densities: Annotated[
         str | None, typer.Option(help=f"Comma-separated; default {DENSITIES['griffin']} and {DENSITIES['cats']}.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="Comma-separated; 0 is the plain method.")] = "0,8,16,32,64,128",
+    ranks: Annotated[str, typer.Option(help="Comma-separated; 0 is the plain method.")] = "0,8,32,128",
     stage: Annotated[str, typer.Option(help="layer-wise or end-to-end.")] = "layer-wise",
     learning_rate: Annotated[float | None, typer.Option(help="End to end; default as `caprese distill`.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="End to end.")] = 3,

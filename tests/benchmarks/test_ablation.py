@@ -14,7 +14,7 @@ from caprese_kernels.errors import CapreseError
 
 def run(out: Path, **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"methods": "griffin", "densities": "0.5", "ranks": "0,32", "stage": "layer-wise"}
-    given |= {"learning_rate": None, "epochs": 1, "samples": 200, "math": 12, "reading": 2}
+    given |= {"learning_rate": None, "epochs": 1, "samples": 200, "math": 8, "reading": 2}
     ablation(str(DEMO_MODEL), **(given | {"quick": False, "resume": False} | options), out=out)
     return json.loads((out / "ablation.json").read_text())
 
@@ -45,9 +45,9 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     full, plain, corrected = whole["rows"][:3]
     assert full["math"] > 0.9 > corrected["math"] > plain["math"]
     assert corrected["remaining"] < 1
-    assert plain["math_stderr"] == pytest.approx((plain["math"] * (1 - plain["math"]) / 12) ** 0.5)
+    assert plain["math_stderr"] == pytest.approx((plain["math"] * (1 - plain["math"]) / 8) ** 0.5)
     with pytest.raises(CapreseError, match="--resume of"):
-        run(tmp_path / "killed", methods="griffin,cats", math=13, resume=True)
+        run(tmp_path / "killed", methods="griffin,cats", math=9, resume=True)
 
 
 def test_end_to_end(tmp_path: Path) -> None:
