@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KEYS = ["section", "correction", "density", "rank"]
 MEASURES = ["error"]
-DENSITIES, QUICK_DENSITIES = "0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "0.1,0.5"
+DENSITIES, QUICK_DENSITIES = "0.05,0.1,0.2,0.3,0.5,0.7,0.9", "0.1,0.5"
 SECTIONS: dict[CaseMethod, str] = {"top-k": "oracle top-k of |z|", "griffin": "GRIFFIN", "cats": "CATS"}
 
 
@@ -36,7 +36,7 @@ def residual(
     data: Annotated[
         Path | None, typer.Option(help="JSONL of `prompt` and `response`; default the demo's problems.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Samples; a tenth is held out and measured.")] = 4000,
+    samples: Annotated[int, typer.Option(min=2, help="Samples; a tenth is held out and measured.")] = 2000,
     densities: Annotated[str, typer.Option(help="Comma-separated shares of neurons kept.")] = DENSITIES,
     ranks: Annotated[str | None, typer.Option(help="Comma-separated; default 0 and powers of two up to D.")] = None,
     layers: Annotated[
