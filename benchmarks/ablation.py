@@ -53,7 +53,7 @@ def ablation(
     stage: Annotated[str, typer.Option(help="layer-wise or end-to-end.")] = "layer-wise",
     learning_rate: Annotated[float | None, typer.Option(help="End to end; default as `caprese distill`.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="End to end.")] = 3,
-    samples: Annotated[int, typer.Option(min=20, help="Training problems.")] = 8000,
+    samples: Annotated[int, typer.Option(min=20, help="Training problems.")] = 2000,
     math: Annotated[int, typer.Option(min=1, help="Held-out word problems.")] = 1000,
     reading: Annotated[int, typer.Option(min=1, help="Held-out reading questions.")] = 500,
     quick: Annotated[bool, typer.Option("--quick", help="One density, two ranks, few problems.")] = False,
