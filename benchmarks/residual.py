@@ -65,6 +65,8 @@ def residual(
     with progress(console) as bar:
         line = bar.add_task("tokens", total=subject.tokens)
         sums = run_cases(subject.model, blocks, subject.samples, cases, True, lambda tokens: bar.advance(line, tokens))
+        held_out = next(iter(sums[wanted[0]].values())).held_out  # every layer and case sees the same tokens
+        result.provenance["settings"]["tokens_held_out"] = int(held_out.rows)
         line = bar.add_task("solutions", total=len(cases))
         for case in cases:
             result.rows += rows(case, [by_case[case] for by_case in sums.values()], chosen)
@@ -100,7 +102,6 @@ def rows(case: Case, layers: list[CaseSums], ranks: list[int]) -> list[Row]:
             "error": sum(found) / len(found),
             "error_best_layer": min(found),
             "error_worst_layer": max(found),
-            "tokens": int(layers[0].held_out.rows),
         }
         for (correction, rank), found in sorted(errors.items())
     ]
@@ -113,7 +114,6 @@ COLUMNS: Columns = {
     "error": ("error", "{:.1%}".format),
     "best layer": ("error_best_layer", "{:.1%}".format),
     "worst layer": ("error_worst_layer", "{:.1%}".format),
-    "tokens": ("tokens", str),
 }
 PLOTS = [
     Plot(section, "density", "error", ("rank",), "density", "relative FF output error", "correction")

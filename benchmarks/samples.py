@@ -54,7 +54,8 @@ def load(model: str, data: Path | None, count: int) -> Subject:
             found=f"{len(samples)} of {len(rows)} ({dict(skipped)})",
             fix="give more data",
         )
-    return Subject(load_model(model, "float32"), tokenizer, BaseModelInfo.from_hf(config, model), samples)
+    name = "demo" if Path(model) == DEMO_MODEL else model  # where a checkout lies says nothing
+    return Subject(load_model(model, "float32"), tokenizer, BaseModelInfo.from_hf(config, name), samples)
 
 
 def numbers(option: str, text: str, low: float, high: float) -> list[float]:
