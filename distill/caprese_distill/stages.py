@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .adam import AdamSettings
 from .data import Sample
 from .end_to_end import Recipe, distill_end_to_end
 from .layerwise import distill_layer_wise
@@ -30,14 +32,16 @@ def run_stages(
     output: Path,
     console: Console | None = None,
     logs: Path | None = None,
+    adam: AdamSettings | None = None,
 ) -> Adapters:
     """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
 
+    The layer-wise stage is the closed form, or Adam if its settings are given.
     Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
     `logs` is a directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
-    adapters = _first_stage(model, samples, info, method, output, recipe is not None, console)
+    adapters = _first_stage(model, samples, info, method, output, recipe is not None, console, adam)
     if recipe is None:
         return adapters
     with _writer(logs) as writer:
@@ -58,11 +62,13 @@ def _first_stage(
     output: Path,
     keep: bool,
     console: Console | None,
+    adam: AdamSettings | None,
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
     settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype)))
+    solver = asdict(adam) if adam else None
+    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, solver=solver, dtype=str(model.dtype)))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
@@ -71,7 +77,7 @@ def _first_stage(
                 if console:
                     console.print(f"layer-wise stage: done before, {path}")
                 return found
-    adapters = distill_layer_wise(model, samples, info, method, resume, console)
+    adapters = distill_layer_wise(model, samples, info, method, resume, console, adam)
     if keep:
         marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": digest}})
         Adapters(marked, adapters.left, adapters.right).save(path)
