@@ -34,7 +34,7 @@ SECTIONS: dict[CaseMethod, str] = {"top-k": "oracle top-k of |z|", "griffin": "G
 def residual(
     model: Annotated[str, typer.Option(help="Model directory or Hub id.")] = str(DEMO_MODEL),
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of `prompt` and `response`; default the demo's problems.")
+        str | None, typer.Option(help="File or dataset, as for `caprese distill`; default the demo's problems.")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples; a tenth is held out and measured.")] = 2000,
     densities: Annotated[str, typer.Option(help="Comma-separated shares of neurons kept.")] = DENSITIES,
@@ -58,7 +58,11 @@ def residual(
     last = subject.info.num_hidden_layers - 1
     wanted = [int(i) for i in numbers("--layers", layers, 0, last)] if layers else range(last + 1)
     blocks = find_blocks(subject.model, subject.info, wanted)
-    settings = {"model": subject.info.name_or_path, "data": data and data.name, "samples": len(subject.samples)}
+    settings = {
+        "model": subject.info.name_or_path,
+        "data": Path(data).name if data and Path(data).exists() else data,
+        "samples": len(subject.samples),
+    }
     result = Result("residual", provenance() | {"settings": settings | {"layers": list(blocks)}}, KEYS, MEASURES)
     console = terminal()
     cases = [Case(method, density) for method in SECTIONS for density in kept]

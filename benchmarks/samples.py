@@ -32,16 +32,17 @@ class Subject:
         return sum(len(sample.ids) for sample in self.samples)
 
 
-def load(model: str, data: Path | None, count: int) -> Subject:
-    """`count` samples of `data` (JSONL, as for `caprese distill`), or of the demo's training problems."""
-    from caprese_distill.data import Row, encode, read_rows
+def load(model: str, data: str | None, count: int) -> Subject:
+    """`count` samples of `data` (a file or dataset, as for `caprese distill`), or of the demo's training problems."""
+    from caprese_distill.data import Row, encode
     from caprese_distill.loading import load_model, load_small_parts
+    from caprese_distill.sources import read_source
     from caprese_kernels.config import BaseModelInfo
     from caprese_serve.demo.problems import TASKS, problems
 
     config, tokenizer = load_small_parts(model)
     if data is not None:
-        rows = read_rows(data, count)
+        rows = read_source(data, count).rows
     else:
         each = [problems(task, "train", count // len(TASKS), seed=1) for task in TASKS]
         mixed = (problem for group in zip(*each, strict=True) for problem in group)

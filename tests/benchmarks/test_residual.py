@@ -39,9 +39,9 @@ def test_own_data_and_layers(tmp_path: Path) -> None:
     data = tmp_path / "own.jsonl"
     lines = [{"prompt": f"Ann has {n} apples and {n} pears.", "response": f"{n} + {n} = {2 * n}"} for n in range(3, 43)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = run(tmp_path, data=data, ranks="0,4", layers="1,3")
+    rows = run(tmp_path, data=str(data), ranks="0,4", layers="1,3")
     assert {row["rank"] for row in rows} == {0, 4}
-    held_out = split(load(str(DEMO_MODEL), data, 40).samples)[1]
+    held_out = split(load(str(DEMO_MODEL), str(data), 40).samples)[1]
     settings = json.loads((tmp_path / "residual.json").read_text())["provenance"]["settings"]
     assert settings["tokens_held_out"] == sum(sample.num_rows for sample in held_out)
     assert (settings["model"], settings["data"]) == ("demo", "own.jsonl")
@@ -57,4 +57,4 @@ def test_what_a_user_mistypes(tmp_path: Path) -> None:
     data = tmp_path / "short.jsonl"
     data.write_text('{"prompt": "a", "response": ""}\n' * 3)
     with pytest.raises(CapreseError, match="2 or more usable"):
-        load(str(DEMO_MODEL), data, 3)
+        load(str(DEMO_MODEL), str(data), 3)
