@@ -24,11 +24,13 @@ from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count, griffin_select
 
+CaseMethod = Literal["top-k", "griffin", "cats"]
+
 
 class Case(NamedTuple):
     """What is dropped: by GRIFFIN or CATS, or by an oracle that keeps the k largest |z| of each token (figure 2)."""
 
-    method: Literal["top-k", "griffin", "cats"]
+    method: CaseMethod
     density: float
 
     def keep(self, batch: Batch, g: Tensor, z: Tensor) -> Tensor:
