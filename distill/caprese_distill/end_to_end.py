@@ -220,6 +220,19 @@ def micro_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch
     return [Batch(part, False, device) for part in batches]
 
 
+def identity_of(
+    model: Any, samples: Sequence[Sample], method: Method, initial: Adapters, recipe: Recipe
+) -> dict[str, Any]:
+    """What the training depends on: a checkpoint of another identity is of no use."""
+    digest = hashlib.sha256()
+    for name, tensor in initial.tensors().items():
+        digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
+    device = next(model.parameters()).device
+    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+    settings = {"method": method.name, "density": method.density, "initial adapters": digest.hexdigest()}
+    return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
+
+
 def distill_end_to_end(
     model: Any,
     samples: Sequence[Sample],
@@ -241,16 +254,7 @@ def distill_end_to_end(
     """
     identity: dict[str, Any] = {}
     if resume is not None:
-        digest = hashlib.sha256()
-        for name, tensor in initial.tensors().items():
-            digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
-        versions = {
-            "dtype": str(model.dtype),
-            "device": str(next(model.parameters()).device),
-            "torch": torch.__version__,
-        }
-        settings = {"method": method.name, "density": method.density, "initial adapters": digest.hexdigest()}
-        identity = checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
+        identity = identity_of(model, samples, method, initial, recipe)
     blocks = find_blocks(model, info, method.layers)
     with (
         frozen(model, recipe.gradient_checkpointing),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ def make_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch]
     return batches
 
 
+def identity_of(model: Any, samples: Sequence[Sample], method: Method) -> dict[str, Any]:
+    """What the moments depend on: a checkpoint of another identity is of no use."""
+    device = next(model.parameters()).device
+    settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+    return checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+
+
 @torch.no_grad()
 def run_pass(
     model: Any,
@@ -98,16 +106,13 @@ def run_pass(
     and a run whose model, samples and settings are the same starts from there, to the same bits.
     """
     device = next(model.parameters()).device
-    blocks = find_blocks(model, info, method.layers)
+    find_blocks(model, info, method.layers)
     _check_ids(samples, model)
-    _check_memory(len(blocks), info.hidden_size, device)
     state = Pass.begin(method.layers, info.hidden_size, device)
     batches = make_batches(samples, device)
     identity: dict[str, Any] = {}
     if resume is not None:
-        settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-        versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
-        identity = checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+        identity = identity_of(model, samples, method)
         if resume.exists():
             found = checkpoint.load(resume, identity)
             if isinstance(found, str):
@@ -120,14 +125,12 @@ def run_pass(
     started, saved, cost = time.monotonic() - state.seconds, time.monotonic(), 0.0
     with (
         progress_bar(console, "tok/s") as bar,
-        Observer(blocks, method) as observer,
-        _shortened(model, method) as decoder,
+        feeding(model, info, method) as feed,
     ):
         done = sum(b.num_tokens for b in batches[: state.batches])
         line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
         for batch in batches[state.batches :]:
-            observer.expect(batch, state.held_out if batch.held_out else state.fit)
-            decoder(input_ids=batch.ids(), use_cache=False)
+            feed(batch, state.held_out if batch.held_out else state.fit)
             state.batches += 1
             state.seconds = time.monotonic() - started
             bar.advance(line, batch.num_tokens)
@@ -137,6 +140,21 @@ def run_pass(
                 saved = time.monotonic()
                 cost = saved - now
     return state
+
+
+@contextlib.contextmanager
+def feeding(
+    model: Any, info: BaseModelInfo, method: Method
+) -> Iterator[Callable[[Batch, Mapping[int, Moments]], None]]:
+    """A function that runs the original model over a batch and adds to the moments given with it."""
+    blocks = find_blocks(model, info, method.layers)
+    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
+
+        def feed(batch: Batch, moments: Mapping[int, Moments]) -> None:
+            observer.expect(batch, moments)
+            decoder(input_ids=batch.ids(), use_cache=False)
+
+        yield feed
 
 
 def distill_layer_wise(
@@ -209,17 +227,3 @@ def _check_ids(samples: Sequence[Sample], model: Any) -> None:
                 found=f"{largest} in the sample of line {sample.line}",
                 fix="use the model's own tokenizer",
             )
-
-
-def _check_memory(blocks: int, depth: int, device: torch.device) -> None:
-    needed = 2 * 2 * 8 * depth * depth * blocks  # X'X and X'E in float64, fitted and held out
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise CapreseError(
-            "device memory",
-            expected=f"{needed / 2**30:.1f} GiB for the moments of {blocks} layers",
-            found=f"{free / 2**30:.1f} GiB free",
-            fix="use fewer --layers, or --device cpu",
-        )

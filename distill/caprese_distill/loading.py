@@ -33,6 +33,23 @@ def load_small_parts(model: str) -> tuple[Any, Any]:
         raise _unloadable(model, error) from None
 
 
+def load_skeleton(model: str, config: Any, dtype: str) -> Any:
+    """The same model without any weight, on torch's meta device: shapes and dtypes, at no cost."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted)
+    except Exception as error:  # as below
+        raise _unloadable(model, error) from None
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype of the checkpoint's weights, as its configuration says."""
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
 def load_model(model: str, dtype: str) -> Any:
     """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight."""
     from transformers import AutoModelForCausalLM

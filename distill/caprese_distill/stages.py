@@ -6,19 +6,55 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from . import checkpoint
-from .data import Sample
+from . import checkpoint, end_to_end, layerwise
+from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
-from .layerwise import distill_layer_wise
+from .layerwise import distill_layer_wise, make_batches
+from .moments import Batch
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What a run has still to do after what a killed one left."""
+
+    batches: Sequence[Batch]  # of the pass of the original model
+    layers: Sequence[int]  # to solve
+    steps: Sequence[Sequence[Sample]]  # of training end to end
+    looks: int  # at the held-out samples, end to end
+    resumed: bool
+
+
+def remaining(model: Any, samples: Sequence[Sample], method: Method, recipe: Recipe | None, output: Path) -> Remaining:
+    """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
+    resume, device = checkpoint.resume_path(output), next(model.parameters()).device
+    batches, layers = make_batches(samples, device), method.layers
+    initial = _load_first_stage(_layer_wise_path(output), model, samples, method)
+    progress = None
+    if initial is not None:
+        batches, layers = [], ()
+    elif resume.exists():
+        progress = checkpoint.load_progress(resume, layerwise.identity_of(model, samples, method))
+        batches = batches[progress["batches"] :] if progress else batches
+    if recipe is None:
+        return Remaining(batches, layers, [], 0, bool(progress))
+    steps, looks = end_to_end.steps_of(split(samples)[0], recipe), recipe.epochs + 1
+    if initial is not None and resume.exists():
+        identity = end_to_end.identity_of(model, samples, method, initial, recipe)
+        progress = checkpoint.load_progress(resume, identity)
+        if progress:
+            steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
+    return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
 
 
 def run_stages(
@@ -44,6 +80,25 @@ def run_stages(
         return distill_end_to_end(model, samples, info, method, adapters, recipe, resume, console, writer)
 
 
+def save(adapters: Adapters, path: Path) -> None:
+    """Write the adapter file whole; CapreseError where the disk refuses."""
+    try:
+        adapters.save(path)
+    except (OSError, SafetensorError) as error:
+        raise CapreseError(
+            f"output {path}",
+            expected="a file that can be written",
+            found=getattr(error, "strerror", None) or str(error),
+            fix="free some space, or give another --output; the same command goes on from the last checkpoint",
+        ) from None
+
+
+def held_bytes(output: Path) -> int:
+    """Bytes of the files that a killed run left beside `output`."""
+    files = (checkpoint.resume_path(output), _layer_wise_path(output))
+    return sum(path.stat().st_size for path in files if path.exists())
+
+
 def clean_up(output: Path) -> None:
     """After `output` was written: the hidden files beside it go."""
     checkpoint.remove(checkpoint.resume_path(output))
@@ -61,22 +116,33 @@ def _first_stage(
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype)))
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+    found = _load_first_stage(path, model, samples, method)
+    if found is not None:
+        if console:
+            console.print(f"layer-wise stage: done before, {path}")
+        return found
+    adapters = distill_layer_wise(model, samples, info, method, resume, console)
+    if keep:
+        identity = {"identity": _identity(model, samples, method)}
+        marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
+        save(Adapters(marked, adapters.left, adapters.right), path)
+        checkpoint.remove(resume)
+    return adapters
+
+
+def _load_first_stage(path: Path, model: Any, samples: Sequence[Sample], method: Method) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
             found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == digest:
-                if console:
-                    console.print(f"layer-wise stage: done before, {path}")
+            if found.config.training.pop("identity", None) == _identity(model, samples, method):
                 return found
-    adapters = distill_layer_wise(model, samples, info, method, resume, console)
-    if keep:
-        marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": digest}})
-        Adapters(marked, adapters.left, adapters.right).save(path)
-        checkpoint.remove(resume)
-    return adapters
+    return None
+
+
+def _identity(model: Any, samples: Sequence[Sample], method: Method) -> str:
+    settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
+    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype)))
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _layer_wise_path(output: Path) -> Path:
