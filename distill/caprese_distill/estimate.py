@@ -149,13 +149,9 @@ class _Batch:
         """Both passes of a training step, and the gradients."""
         s, d, f = self.size, self.depth, self.neurons
         layer = self.tokens * (f * 3 * s + d * (16 + 2 * s) + self.attention)
-        sparse = layer + self.tokens * f + self.rows * s * (d + self.rank)
-        behind = self.layers - self.first  # what lies before the first L and R has no gradient
-        kept = (
-            behind * self.tokens * s * d + sparse
-            if checkpointed
-            else (self.sparse * sparse + (behind - self.sparse) * layer)
-        )
+        own = self.tokens * f + self.rows * s * (d + self.rank)  # what a sparse layer keeps besides
+        behind = self.layers - self.first - 1  # the input of the first block with L and R needs no gradient
+        kept = behind * self.tokens * s * d + layer + own if checkpointed else behind * layer + self.sparse * own
         return kept + max(self.tokens * s * (2 * f + 2 * d), self._selection) + self.rows * d * (8 + s)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from textwrap import shorten
@@ -40,7 +41,7 @@ def load_skeleton(model: str, config: Any, dtype: str) -> Any:
     wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted)
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=wanted)  # which writes into it
     except Exception as error:  # as below
         raise _unloadable(model, error) from None
 

@@ -38,8 +38,7 @@ class Student:
         self.decoder, self.method, self.dtype = model.get_decoder(), method, model.dtype
         devices = {i: next(block.parameters()).device for i, block in blocks.items()}
         self.left, self.right = (
-            {i: nn.Parameter(part[i].detach().to(devices[i], torch.float32, copy=True)) for i in blocks}
-            for part in (left, right)
+            {i: nn.Parameter(_copy(part[i], devices[i])) for i in blocks} for part in (left, right)
         )
         self.selections: dict[int, Tensor] = {}
         self.batch: Batch | None = None
@@ -113,6 +112,11 @@ class Student:
         return handles
 
 
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """float32, contiguous as a file would give it: a matrix product's last bits depend on the layout."""
+    return tensor.detach().to(device, torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
 @contextmanager
 def frozen(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """The model's own weights without gradients; with `gradient_checkpointing`, a layer's activations are computed
@@ -125,6 +129,7 @@ def frozen(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # else layers before the first L, R keep activations; it would outlive us
         for layer in model.get_decoder().layers:
             layer.training = True
     try:
