@@ -26,11 +26,12 @@ from torch import Tensor
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
+from .adam import AdamSettings, LowRank
 from .blocks import find_blocks
 from .data import Sample, split
-from .end_to_end import Recipe, micro_batches, steps_of
-from .layerwise import feeding, make_batches
-from .moments import Batch, Moments
+from .end_to_end import Recipe, steps_of
+from .layerwise import feeding, make_batches, pack
+from .moments import Batch, Moments, Sink
 from .solve import RIDGES, reduced_rank
 from .stages import Remaining
 from .student import Student, frozen
@@ -69,6 +70,7 @@ def estimate_memory(
     recipe: Recipe | None,
     device: torch.device,
     stored: torch.dtype,
+    adam: AdamSettings | None = None,
 ) -> Memory:
     """Memory of `run_stages` with these arguments, for `model` on any device, meta included.
 
@@ -83,20 +85,24 @@ def estimate_memory(
     fed = [_Batch(batch, model, info, method) for batch in make_batches(samples, device)]
     stages = {
         "loading": {"the file, beside its conversion": count * stored.itemsize if stored != model.dtype else 0},
-        "layer-wise": {
-            f"moments of {layers} layers": moments,
-            "activations": max(b.observed for b in fed),
-        },
-        "closed form": {f"moments of {layers} layers": moments, "one layer's solution": 8 * 8 * depth**2},
     }
-    disk = moments
+    activations = {"activations": max(b.observed for b in fed)}
+    in_lists = 8 * pairs if device.type == "cuda" else 0  # Adam's own work there
+    if adam is None:
+        sums = {f"moments of {layers} layers": moments}
+        stages["layer-wise"] = sums | activations
+        stages["closed form"] = sums | {"one layer's solution": 8 * 8 * depth**2}
+        disk = moments
+    else:
+        stages["layer-wise"] = {"L and R, gradients, Adam": 16 * pairs + in_lists} | activations
+        disk = 12 * pairs
     if recipe is not None:
         steps = steps_of(split(samples)[0], recipe)
-        longest = max((b for step in steps for b in micro_batches(step, device)), key=lambda b: b.num_padded)
+        longest = max((b for step in steps for b in pack(step, device)), key=lambda b: b.num_padded)
         batch = _Batch(longest, model, info, method)
         checkpointed = recipe.gradient_checkpointing
         stages["end to end"] = {
-            "L and R, gradients, Adam": 16 * pairs + (8 * pairs if device.type == "cuda" else 0),  # in lists, there
+            "L and R, gradients, Adam": 16 * pairs + in_lists,
             "layer-wise L and R": size * pairs,
             f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(checkpointed),
         }
@@ -108,7 +114,7 @@ def estimate_memory(
     if device.type == "cpu":
         return Memory(own | weights, stages, disk=disk, output=output)
     mapped = sum(stages.pop("loading").values())
-    copies = max(moments, 16 * pairs)
+    copies = max(0 if adam else moments, 16 * pairs)
     host = own | {"weights on their way, or a checkpoint's tensors": max(count * size + mapped, copies)}
     return Memory(weights, stages, host, disk, output)
 
@@ -219,29 +225,35 @@ def estimate_seconds(
     recipe: Recipe | None,
     samples: Sequence[Sample],
     left: Remaining,
+    adam: AdamSettings | None = None,
 ) -> dict[str, float]:
     """Seconds of every stage that is not done yet, by running small parts of it; they change nothing."""
     seconds: dict[str, float] = {}
+    device = next(model.parameters()).device
     model.eval()
     if left.batches:
-        seconds["original model"] = _seconds_of_pass(model, info, method, left.batches)
+        sink: Sink
+        if adam is None:
+            sink = Moments.zeros(info.hidden_size, device)
+        else:
+            sink = LowRank(info.hidden_size, method.rank, torch.Generator().manual_seed(0), device)
+        name = "original model" if adam is None else "Adam"
+        seconds[name] = _seconds_of_pass(model, info, method, left.batches, sink)
     if left.layers:
-        seconds["closed form"] = len(left.layers) * _seconds_of_solve(
-            info.hidden_size, method.rank, next(model.parameters()).device
-        )
+        seconds["closed form"] = len(left.layers) * _seconds_of_solve(info.hidden_size, method.rank, device)
     if recipe is not None and (left.steps or left.looks):
         seconds["end to end"] = _seconds_of_training(model, info, method, recipe, samples, left)
     return seconds
 
 
 @torch.no_grad()
-def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> float:
+def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch], sink: Sink) -> float:
+    """One sink takes the rows of all layers: memory of one layer, and the same work."""
     device = next(model.parameters()).device
-    shared = Moments.zeros(info.hidden_size, device)
-    moments, chosen = dict.fromkeys(method.layers, shared), _spread(batches)
+    sinks, chosen = dict.fromkeys(method.layers, sink), _spread(batches)
     with feeding(model, info, method) as feed:
-        feed(_small(batches), moments)
-        seconds = _timed(device, lambda: [feed(batch, moments) for batch in chosen])
+        feed(_small(batches), sinks)
+        seconds = _timed(device, lambda: [feed(batch, sinks) for batch in chosen])
     return seconds / _padded(chosen) * _padded(batches)
 
 
@@ -263,7 +275,7 @@ def _seconds_of_training(
     model: Any, info: BaseModelInfo, method: Method, recipe: Recipe, samples: Sequence[Sample], left: Remaining
 ) -> float:
     device, depth = next(model.parameters()).device, info.hidden_size
-    batches = [batch for step in left.steps for batch in micro_batches(step, device)]
+    batches = [batch for step in left.steps for batch in pack(step, device)]
     held_out = [batch for batch in make_batches(samples, device) if batch.held_out]
     chosen = _spread(batches or held_out)
     zeros: list[dict[int, Tensor]] = [

@@ -53,12 +53,16 @@ def stored_dtype(config: Any) -> torch.dtype:
 
 def load_model(model: str, dtype: str) -> Any:
     """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        # torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word.
+        capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
+        network, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, output_loading_info=True, attn_implementation="eager" if capped else None
+        )
     except Exception as error:  # as above
         raise _unloadable(model, error) from None
     if info["missing_keys"]:

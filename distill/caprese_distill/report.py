@@ -15,6 +15,7 @@ from rich.table import Table
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 
+from .adam import AdamSettings
 from .data import Sample, split
 from .end_to_end import Recipe, steps_of
 from .estimate import Memory, gib, peak_memory
@@ -52,6 +53,7 @@ def report_plan(
     samples: Sequence[Sample],
     given: int,
     memory: Memory,
+    adam: AdamSettings | None = None,
 ) -> None:
     """What is going to be done, and the memory that it takes; `given` rows gave these samples."""
     count = sum(p.numel() for p in model.parameters())
@@ -67,7 +69,8 @@ def report_plan(
         # Paper, appendix B, figure 6: of the whole model, and of its FF blocks alone.
         "adapter": f"{added:,} parameters, {added / count:.2%} of the model's, {added / in_blocks:.2%} of its FF "
         f"blocks'; {gib(memory.output)}",
-        "stages": "layer-wise (closed form)" + (", then end to end" if recipe else ""),
+        "stages": f"layer-wise ({f'Adam, {adam.epochs} epochs' if adam else 'closed form'})"
+        + (", then end to end" if recipe else ""),
         "samples": f"{len(samples):,} used, {len(held_out):,} of them held out; {given - len(samples):,} skipped",
         "tokens": f"{prompt:,} of prompts, {response:,} of responses",
     }
@@ -143,13 +146,14 @@ def report(adapters: Adapters, output: Path, card: Path | None) -> None:
     config, training = adapters.config, adapters.config.training
     console = Console()
     table = Table(
-        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise, held-out samples"
+        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by {training['solver']}, "
+        "held-out samples"
     )
     for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
         table.add_column(column, justify="right")
     for layer, row in training["errors"].items():
         parts = [f"{row[key]:.1%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")]
-        table.add_row(layer, *parts, f"{row['ridge']:g}")
+        table.add_row(layer, *parts, "-" if row["ridge"] is None else f"{row['ridge']:g}")
     console.print(table)
     if "end_to_end" in training:
         errors = training["end_to_end"]["held_out_errors"]

@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -18,9 +19,10 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint, end_to_end, layerwise
+from .adam import AdamSettings, Descent
 from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
-from .layerwise import distill_layer_wise, make_batches
+from .layerwise import distill_layer_wise, make_batches, pack
 from .moments import Batch
 
 
@@ -28,33 +30,54 @@ from .moments import Batch
 class Remaining:
     """What a run has still to do after what a killed one left."""
 
-    batches: Sequence[Batch]  # of the pass of the original model
-    layers: Sequence[int]  # to solve
+    batches: Sequence[Batch]  # through the original model, layer-wise
+    layers: Sequence[int]  # to solve in closed form
     steps: Sequence[Sequence[Sample]]  # of training end to end
     looks: int  # at the held-out samples, end to end
     resumed: bool
 
 
-def remaining(model: Any, samples: Sequence[Sample], method: Method, recipe: Recipe | None, output: Path) -> Remaining:
+def remaining(
+    model: Any,
+    samples: Sequence[Sample],
+    method: Method,
+    recipe: Recipe | None,
+    output: Path,
+    adam: AdamSettings | None = None,
+) -> Remaining:
     """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
-    resume, device = checkpoint.resume_path(output), next(model.parameters()).device
-    batches, layers = make_batches(samples, device), method.layers
-    initial = _load_first_stage(_layer_wise_path(output), model, samples, method)
+    resume = checkpoint.resume_path(output)
+    initial = _load_first_stage(_layer_wise_path(output), model, samples, method, adam)
     progress = None
-    if initial is not None:
-        batches, layers = [], ()
-    elif resume.exists():
-        progress = checkpoint.load_progress(resume, layerwise.identity_of(model, samples, method))
-        batches = batches[progress["batches"] :] if progress else batches
+    batches: Sequence[Batch] = []
+    if initial is None:
+        if resume.exists():
+            progress = checkpoint.load_progress(resume, layerwise.identity_of(model, samples, method, adam))
+        batches = _layer_wise_batches(samples, next(model.parameters()).device, adam, progress or {})
+    layers = method.layers if initial is None and adam is None else ()
     if recipe is None:
-        return Remaining(batches, layers, [], 0, bool(progress))
+        return Remaining(batches, layers, [], 0, initial is not None or bool(progress))
     steps, looks = end_to_end.steps_of(split(samples)[0], recipe), recipe.epochs + 1
     if initial is not None and resume.exists():
-        identity = end_to_end.identity_of(model, samples, method, initial, recipe)
-        progress = checkpoint.load_progress(resume, identity)
+        progress = checkpoint.load_progress(resume, end_to_end.identity_of(model, samples, method, initial, recipe))
         if progress:
             steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
     return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
+
+
+def _layer_wise_batches(
+    samples: Sequence[Sample], device: torch.device, adam: AdamSettings | None, progress: dict[str, Any]
+) -> list[Batch]:
+    """What goes through the original model yet: one pass; before it, with Adam, that of every step."""
+    last = make_batches(samples, device)[progress.get("batches", 0) :]
+    if adam is None:
+        return last
+    fit, _ = split(samples)
+    descent, batches = Descent([0], 1, 1, len(fit), adam, torch.device("cpu")), []  # for its order of samples
+    for step in range(progress.get("step", 0), descent.steps):
+        descent.step = step
+        batches += pack([fit[i] for i in descent.draw()], device)
+    return batches + last
 
 
 def run_stages(
@@ -66,14 +89,16 @@ def run_stages(
     output: Path,
     console: Console | None = None,
     logs: Path | None = None,
+    adam: AdamSettings | None = None,
 ) -> Adapters:
     """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
 
+    The layer-wise stage is the closed form, or Adam if its settings are given.
     Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
     `logs` is a directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
-    adapters = _first_stage(model, samples, info, method, output, recipe is not None, console)
+    adapters = _first_stage(model, samples, info, method, output, recipe is not None, console, adam)
     if recipe is None:
         return adapters
     with _writer(logs) as writer:
@@ -113,35 +138,39 @@ def _first_stage(
     output: Path,
     keep: bool,
     console: Console | None,
+    adam: AdamSettings | None,
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    found = _load_first_stage(path, model, samples, method)
+    found = _load_first_stage(path, model, samples, method, adam)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
-    adapters = distill_layer_wise(model, samples, info, method, resume, console)
+    adapters = distill_layer_wise(model, samples, info, method, resume, console, adam)
     if keep:
-        identity = {"identity": _identity(model, samples, method)}
+        identity = {"identity": _identity(model, samples, method, adam)}
         marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
         save(Adapters(marked, adapters.left, adapters.right), path)
         checkpoint.remove(resume)
     return adapters
 
 
-def _load_first_stage(path: Path, model: Any, samples: Sequence[Sample], method: Method) -> Adapters | None:
+def _load_first_stage(
+    path: Path, model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None
+) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
             found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == _identity(model, samples, method):
+            if found.config.training.pop("identity", None) == _identity(model, samples, method, adam):
                 return found
     return None
 
 
-def _identity(model: Any, samples: Sequence[Sample], method: Method) -> str:
+def _identity(model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None) -> str:
     settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype)))
+    solver = asdict(adam) if adam else None
+    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, solver=solver, dtype=str(model.dtype)))
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

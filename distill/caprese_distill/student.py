@@ -37,8 +37,15 @@ class Student:
     ):
         self.decoder, self.method, self.dtype = model.get_decoder(), method, model.dtype
         devices = {i: next(block.parameters()).device for i, block in blocks.items()}
+        # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
         self.left, self.right = (
-            {i: nn.Parameter(_copy(part[i], devices[i])) for i in blocks} for part in (left, right)
+            {
+                i: nn.Parameter(
+                    part[i].detach().to(devices[i], torch.float32).clone(memory_format=torch.contiguous_format)
+                )
+                for i in blocks
+            }
+            for part in (left, right)
         )
         self.selections: dict[int, Tensor] = {}
         self.batch: Batch | None = None
@@ -110,11 +117,6 @@ class Student:
         if self.method.name == "cats":
             handles.append(block.act_fn.register_forward_hook(see_activation))
         return handles
-
-
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """float32, contiguous as a file would give it: a matrix product's last bits depend on the layout."""
-    return tensor.detach().to(device, torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 @contextmanager

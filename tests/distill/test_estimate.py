@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from caprese_distill import checkpoint, end_to_end, estimate, layerwise, loading
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
-from caprese_distill.end_to_end import Recipe, Trainer, micro_batches, steps_of
+from caprese_distill.end_to_end import Recipe, Trainer, steps_of
 from caprese_distill.estimate import check_disk, check_memory, estimate_memory, estimate_seconds
-from caprese_distill.layerwise import Pass, make_batches, run_pass
+from caprese_distill.layerwise import Pass, make_batches, pack, run_pass
 from caprese_distill.loading import load_skeleton, stored_dtype
 from caprese_distill.stages import Remaining, remaining, run_stages
 from caprese_distill.student import Student, frozen
@@ -88,7 +88,7 @@ def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, meth
             t.nbytes for t in (*parameters, *(p.grad for p in parameters if p.grad is not None), *states)
         )
         trainer.save(tmp_path / "checkpoint")
-    state.save(tmp_path / "moments", {})
+    checkpoint.save(tmp_path / "moments", *state.snapshot(), {})
     output = tmp_path / "a"
     run_stages(model, samples, info, resolved, None, output).save(output)
     header = 8192
@@ -116,7 +116,7 @@ def test_activations_are_near_what_is_allocated(tmp_path: Path, method: str, dty
         with frozen(model, recipe.gradient_checkpointing), student_of(model, info, resolved) as student:
             trainer = Trainer(model, student, samples, recipe, None, {}, end_to_end.Group())
             trainer._step(trainer.steps[0])  # Adam's state and the gradients, which stay
-            longest = max(trainer.steps, key=lambda step: max(b.num_padded for b in micro_batches(step, CPU)))
+            longest = max(trainer.steps, key=lambda step: max(b.num_padded for b in pack(step, CPU)))
             most = allocated(partial(trainer._step, longest))
         activations = list(parts(recipe)["end to end"].values())[2]
         print(method, dtype, recipe.gradient_checkpointing, activations, most)
@@ -219,7 +219,7 @@ def test_time_is_scaled_from_what_is_timed(model_dir: ModelDir, monkeypatch: pyt
         sizes = sorted(b.num_padded for b in part)
         return sum(sizes[len(sizes) * i // 6] for i in (1, 3, 5))
 
-    micro = [b for step in steps for b in micro_batches(step, CPU)]
+    micro = [b for step in steps for b in pack(step, CPU)]
     held_out = [b for b in batches if b.held_out]
     assert found["original model"] == pytest.approx(padded(batches) / chosen(batches))
     assert found["closed form"] == 9 * 2
