@@ -60,7 +60,9 @@ def remaining(
         return Remaining(batches, layers, [], 0, initial is not None or bool(progress))
     steps, looks = end_to_end.steps_of(split(samples)[0], recipe), recipe.epochs + 1
     if initial is not None and resume.exists():
-        progress = checkpoint.load_progress(resume, end_to_end.identity_of(model, samples, method, initial, recipe))
+        progress = checkpoint.load_progress(
+            resume, end_to_end.identify(model, samples, method, initial.tensors(), recipe)
+        )
         if progress:
             steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
     return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
