@@ -18,6 +18,8 @@ from caprese_kernels.errors import CapreseError
 
 from .data import Sample
 
+_SUMMED = 2**22  # weights at a time: on a CPU torch copies what it sums to float64
+
 
 def resume_path(output: Path) -> Path:
     """The checkpoint beside the adapter `output`."""
@@ -31,7 +33,9 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], **settings: Any) ->
     """
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        weights.update(f"{name} {tuple(parameter.shape)} {parameter.sum(dtype=torch.float64).item()!r}".encode())
+        parts = parameter.detach().flatten().split(_SUMMED)
+        total = sum(part.sum(dtype=torch.float64).item() for part in parts)
+        weights.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
     ids = hashlib.sha256()
     for sample in samples:
         ids.update(sample.prompt_length.to_bytes(4, "little") + sample.ids.numpy().tobytes())
@@ -61,15 +65,30 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
     """Tensors and progress; or, as a string, why the file is of no use here."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            found = json.loads(header["identity"])
-            other = [key for key, value in identity.items() if found.get(key) != value]
-            if other:
-                return f"it belongs to a run with other {', '.join(other)}"
+            progress = _progress(file, identity)
+            if isinstance(progress, str):
+                return progress
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(header["progress"])
+            return {name: file.get_tensor(name) for name in names}, progress
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         return f"it cannot be read ({type(error).__name__})"
+
+
+def load_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The progress alone; None where `load` finds nothing of use."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = _progress(file, identity)
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+    return None if isinstance(progress, str) else progress
+
+
+def _progress(file: Any, identity: Mapping[str, Any]) -> dict[str, Any] | str:
+    header = file.metadata() or {}
+    found = json.loads(header["identity"])
+    other = [key for key, value in identity.items() if found.get(key) != value]
+    return f"it belongs to a run with other {', '.join(other)}" if other else json.loads(header["progress"])
 
 
 def remove(path: Path) -> None:

@@ -116,6 +116,9 @@ def distill(
     ] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows and of the order of training.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, memory and time after a few batches, and end; write nothing.")
+    ] = False,
 ) -> None:
     """Make adapters that give back what a sparse FF block loses.
 
@@ -160,6 +163,13 @@ def distill(
     unused = [name for name in ("--temperature", "--max-new-tokens", "--engine") if command[name] is not None]
     if unused and not generate:
         raise CapreseError(unused[0], expected="--generate beside it", found="none", fix=f"take out {unused[0]}")
+    if dry_run and generate:
+        raise CapreseError(
+            "--dry-run",
+            expected="responses to count",
+            found="--generate beside it",
+            fix="leave one of them out; an interrupted --generate keeps what it has",
+        )
     source = read_source(
         data,
         samples,
@@ -175,21 +185,26 @@ def distill(
     import torch
 
     from .adam import AdamSettings
-    from .blocks import plan
+    from .blocks import find_blocks, plan
+    from .card import write_card
     from .end_to_end import Recipe, default_learning_rate
+    from .estimate import check_disk, check_memory, estimate_memory, estimate_seconds
     from .generate import Generation, generate_samples
-    from .loading import find_device, load_model, load_small_parts
-    from .report import report
-    from .stages import clean_up, run_stages
+    from .loading import find_device, load_model, load_skeleton, load_small_parts, stored_dtype
+    from .report import Resources, report, report_estimate, report_plan
+    from .stages import clean_up, held_bytes, remaining, run_stages, save
 
     notes, target = Console(stderr=True), find_device(device)
     notes.print(str(source), highlight=False, markup=False)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
+    skeleton = load_skeleton(model, config, dtype)
+    find_blocks(skeleton, info, resolved.layers)
     if tokenizer.chat_template is None:
         notes.print("the tokenizer has no chat template: prompts are used as plain text")
     made = None
     if generate:
+        output.parent.mkdir(parents=True, exist_ok=True)
         settings = Generation(temperature, max_new_tokens, seed, dtype, arguments)
         made = generate_samples(rows, tokenizer, model, config, output, settings, max_length, notes)
         encoded = _usable(made.samples, made.skipped, len(rows), data, notes)
@@ -200,21 +215,27 @@ def distill(
     if fed < info.hidden_size:
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
     rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
-    recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
-    adam = AdamSettings(layer_wise_learning_rate, layer_wise_batch, layer_wise_epochs, seed=seed)
-    network = load_model(model, dtype).to(target)
+    recipe, adam = None, None
+    if stage == Stage.end_to_end:
+        recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
+    if solver == Solver.adam:
+        adam = AdamSettings(layer_wise_learning_rate, layer_wise_batch, layer_wise_epochs, seed=seed)
+    memory = estimate_memory(skeleton, encoded, info, resolved, recipe, target, stored_dtype(config), adam)
+    screen = Console() if dry_run else notes
+    report_plan(screen, skeleton, info, resolved, recipe, encoded, len(rows), memory, adam)
+    check_disk(memory, output, held_bytes(output))
+    warning = check_memory(memory, target)
+    if warning:
+        notes.print(warning)
     try:
-        adapters = run_stages(
-            network,
-            encoded,
-            info,
-            resolved,
-            recipe if stage == Stage.end_to_end else None,
-            output,
-            notes,
-            tensorboard,
-            adam if solver == Solver.adam else None,
-        )
+        network = load_model(model, dtype).to(target)
+        left = remaining(network, encoded, resolved, recipe, output, adam)
+        resources = Resources(memory, estimate_seconds(network, info, resolved, recipe, encoded, left, adam), target)
+        report_estimate(screen, resources, left)
+        if dry_run:
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        adapters = run_stages(network, encoded, info, resolved, recipe, output, notes, tensorboard, adam)
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",
@@ -223,20 +244,19 @@ def distill(
             fix="use a lower --max-length, or --stage layer-wise",
         ) from None
     except KeyboardInterrupt:
-        notes.print("interrupted; the same command goes on from the last checkpoint")
+        if not dry_run:
+            notes.print("interrupted; the same command goes on from the last checkpoint")
         raise
     adapters.config.training |= {
         "data": told,
         "command": shlex.join(["caprese", "distill", model, *given]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
+        "resources": resources.record(),
     }
-    try:
-        adapters.save(output)
-    except OSError as error:
-        raise _unwritable(output, error.strerror or str(error)) from None
+    save(adapters, output)
     clean_up(output)
-    report(adapters, output)
+    report(adapters, output, write_card(adapters, output))
     if made:
         notes.print(f"responses kept in {made.keep()}: --data reads them", highlight=False, markup=False)
 
@@ -255,8 +275,7 @@ def _check_writable(output: Path) -> None:
     if output.is_dir():
         raise _unwritable(output, "a directory")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
+        with tempfile.TemporaryFile(dir=next(p for p in output.absolute().parents if p.exists())):
             pass
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None

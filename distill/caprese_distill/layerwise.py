@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,18 @@ def pack(samples: Sequence[Sample], device: torch.device, held_out: bool = False
     return [Batch(batch, held_out, device) for batch in batches]
 
 
+def identity_of(
+    model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None = None
+) -> dict[str, Any]:
+    """What the sums, or Adam's L and R, depend on: a checkpoint of another identity is of no use."""
+    device = next(model.parameters()).device
+    settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+    settings["solver"] = "adam" if adam else "closed-form"
+    settings |= {"rank": method.rank, "Adam settings": asdict(adam)} if adam else {}
+    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+    return checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+
+
 @torch.no_grad()
 def run_pass(
     model: Any,
@@ -111,7 +123,7 @@ def run_pass(
     _check_memory(len(blocks), info.hidden_size, device)
     state = Pass.begin(method.layers, info.hidden_size, device)
     batches = make_batches(samples, device)
-    keeper = _Keeper(state, resume, console, model, samples, method, {"solver": "closed-form"})
+    keeper = _Keeper(state, resume, console, identity_of(model, samples, method) if resume else {})
     started = time.monotonic() - state.seconds
     with (
         progress_bar(console, "tok/s") as bar,
@@ -151,8 +163,7 @@ def descend(
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
-    settled = {"solver": "adam", "rank": method.rank, "Adam settings": asdict(settings)}
-    keeper = _Keeper(state, resume, console, model, samples, method, settled)
+    keeper = _Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
     started = time.monotonic() - state.seconds
     with (
         progress_bar(console, "tok/s") as bar,
@@ -248,19 +259,10 @@ class _Keeper:
         state: Pass | Descent,
         path: Path | None,
         console: Console | None,
-        model: Any,
-        samples: Sequence[Sample],
-        method: Method,
-        settings: Mapping[str, Any],
+        identity: Mapping[str, Any],
     ):
-        self.state, self.path = state, path
-        if path is None:
-            return
-        device = next(model.parameters()).device
-        settled = {"method": method.name, "density": method.density, "layers": list(method.layers), **settings}
-        versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
-        self.identity = checkpoint.fingerprint(model, samples, **settled, **versions, batch=BATCH_TOKENS[device.type])
-        if path.exists():
+        self.state, self.path, self.identity = state, path, identity
+        if path and path.exists():
             found = checkpoint.load(path, self.identity)
             if isinstance(found, str):
                 told = f"{found}; starting anew"
@@ -278,6 +280,19 @@ class _Keeper:
             checkpoint.save(self.path, *self.state.snapshot(), self.identity)
             self.saved = time.monotonic()
             self.cost = self.saved - now
+
+
+@contextlib.contextmanager
+def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
+    """A function that runs the original model over a batch, each layer adding to its sink."""
+    blocks = find_blocks(model, info, method.layers)
+    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
+
+        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
+            observer.expect(batch, sinks)
+            decoder(input_ids=batch.ids(), use_cache=False)
+
+        yield feed
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from textwrap import shorten
@@ -31,6 +32,23 @@ def load_small_parts(model: str) -> tuple[Any, Any]:
         return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
         raise _unloadable(model, error) from None
+
+
+def load_skeleton(model: str, config: Any, dtype: str) -> Any:
+    """The same model without any weight, on torch's meta device: shapes and dtypes, at no cost."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=wanted)  # which writes into it
+    except Exception as error:  # as below
+        raise _unloadable(model, error) from None
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype of the checkpoint's weights, as its configuration says."""
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
 def load_model(model: str, dtype: str) -> Any:

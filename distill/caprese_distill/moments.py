@@ -73,6 +73,11 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(len(s.ids) for s in self.samples)
 
+    @property
+    def num_padded(self) -> int:
+        """B * T: what the model computes."""
+        return len(self.samples) * max(len(s.ids) for s in self.samples)
+
     def ids(self) -> Tensor:
         """[B, T] int64, padded with token 0."""
         ids = nn.utils.rnn.pad_sequence([s.ids for s in self.samples], batch_first=True)

@@ -3,24 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from . import checkpoint
-from .adam import AdamSettings
-from .data import Sample
+from . import checkpoint, end_to_end, layerwise
+from .adam import AdamSettings, Descent
+from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
-from .layerwise import distill_layer_wise
+from .layerwise import distill_layer_wise, make_batches, pack
+from .moments import Batch
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What a run has still to do after what a killed one left."""
+
+    batches: Sequence[Batch]  # through the original model, layer-wise
+    layers: Sequence[int]  # to solve in closed form
+    steps: Sequence[Sequence[Sample]]  # of training end to end
+    looks: int  # at the held-out samples, end to end
+    resumed: bool
+
+
+def remaining(
+    model: Any,
+    samples: Sequence[Sample],
+    method: Method,
+    recipe: Recipe | None,
+    output: Path,
+    adam: AdamSettings | None = None,
+) -> Remaining:
+    """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
+    resume = checkpoint.resume_path(output)
+    initial = _load_first_stage(_layer_wise_path(output), model, samples, method, adam)
+    progress = None
+    batches: Sequence[Batch] = []
+    if initial is None:
+        if resume.exists():
+            progress = checkpoint.load_progress(resume, layerwise.identity_of(model, samples, method, adam))
+        batches = _layer_wise_batches(samples, next(model.parameters()).device, adam, progress or {})
+    layers = method.layers if initial is None and adam is None else ()
+    if recipe is None:
+        return Remaining(batches, layers, [], 0, initial is not None or bool(progress))
+    steps, looks = end_to_end.steps_of(split(samples)[0], recipe), recipe.epochs + 1
+    if initial is not None and resume.exists():
+        progress = checkpoint.load_progress(
+            resume, end_to_end.identify(model, samples, method, initial.tensors(), recipe)
+        )
+        if progress:
+            steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
+    return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
+
+
+def _layer_wise_batches(
+    samples: Sequence[Sample], device: torch.device, adam: AdamSettings | None, progress: dict[str, Any]
+) -> list[Batch]:
+    """What goes through the original model yet: one pass; before it, with Adam, that of every step."""
+    last = make_batches(samples, device)[progress.get("batches", 0) :]
+    if adam is None:
+        return last
+    fit, _ = split(samples)
+    descent, batches = Descent([0], 1, 1, len(fit), adam, torch.device("cpu")), []  # for its order of samples
+    for step in range(progress.get("step", 0), descent.steps):
+        descent.step = step
+        batches += pack([fit[i] for i in descent.draw()], device)
+    return batches + last
 
 
 def run_stages(
@@ -44,8 +104,28 @@ def run_stages(
     adapters = _first_stage(model, samples, info, method, output, recipe is not None, console, adam)
     if recipe is None:
         return adapters
+    _return_freed()
     with _writer(logs) as writer:
         return distill_end_to_end(model, samples, info, method, adapters, recipe, resume, console, writer)
+
+
+def save(adapters: Adapters, path: Path) -> None:
+    """Write the adapter file whole; CapreseError where the disk refuses."""
+    try:
+        adapters.save(path)
+    except (OSError, SafetensorError) as error:
+        raise CapreseError(
+            f"output {path}",
+            expected="a file that can be written",
+            found=getattr(error, "strerror", None) or str(error),
+            fix="free some space, or give another --output; the same command goes on from the last checkpoint",
+        ) from None
+
+
+def held_bytes(output: Path) -> int:
+    """Bytes of the files that a killed run left beside `output`."""
+    files = (checkpoint.resume_path(output), _layer_wise_path(output))
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 def clean_up(output: Path) -> None:
@@ -66,23 +146,43 @@ def _first_stage(
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    solver = asdict(adam) if adam else None
-    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, solver=solver, dtype=str(model.dtype)))
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+    found = _load_first_stage(path, model, samples, method, adam)
+    if found is not None:
+        if console:
+            console.print(f"layer-wise stage: done before, {path}")
+        return found
+    adapters = distill_layer_wise(model, samples, info, method, resume, console, adam)
+    if keep:
+        identity = {"identity": _identity(model, samples, method, adam)}
+        marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
+        save(Adapters(marked, adapters.left, adapters.right), path)
+        checkpoint.remove(resume)
+    return adapters
+
+
+def _load_first_stage(
+    path: Path, model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None
+) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
             found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == digest:
-                if console:
-                    console.print(f"layer-wise stage: done before, {path}")
+            if found.config.training.pop("identity", None) == _identity(model, samples, method, adam):
                 return found
-    adapters = distill_layer_wise(model, samples, info, method, resume, console, adam)
-    if keep:
-        marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": digest}})
-        Adapters(marked, adapters.left, adapters.right).save(path)
-        checkpoint.remove(resume)
-    return adapters
+    return None
+
+
+def _identity(model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None) -> str:
+    settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
+    solver = asdict(adam) if adam else None
+    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, solver=solver, dtype=str(model.dtype)))
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _return_freed() -> None:
+    """Give the first stage's memory back to the system: glibc keeps freed blocks below 32 MiB, which are all moments
+    of a model with D < 2048."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _layer_wise_path(output: Path) -> Path:

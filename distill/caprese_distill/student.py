@@ -147,6 +147,7 @@ def frozen(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # else layers before the first L, R keep activations; it would outlive us
         for layer in model.get_decoder().layers:
             layer.training = True
     try:

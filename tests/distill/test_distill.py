@@ -1,5 +1,6 @@
 """The command: adapters on disk, resumption, and every mistake told in one line."""
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, layerwise
+from caprese_distill import checkpoint, layerwise, loading
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
 from caprese_distill.layerwise import distill_layer_wise, run_pass
@@ -70,7 +71,10 @@ def test_the_command_writes_adapters(
         assert 0 < errors["remaining"] < 1
         assert errors["error_after"] == pytest.approx(errors["remaining"] * errors["error_before"])
     assert "remaining" in result.output
-    assert [p.name for p in output.parent.iterdir()] == ["a.safetensors"]  # no checkpoint, nothing partial
+    assert sorted(p.name for p in output.parent.iterdir()) == [
+        "README.md",
+        "a.safetensors",
+    ]  # no checkpoint, nothing partial
 
 
 def test_a_linear_error_is_recovered(model_dir: ModelDir, tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert checkpoint.resume_path(output).exists()
     other = checkpoint.resume_path(tmp_path / "other.safetensors")
     other.write_bytes(checkpoint.resume_path(output).read_bytes())
-    capsys.readouterr()
+    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
     run(output)
     assert "going on after batch" in capsys.readouterr().err
     assert not checkpoint.resume_path(output).exists()
@@ -238,6 +242,65 @@ def test_mistakes_are_told_in_one_line(
         distill(**given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "a").exists()
+
+
+def test_mistakes_leave_nothing_behind(
+    model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a directory; those found before the model's weights are read do not read them."""
+    output, data = tmp_path / "new" / "a.safetensors", write_rows(make_rows(6))
+    broken = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    broken.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("inf")
+    broken.save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(match: str, model: Path, data: Path, **options: Any) -> None:
+        with pytest.raises(CapreseError, match=match) as error:
+            distill(str(model), str(data), output, rank=4, **options)
+        assert "\n" not in str(error.value)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused("activations of layer 1: expected finite values; found NaN or Inf", tmp_path / "m", data)
+    monkeypatch.setattr(loading, "load_model", None)
+    refused("expected two rows or more; found none", model_dir("llama"), tmp_path / "empty.jsonl")
+    refused(r"found 0 of 6 \(6 longer than 5 tokens\)", model_dir("llama"), data, max_length=5)
+    refused("FF block of layer 0: expected a gated FF block.*found no module mlp of OPT", model_dir("opt"), data)
+
+
+@pytest.mark.parametrize("stage", ["layer-wise", "end-to-end"])
+def test_a_full_disk_is_told_and_leaves_nothing(
+    model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, stage: str
+) -> None:
+    """The system itself refuses to write more than a page to any file, as a full disk would."""
+    output = tmp_path / "new" / "a.safetensors"
+    words = ["distill", str(model_dir("llama")), "--data", str(write_rows(make_rows(6))), "--output", str(output)]
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    code += f"sys.argv[1:] = {[*words, '--rank', '32', '--epochs', '1', '--stage', stage]!r}\n"
+    code += "from caprese_serve.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("caprese: ")]
+    assert "expected a file that can be written; found" in line
+    assert "File too large" in line
+    assert "Traceback" not in done.stderr
+    assert not list(output.parent.iterdir())
+
+
+def test_a_checkpoint_that_finds_no_room(
+    model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "new" / "a.safetensors"
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(CapreseError, match=r"expected room for .* beside the output; found .*No space left on device"):
+        distill(str(model_dir("llama")), str(write_rows(make_rows(6))), output, rank=4)
+    assert not list(output.parent.iterdir())
 
 
 def test_unloadable_models(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def test_the_command_learns_from_what_was_generated(
     assert told["tokens"] == 6 * 18
     assert "--generate" in told["command"]
     kept = responses_path(output)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name, "README.md"])
     rows = read_source(kept, instruction=INSTRUCTION).rows
     assert [row.prompt for row in rows] == [f"{INSTRUCTION}\n{row.prompt}" for row in prompts(6)]
     distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)

@@ -1,0 +1,123 @@
+"""The model card: a README.md beside the adapter, as the Hugging Face Hub shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from caprese_kernels.adapters import Adapters
+
+from .report import spans, taken
+
+# In the front matter: a card that names the adapter file is this package's own, and may be written again.
+MARK = "caprese_adapter"
+
+
+def write_card(adapters: Adapters, output: Path) -> Path | None:
+    """Write the card of the adapter file `output` beside it, whole; its path.
+
+    README.md, unless one is there that is not this adapter's; then the adapter's name with .md. None where that, too,
+    is someone else's.
+    """
+    for path in (output.with_name("README.md"), output.with_name(f"{output.stem}.md")):
+        if not path.exists() or _is_ours(path, output.name):
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                partial.write_text(make_card(adapters, output.name), encoding="utf-8")
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            return path
+    return None
+
+
+def make_card(adapters: Adapters, name: str) -> str:
+    """The card's text, for an adapter file of that name. `training` is as `caprese distill` writes it."""
+    config, training = adapters.config, adapters.config.training
+    model = config.base_model.name_or_path
+    low_rank = (
+        f"L [{config.base_model.hidden_size}, {config.rank}] and R [{config.rank}, {config.base_model.hidden_size}]"
+    )
+    parts = [
+        _front_matter({MARK: name, "base_model": model, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
+        f"# Caprese adapter for {model}",
+        f"Low-rank layers that give back what {model} loses when each generated token runs through "
+        f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_METHODS[config.method]}. "
+        f"Prompts run through the original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
+        "## Serve it",
+        f'```\npip install "caprese-vllm[cuda]"\nvllm serve {model} --caprese-weights {name}\n```',
+        "## What it is",
+        _table(
+            ("", ""),
+            [
+                ("method", config.method),
+                ("density", f"{config.density:g}"),
+                ("rank", str(config.rank)),
+                ("layers", f"{spans(config.layers)} of {config.base_model.num_hidden_layers}"),
+                ("tensors", f"{low_rank} a layer, {str(adapters.dtype).removeprefix('torch.')}"),
+                ("parameters", f"{adapters.num_parameters:,}"),
+                ("made by", f"{training['stage']}, {training['solver']}"),
+            ],
+        ),
+        "## Errors on held-out samples",
+        f"{training['samples_held_out']} of {training['samples']} samples were held out. Of every sparse layer, after "
+        "the layer-wise stage: the error of the sparse block's output, as a share of the full block's, without and "
+        "with L R (squared norms).",
+        _table(
+            ("layer", "without L R", "with L R", "remaining", "remaining (fitted)"),
+            [
+                (layer, *(f"{row[key]:.2%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")))
+                for layer, row in training["errors"].items()
+            ],
+        ),
+    ]
+    if "end_to_end" in training:
+        errors = enumerate(training["end_to_end"]["held_out_errors"])
+        parts += [
+            "Of the last hidden state, end to end, before the first epoch and after each: ||M - M_student||²/||M||².",
+            _table(("epoch", "error"), [(str(n), f"{error:.3%}") for n, error in errors]),
+        ]
+    source, versions = training["data"], training["versions"]
+    parts += [
+        "## How it was made",
+        _table(
+            ("", ""),
+            [
+                ("data", ", ".join(f"{key} `{value}`" for key, value in source.items())),
+                ("samples", f"{training['samples']:,}, {training['tokens']:,} response tokens"),
+                ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
+                ("memory and time", taken(training["resources"])),
+            ],
+        ),
+        f"```\n{training['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_TAGS = ["caprese", "vllm", "sparse", "low-rank"]
+_METHODS = {
+    "griffin": "GRIFFIN, from its prompt",
+    "cats": "CATS, by a threshold that its prompt sets",
+}
+
+
+def _front_matter(entries: dict[str, Any]) -> str:
+    lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items())
+    return f"---\n{lines}---"  # JSON values are YAML
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _is_ours(path: Path, name: str) -> bool:
+    """Whether the front matter names that adapter file."""
+    try:
+        head, _, rest = path.read_text(encoding="utf-8").partition("---\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return not head and f"{MARK}: {json.dumps(name, ensure_ascii=False)}" in rest.partition("\n---")[0].split("\n")

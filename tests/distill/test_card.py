@@ -1,0 +1,80 @@
+"""The model card: what it says, and what it never overwrites."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from caprese_distill.card import make_card, write_card
+from caprese_distill.cli import distill
+from caprese_kernels.adapters import Adapters
+from tests.distill.conftest import make_rows
+
+WriteRows = Callable[[list[dict[str, Any]]], Path]
+
+
+@pytest.fixture
+def output(model_dir: Callable[[str], Path], write_rows: WriteRows, tmp_path: Path) -> Path:
+    path = tmp_path / "out" / "a.safetensors"
+    distill(str(model_dir("llama")), str(write_rows(make_rows(12))), path, rank=8, epochs=2)
+    return path
+
+
+def test_it_says_what_the_adapter_is(output: Path) -> None:
+    text = (output.parent / "README.md").read_text()
+    adapters = Adapters.load(output)
+    training, model = adapters.config.training, adapters.config.base_model.name_or_path
+    assert text == make_card(adapters, output.name)
+    _, front, body = text.split("---\n", 2)
+    entries = yaml.safe_load(front)
+    assert entries["base_model"] == model
+    assert entries["library_name"] == "caprese"
+    assert {"caprese", "griffin"} <= set(entries["tags"])
+    assert entries["caprese_adapter"] == "a.safetensors"
+    lines = body.splitlines()
+    assert f"vllm serve {model} --caprese-weights a.safetensors" in lines
+    for row in ("| method | griffin |", "| density | 0.5 |", "| rank | 8 |", "| layers | 0-1 of 4 |"):
+        assert row in lines
+    for layer, errors in training["errors"].items():
+        assert any(
+            line.startswith(f"| {layer} | {errors['error_before']:.2%} | {errors['error_after']:.2%} |")
+            for line in lines
+        )
+    for epoch, error in enumerate(training["end_to_end"]["held_out_errors"]):
+        assert f"| {epoch} | {error:.3%} |" in lines
+    assert training["command"] in lines
+    for told in (training["data"]["sha256"], training["versions"]["torch"], "; was "):
+        assert told in body
+
+
+def test_what_is_not_ours_stays(output: Path) -> None:
+    adapters, readme, named = Adapters.load(output), output.parent / "README.md", output.with_name("a.md")
+    readme.write_text(readme.read_text().replace("density", "old"))
+    assert write_card(adapters, output) == readme  # ours: written again
+    assert "density" in readme.read_text()
+    assert write_card(adapters, output.with_name("b.safetensors")) == output.with_name("b.md")  # README.md is a's
+    for foreign in (b'# My project\n\ncaprese_adapter: "a.safetensors"\n', b"---\nlicense: mit\n---\n", b"\xff\xfe"):
+        readme.write_bytes(foreign)
+        assert write_card(adapters, output) == named
+        assert readme.read_bytes() == foreign
+    named.write_text("notes")
+    assert write_card(adapters, output) is None
+    assert named.read_text() == "notes"
+    assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.md", "a.safetensors", "b.md"]
+
+
+def test_it_appears_whole(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, readme = Adapters.load(output), output.parent / "README.md"
+    before = readme.read_text()
+
+    def half(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_card(adapters, output)
+    assert readme.read_text() == before
+    assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.safetensors"]
