@@ -10,8 +10,9 @@ In Python, for a transformers causal LM and its tokenizer:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,46 +98,86 @@ def run_pass(
     With `resume`, the sums go to that file every minute or so (less often where writing is slow),
     and a run whose model, samples and settings are the same starts from there, to the same bits.
     """
+    identity = prepare(model, samples, info, method, digest=resume is not None)
+    device = next(model.parameters()).device
+    state = Pass.begin(method.layers, info.hidden_size, device)
+    batches = make_batches(samples, device)
+    with recorded(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
+        for batch in batches[state.batches :]:
+            feed(batch, state.held_out if batch.held_out else state.fit)
+            record(1)
+    return state
+
+
+def prepare(
+    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, parts: int = 2
+) -> dict[str, Any]:
+    """Refuse what cannot work before any work; what the moments depend on (empty without `digest`).
+
+    `parts` sets of moments are to be on the model's device: those fitted and those held out, or one of the two.
+    """
     device = next(model.parameters()).device
     blocks = find_blocks(model, info, method.layers)
     _check_ids(samples, model)
-    _check_memory(len(blocks), info.hidden_size, device)
-    state = Pass.begin(method.layers, info.hidden_size, device)
-    batches = make_batches(samples, device)
-    identity: dict[str, Any] = {}
-    if resume is not None:
-        settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-        versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
-        identity = checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
-        if resume.exists():
-            found = checkpoint.load(resume, identity)
-            if isinstance(found, str):
-                told = f"{found}; starting anew"
-            else:
-                state.resume(*found)
-                told = f"going on after batch {state.batches} of {len(batches)}"
-            if console:
-                console.print(f"checkpoint {resume}: {told}")
+    _check_memory(parts * len(blocks), info.hidden_size, device)
+    if not digest:
+        return {}
+    settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+    return checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+
+
+@contextlib.contextmanager
+def feeding(
+    model: Any, info: BaseModelInfo, method: Method
+) -> Iterator[Callable[[Batch, Mapping[int, Moments]], None]]:
+    """A function that runs the original model over a batch and adds to the moments given with it."""
+    blocks = find_blocks(model, info, method.layers)
+    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
+
+        def feed(batch: Batch, moments: Mapping[int, Moments]) -> None:
+            observer.expect(batch, moments)
+            decoder(input_ids=batch.ids(), use_cache=False)
+
+        yield feed
+
+
+@contextlib.contextmanager
+def recorded(
+    state: Pass,
+    batches: Sequence[Batch],
+    resume: Path | None,
+    identity: dict[str, Any],
+    console: Console | None,
+) -> Iterator[Callable[[int], None]]:
+    """Bring `state` to where the checkpoint left it; then a function to call whenever `count` more batches are in it,
+    for progress and the next checkpoint."""
+    if resume is not None and resume.exists():
+        found = checkpoint.load(resume, identity)
+        if isinstance(found, str):
+            told = f"{found}; starting anew"
+        else:
+            state.resume(*found)
+            told = f"going on after batch {state.batches} of {len(batches)}"
+        if console:
+            console.print(f"checkpoint {resume}: {told}")
     started, saved, cost = time.monotonic() - state.seconds, time.monotonic(), 0.0
-    with (
-        progress_bar(console, "tok/s") as bar,
-        Observer(blocks, method) as observer,
-        _shortened(model, method) as decoder,
-    ):
+    with progress_bar(console, "tok/s") as bar:
         done = sum(b.num_tokens for b in batches[: state.batches])
         line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
-        for batch in batches[state.batches :]:
-            observer.expect(batch, state.held_out if batch.held_out else state.fit)
-            decoder(input_ids=batch.ids(), use_cache=False)
-            state.batches += 1
+
+        def record(count: int) -> None:
+            nonlocal saved, cost
+            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
+            state.batches += count
             state.seconds = time.monotonic() - started
-            bar.advance(line, batch.num_tokens)
             now = time.monotonic()
             if resume and now - saved >= max(CHECKPOINT_SECONDS, 10 * cost):
                 state.save(resume, identity)
                 saved = time.monotonic()
                 cost = saved - now
-    return state
+
+        yield record
 
 
 def distill_layer_wise(
@@ -153,17 +194,35 @@ def distill_layer_wise(
     entry tells samples, tokens, seconds and the errors of each layer (see `Solution`). Two samples
     or more are needed, one of them to hold out.
     """
-    if len(samples) < 2:
-        raise CapreseError("samples", expected="2 or more", found=str(len(samples)), fix="give more data")
-    if model.dtype not in DTYPES:
-        raise CapreseError("model", expected=f"one of {DTYPES}", found=str(model.dtype), fix="load it in another dtype")
+    check(samples, model.dtype)
     model.eval()
     state = run_pass(model, samples, info, method, resume, console)
+    return close(state, samples, info, method, model.dtype, console, lambda jobs: itertools.starmap(solve, jobs))
+
+
+def check(samples: Sequence[Sample], dtype: torch.dtype) -> None:
+    """CapreseError where samples are too few, or adapters cannot have the model's dtype."""
+    if len(samples) < 2:
+        raise CapreseError("samples", expected="2 or more", found=str(len(samples)), fix="give more data")
+    if dtype not in DTYPES:
+        raise CapreseError("model", expected=f"one of {DTYPES}", found=str(dtype), fix="load it in another dtype")
+
+
+def close(
+    state: Pass,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    dtype: torch.dtype,
+    console: Console | None,
+    solve_all: Callable[[Iterable[tuple[Moments, Moments, int, torch.dtype]]], Iterable[Solution]],
+) -> Adapters:
+    """Adapters from a finished pass; `solve_all` maps `solve` over the layers, here or elsewhere."""
     started = time.monotonic()
-    solutions: dict[int, Solution] = {}
+    jobs = [(state.fit[i], state.held_out[i], method.rank, dtype) for i in method.layers]
     with progress_bar(console, "layers/s") as bar:
-        for i in bar.track(method.layers, description="closed form"):
-            solutions[i] = solve(state.fit[i], state.held_out[i], method.rank, model.dtype)
+        solved = bar.track(solve_all(jobs), total=len(jobs), description="closed form")
+        solutions = dict(zip(method.layers, solved, strict=True))
     numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
     first = method.layers[0]  # every layer sees the same tokens
     training = {
@@ -211,15 +270,15 @@ def _check_ids(samples: Sequence[Sample], model: Any) -> None:
             )
 
 
-def _check_memory(blocks: int, depth: int, device: torch.device) -> None:
-    needed = 2 * 2 * 8 * depth * depth * blocks  # X'X and X'E in float64, fitted and held out
+def _check_memory(moments: int, depth: int, device: torch.device) -> None:
+    needed = 2 * 8 * depth * depth * moments  # X'X and X'E in float64
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise CapreseError(
             "device memory",
-            expected=f"{needed / 2**30:.1f} GiB for the moments of {blocks} layers",
+            expected=f"{needed / 2**30:.1f} GiB for {moments} sums of moments",
             found=f"{free / 2**30:.1f} GiB free",
             fix="use fewer --layers, or --device cpu",
         )

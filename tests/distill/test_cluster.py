@@ -1,0 +1,211 @@
+"""Several workers, here processes of this machine under a real Ray: the same adapters, whoever dies on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from caprese_distill import checkpoint, cluster, layerwise
+from caprese_distill.blocks import plan
+from caprese_distill.data import Sample
+from caprese_distill.layerwise import Pass, make_batches
+from caprese_distill.moments import Moments
+from caprese_kernels.errors import CapreseError
+from tests.distill.conftest import make_samples
+
+ModelDir = Callable[[str], Path]
+ONE_CPU = {"CPU": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    """Six CPUs, whatever the machine has."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def load(path: Path, mark: Path | None = None, deaths: int = 0) -> Any:
+    """The model; the first `deaths` processes that come to its third batch die there as of kill -9, leaving a mark."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    batches = 0
+
+    def die(*_: object) -> None:
+        nonlocal batches
+        batches += 1
+        if mark is not None and batches == 3 and len(list(mark.parent.glob(f"{mark.name}.*"))) < deaths:
+            (mark.parent / f"{mark.name}.{os.getpid()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.get_decoder().register_forward_pre_hook(die)
+    return model
+
+
+def assert_equal(a: Pass, b: Pass, rtol: float = 0.0) -> None:
+    assert a.batches == b.batches
+    for part in ("fit", "held_out"):
+        for i, moments in getattr(a, part).items():
+            for f in fields(Moments):
+                found, expected = getattr(moments, f.name), getattr(getattr(b, part)[i], f.name)
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return make_samples(60)
+
+
+@pytest.fixture(scope="module")
+def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[cluster.Pool]:
+    with cluster.Pool(partial(load, model_dir("llama")), 3, ONE_CPU) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)  # this process cuts the batches, for all workers
+    monkeypatch.setattr(cluster, "SHARDS", 9)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+
+
+def test_more_workers_than_cpus_are_refused() -> None:
+    assert cluster.connect(2) == cluster.connect(2, "cpu") == ("cpu", {"CPU": 3})
+    with pytest.raises(CapreseError, match="--num-workers: expected at most 6, the CPUs that Ray has free; found 7"):
+        cluster.connect(7)
+    with pytest.raises(CapreseError, match="--num-workers: expected at most 0, the GPUs that Ray has free; found 2"):
+        cluster.connect(2, "cuda")
+
+
+def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
+    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    info, method = plan(model.config, "m", "griffin", 0.5, 8)
+    one = layerwise.run_pass(model, samples, info, method)
+    of_three = cluster.run_pass(three, samples, info, method)
+    dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1)
+    with cluster.Pool(dying, 2, ONE_CPU) as pool:
+        of_two = cluster.run_pass(pool, samples, info, method)
+        assert len(list(tmp_path.glob("dead.*"))) == 1
+        adapters = cluster.distill_layer_wise(pool, samples, info, method)
+    assert_equal(of_two, of_three)
+    # The batches' products are the same bits. Sums of some 30 of them in float64, 2^-53 = 1.1e-16 each, differ in order.
+    assert_equal(of_two, one, rtol=1e-14)
+    expected = layerwise.distill_layer_wise(model, samples, info, method)
+    for i, errors in expected.config.training["errors"].items():
+        assert adapters.config.training["errors"][i] == pytest.approx(errors, rel=1e-6)  # float32's L and R
+        assert errors["remaining"] < 0.99
+    assert adapters.config.training.keys() == expected.config.training.keys()
+
+
+@pytest.mark.parametrize("on", ["workers", "one process"])
+def test_a_killed_run_goes_on_after_its_last_shard(
+    model_dir: ModelDir,
+    samples: list[Sample],
+    three: cluster.Pool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on: str,
+) -> None:
+    """On other workers or without them: how many they are is no part of what a checkpoint belongs to."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    info, method = plan(model.config, "m", "cats", 0.3, 8)
+    resume, save, saves = tmp_path / "resume", checkpoint.save, 0
+
+    def dying(*args: Any) -> None:
+        nonlocal saves
+        save(*args)
+        saves += 1
+        if saves == 4:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            cluster.run_pass(three, samples, info, method, resume)
+    console = Console(stderr=True, width=200)
+    done = sum(map(len, cluster.shards(make_batches(samples, torch.device("cpu")))[:4]))
+    if on == "workers":
+        parts = cluster.run_pass(three, samples, info, method, resume, console)
+        assert_equal(parts, cluster.run_pass(three, samples, info, method))
+    else:
+        parts = layerwise.run_pass(model, samples, info, method, resume, console)
+        assert_equal(parts, layerwise.run_pass(model, samples, info, method), rtol=1e-14)  # as above
+    assert f"going on after batch {done} of {parts.batches}" in capsys.readouterr().err
+
+
+def test_errors_of_a_worker_reach_the_user(
+    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+) -> None:
+    info, method = plan(AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8)
+    broken = make_samples(3)
+    broken[1].ids[0] = 300
+    with pytest.raises(CapreseError, match=r"token ids below 300.*found 300 in the sample of line 2") as error:
+        cluster.run_pass(three, broken, info, method)
+    assert type(error.value) is CapreseError
+    assert "\n" not in str(error.value)
+    with pytest.raises(CapreseError, match=r"activations of layer 0: expected finite values; found NaN or Inf.*line"):
+        three.call(spoil)
+        list(three.map(cluster._sum_shard, [(info, method, make_batches(samples, torch.device("cpu")))]))
+
+
+def spoil(model: Any) -> None:
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("nan"))
+
+
+def test_a_worker_that_dies_of_its_work_ends_the_run(
+    model_dir: ModelDir, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RETRIES", 1)
+    info, method = plan(AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8)
+    dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=99)
+    with (
+        cluster.Pool(dying, 1, ONE_CPU) as pool,
+        pytest.raises(CapreseError, match=r"workers: expected one that.*in 2 attempts; found .*died") as error,
+    ):
+        cluster.run_pass(pool, samples, info, method)
+    assert "\n" not in str(error.value)
+    assert len(list(tmp_path.glob("dead.*"))) == 2
+
+
+@pytest.mark.parametrize("count", [2, 7, 60, 400])
+def test_shards_are_cut_at_the_same_places_wherever_a_run_begins(count: int) -> None:
+    batches = make_batches(make_samples(count), torch.device("cpu"))
+    whole = cluster.shards(batches)
+    assert [b for part in whole for b in part] == batches
+    assert len(whole) <= 10 + 1
+    assert all(len({b.held_out for b in part}) == 1 for part in whole)
+    ends = {id(part[-1]) for part in whole}
+    for done in range(len(batches) + 1):
+        rest = cluster.shards(batches, done)
+        assert [b for part in rest for b in part] == batches[done:]
+        assert all(rest)
+        assert {id(part[-1]) for part in rest} <= ends
+
+
+def test_one_process_needs_no_ray() -> None:
+    code = "import sys, caprese_distill.layerwise, caprese_distill.cluster; print('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
