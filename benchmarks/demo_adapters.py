@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from caprese_distill.cli import distill
+from caprese_distill.cli import Stage, distill
 from caprese_serve.demo.problems import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
@@ -44,7 +44,9 @@ def main(
     write_rows(data, samples, seed)
     for method, (density, layers) in SETTINGS.items():
         file = output / f"{method}.safetensors"
-        distill(str(model), data, file, method=method, density=density, layers=layers, rank=RANK)
+        distill(
+            str(model), data, file, method=method, density=density, layers=layers, rank=RANK, stage=Stage.layer_wise
+        )
 
 
 if __name__ == "__main__":

@@ -10,24 +10,21 @@ import shlex
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice
 from caprese_kernels.errors import CapreseError
 
 if TYPE_CHECKING:
-    from caprese_kernels.adapters import Adapters
-
     from .data import Row, Sample
 
 
 class Stage(StrEnum):
     layer_wise = "layer-wise"
+    end_to_end = "end-to-end"
 
 
 class Dtype(StrEnum):
@@ -50,7 +47,9 @@ def distill(
     method: Annotated[str, typer.Option(metavar="griffin|cats", help="Sparse method.")] = "griffin",
     density: Annotated[float, typer.Option(help="Share of neurons that a generated token keeps.")] = DEFAULT_DENSITY,
     rank: Annotated[int, typer.Option(help="Rank r of the low-rank layers.")] = DEFAULT_RANK,
-    stage: Annotated[Stage, typer.Option(help="Kind of distillation.")] = Stage.layer_wise,
+    stage: Annotated[
+        Stage, typer.Option(help="Where to stop: end-to-end begins with layer-wise, and is several times its time.")
+    ] = Stage.end_to_end,
     layers: Annotated[
         str | None,
         typer.Option(help="first-half, all, or indices as 0,1,2; by default first-half for griffin, all for cats."),
@@ -61,13 +60,21 @@ def distill(
     device: Annotated[
         Device, typer.Option(help="Where the model runs; auto is cuda where there is one.")
     ] = Device.auto,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of rows.")] = 0,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="End to end; default 2e-4 for hidden size 2048 or less, 4e-6 for 8192 or more.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="End to end: samples of a step.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="End to end: passes over the samples.")] = 3,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
+    ] = True,
+    tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of rows and of the order of training.")] = 0,
 ) -> None:
     """Make adapters that give back what a sparse FF block loses.
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from . import checkpoint
     from .data import read_rows
 
     command = {
@@ -82,6 +89,9 @@ def distill(
         "--max-length": max_length,
         "--dtype": dtype,
         "--device": device,
+        "--learning-rate": learning_rate,
+        "--batch": batch,
+        "--epochs": epochs,
         "--seed": seed,
     }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
@@ -93,25 +103,31 @@ def distill(
     import torch
 
     from .blocks import plan
-    from .layerwise import distill_layer_wise
+    from .end_to_end import Recipe, default_learning_rate
+    from .loading import find_device, load_model, load_small_parts
+    from .report import report
+    from .stages import clean_up, run_stages
 
-    notes, resume = Console(stderr=True), checkpoint.resume_path(output)
-    target = _device(device)
-    config, tokenizer = _load_small_parts(model)
+    notes, target = Console(stderr=True), find_device(device)
+    config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
     encoded = _encode(tokenizer, rows, max_length, data, notes)
     fed = sum(s.num_rows for s in encoded)
     if fed < info.hidden_size:
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
-    network = _load_model(model, dtype).to(target)
+    rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
+    recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
+    network = load_model(model, dtype).to(target)
     try:
-        adapters = distill_layer_wise(network, encoded, info, resolved, resume, notes)
+        adapters = run_stages(
+            network, encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
+        )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",
             expected="enough for the model and a sample",
             found=str(error),
-            fix="use a lower --max-length",
+            fix="use a lower --max-length, or --stage layer-wise",
         ) from None
     except KeyboardInterrupt:
         notes.print("interrupted; the same command goes on from the last checkpoint")
@@ -126,8 +142,8 @@ def distill(
         adapters.save(output)
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None
-    checkpoint.remove(resume)
-    _report(adapters, output)
+    clean_up(output)
+    report(adapters, output)
 
 
 def _parse_layers(text: str | None) -> LayerChoice | None:
@@ -157,53 +173,6 @@ def _unwritable(output: Path, found: str) -> CapreseError:
     )
 
 
-def _device(device: Device) -> str:
-    import torch
-
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise CapreseError("--device", expected="a GPU that torch can use", found="none", fix="use --device cpu")
-    return str(device) if device != Device.auto else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load_small_parts(model: str) -> tuple[Any, Any]:
-    """The model's configuration and tokenizer."""
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise CapreseError(
-            "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"
-        )
-    try:
-        from transformers import AutoConfig, AutoTokenizer
-
-        return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
-        raise _unloadable(model, error) from None
-
-
-def _load_model(model: str, dtype: Dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=str(dtype), output_loading_info=True)
-    except Exception as error:  # as above
-        raise _unloadable(model, error) from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise _unloadable(model, f"{len(missing)} weights are missing, first {missing[0]}")
-    return network
-
-
-def _unloadable(model: str, error: Exception | str) -> CapreseError:
-    found = error if isinstance(error, str) else f"{type(error).__name__}: {shorten(str(error), 250)}"
-    return CapreseError(
-        f"model {model}",
-        expected="a causal language model that transformers loads",
-        found=found,
-        fix="check the directory",
-    )
-
-
 def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: Path, notes: Console) -> list[Sample]:
     from rich.progress import Progress
 
@@ -225,18 +194,3 @@ def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: Path, notes:
     if skipped:
         notes.print(f"skipped {skipped.total()} of {len(rows)} samples: {told}")
     return encoded
-
-
-def _report(adapters: Adapters, output: Path) -> None:
-    config, training = adapters.config, adapters.config.training
-    table = Table(title=f"{config.method}, density {config.density:g}, rank {config.rank}, on held-out samples")
-    for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
-        table.add_column(column, justify="right")
-    for layer, row in training["errors"].items():
-        parts = [f"{row[key]:.1%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")]
-        table.add_row(layer, *parts, f"{row['ridge']:g}")
-    console = Console()
-    console.print(table)
-    size = output.stat().st_size / 2**20
-    tokens = f"{training['samples']} samples, {training['tokens']:,} response tokens, {training['seconds']:g} s"
-    console.print(f"wrote {output} ({size:.1f} MiB, {str(adapters.dtype).removeprefix('torch.')}): {tokens}")

@@ -90,24 +90,30 @@ class Batch:
         return torch.cat(ranges).to(self.device)
 
 
-def keep_mask(method: Method, batch: Batch, g: Tensor | None, z: Tensor) -> Tensor:
-    """Neurons kept by the batch's generated tokens, [N, F] bool, each sample choosing from its own prompt.
-
-    z [B, T, F] (GRIFFIN: one mask a sample) or g [B, T, F] (CATS: one threshold a sample, paper,
-    section 2.2), by the definitions that serving uses.
+def select(method: Method, batch: Batch, g: Tensor | None, z: Tensor) -> Tensor:
+    """What each sample's prompt chooses, by the definitions that serving uses: GRIFFIN's neurons, [B, F] bool,
+    from z [B, T, F]; or CATS's thresholds (paper, section 2.2), [B] float32, from g [B, T, F].
     """
-    lengths, owners = [s.prompt_length for s in batch.samples], batch.owners()
+    lengths = [s.prompt_length for s in batch.samples]
     if method.name == "griffin":
         k = griffin_count(method.density, z.shape[-1])
-        masks = [griffin_select(griffin_statistic(z[b, :p]), k) for b, p in enumerate(lengths)]
-        return torch.stack(masks)[owners]
+        return torch.stack([griffin_select(griffin_statistic(z[b, :p]), k) for b, p in enumerate(lengths)])
     assert g is not None
     thresholds = []
     for b, p in enumerate(lengths):
         statistic = CatsStatistic(p * g.shape[-1], g.dtype)
         statistic.add(g[b, :p])
         thresholds.append(statistic.threshold(method.density))
-    return g.flatten(0, 1)[batch.rows()].abs().float() >= torch.stack(thresholds)[owners, None]
+    return torch.stack(thresholds)
+
+
+def keep_mask(method: Method, batch: Batch, selection: Tensor, g: Tensor | None) -> Tensor:
+    """Neurons kept by the batch's generated tokens, [N, F] bool, given `selection` and (CATS) g [B, T, F]."""
+    owners = batch.owners()
+    if method.name == "griffin":
+        return selection[owners]
+    assert g is not None
+    return g.flatten(0, 1)[batch.rows()].abs().float() >= selection[owners, None]
 
 
 class Observer:
@@ -160,7 +166,7 @@ class Observer:
                 real = slice(0, len(sample.ids))
                 _check_finite(layer, sample, x[b, real], y[b, real])
         rows = self.batch.rows()
-        keep = keep_mask(self.method, self.batch, g, z)
+        keep = keep_mask(self.method, self.batch, select(self.method, self.batch, g, z), g)
         dropped = torch.where(keep, 0, z.flatten(0, 1)[rows])
         e = F.linear(dropped, down.weight)
         if not _finite(e):  # a finite output may have parts that are not, in float16

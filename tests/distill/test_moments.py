@@ -13,7 +13,7 @@ from caprese_distill import layerwise
 from caprese_distill.blocks import plan
 from caprese_distill.data import Sample, split
 from caprese_distill.layerwise import run_pass
-from caprese_distill.moments import Batch, Moments, keep_mask
+from caprese_distill.moments import Batch, Moments, keep_mask, select
 from tests.distill.conftest import make_samples
 
 ModelDir = Callable[[str], Path]
@@ -98,7 +98,8 @@ def test_masks_come_from_the_samples_own_prompt(model_dir: ModelDir, method: str
     )
     x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=50.0)  # loud padding changes nothing
     g = mlp.act_fn(mlp.gate_proj(x))
-    found = keep_mask(resolved, Batch(samples, False), g, g * mlp.up_proj(x))
+    batch = Batch(samples, False)
+    found = keep_mask(resolved, batch, select(resolved, batch, g, g * mlp.up_proj(x)), g)
     assert torch.equal(found, expected)
     assert len({tuple(mask.tolist()) for mask in found}) > 1
 

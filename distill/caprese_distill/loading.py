@@ -1,0 +1,59 @@
+"""From what the user names to what the work needs: device, configuration, tokenizer, weights; with a user's errors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+
+from caprese_kernels.errors import CapreseError
+
+
+def find_device(device: str) -> torch.device:
+    """ "auto" is cuda where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CapreseError("--device", expected="a GPU that torch can use", found="none", fix="use --device cpu")
+    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_small_parts(model: str) -> tuple[Any, Any]:
+    """The model's configuration and tokenizer."""
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise CapreseError(
+            "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"
+        )
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+
+        return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
+        raise _unloadable(model, error) from None
+
+
+def load_model(model: str, dtype: str) -> Any:
+    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # as above
+        raise _unloadable(model, error) from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise _unloadable(model, f"{len(missing)} weights are missing, first {missing[0]}")
+    return network
+
+
+def _unloadable(model: str, error: Exception | str) -> CapreseError:
+    found = error if isinstance(error, str) else f"{type(error).__name__}: {shorten(str(error), 250)}"
+    return CapreseError(
+        f"model {model}",
+        expected="a causal language model that transformers loads",
+        found=found,
+        fix="check the directory",
+    )
