@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +72,10 @@ def distill(
         bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
     ] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
+    num_workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes (each with a GPU, on cuda) to share the data, by Ray; 1 is without Ray."),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows and of the order of training.")] = 0,
 ) -> None:
     """Make adapters that give back what a sparse FF block loses.
@@ -92,6 +99,7 @@ def distill(
         "--learning-rate": learning_rate,
         "--batch": batch,
         "--epochs": epochs,
+        "--num-workers": num_workers,
         "--seed": seed,
     }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
@@ -104,11 +112,11 @@ def distill(
 
     from .blocks import plan
     from .end_to_end import Recipe, default_learning_rate
-    from .loading import find_device, load_model, load_small_parts
+    from .loading import load_small_parts
     from .report import report
     from .stages import clean_up, run_stages
 
-    notes, target = Console(stderr=True), find_device(device)
+    notes = Console(stderr=True)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
     encoded = _encode(tokenizer, rows, max_length, data, notes)
@@ -117,11 +125,18 @@ def distill(
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
     rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
     recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
-    network = load_model(model, dtype).to(target)
     try:
-        adapters = run_stages(
-            network, encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
-        )
+        with _place(model, dtype, device, num_workers, output) as place:
+            adapters = run_stages(
+                place,
+                encoded,
+                info,
+                resolved,
+                recipe if stage == Stage.end_to_end else None,
+                output,
+                notes,
+                tensorboard,
+            )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",
@@ -144,6 +159,24 @@ def distill(
         raise _unwritable(output, error.strerror or str(error)) from None
     clean_up(output)
     report(adapters, output)
+
+
+@contextlib.contextmanager
+def _place(model: str, dtype: Dtype, device: Device, num_workers: int, output: Path) -> Iterator[Any]:
+    """The model in this process; or workers that each have it, this process then having no model."""
+    from .loading import find_device, load_model_on
+
+    if num_workers == 1:
+        yield load_model_on(model, dtype, find_device(device))
+        return
+    from .cluster import Cluster, connect
+    from .stages import scratch_path
+
+    target, resources = connect(num_workers, device)
+    with Cluster(
+        partial(load_model_on, model, str(dtype), target), num_workers, resources, scratch_path(output)
+    ) as cluster:
+        yield cluster
 
 
 def _parse_layers(text: str | None) -> LayerChoice | None:

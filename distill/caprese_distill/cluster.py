@@ -27,9 +27,12 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
+from . import checkpoint
 from .data import Sample
-from .layerwise import Pass, check, close, feeding, make_batches, prepare, recorded
+from .end_to_end import Recipe
+from .layerwise import BATCH_TOKENS, Pass, check, close, feeding, make_batches, prepare, recorded
 from .moments import Batch, Moments
+from .ray_training import train
 from .solve import Solution, solve
 
 # A pass is cut into as many shards as this, unless they would have more batches than that: enough shards for the
@@ -116,6 +119,10 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers."""
         import ray
 
         for actor in self.actors:
@@ -179,6 +186,7 @@ def run_pass(
     identity, device = pool.call(_prepare, samples, info, method, resume is not None)
     state = Pass.begin(method.layers, info.hidden_size, torch.device("cpu"))
     batches = make_batches(samples, device)
+    identity |= {"batch": BATCH_TOKENS[device.type]}  # of this process: it is here that batches are cut
     with recorded(state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
         for part, sums in zip(parts, pool.map(_sum_shard, ((info, method, part) for part in parts)), strict=True):
@@ -190,19 +198,64 @@ def run_pass(
     return state
 
 
-def distill_layer_wise(
-    pool: Pool,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    resume: Path | None = None,
-    console: Console | None = None,
-) -> Adapters:
-    """layerwise.distill_layer_wise on the workers of `pool`: the pass by shards, then the closed form by layers."""
-    dtype = pool.call(_dtype)
-    check(samples, dtype)
-    state = run_pass(pool, samples, info, method, resume, console)
-    return close(state, samples, info, method, dtype, console, partial(pool.map, _solve))
+class Cluster:
+    """The stages' work on `num_workers` workers, each with `resources` and the model that `load` returns there.
+
+    To be used in a `with` statement, after `connect`. One set of workers serves the layer-wise stage and gives its
+    CPUs or GPUs back before Ray Train starts those of the end-to-end stage. Every node reads and writes `scratch`, a
+    directory, and the checkpoint.
+    """
+
+    def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float], scratch: Path):
+        self.load, self.num_workers, self.resources, self.scratch = load, num_workers, resources, scratch
+        self.pool: Pool | None = None
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.close()
+        self.pool = None
+
+    def workers(self) -> Pool:
+        self.pool = self.pool or Pool(self.load, self.num_workers, self.resources)
+        return self.pool
+
+    def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
+        """checkpoint.fingerprint of the workers' model."""
+        return self.workers().call(_fingerprint, samples, settings)
+
+    def layer_wise(
+        self,
+        samples: Sequence[Sample],
+        info: BaseModelInfo,
+        method: Method,
+        resume: Path | None = None,
+        console: Console | None = None,
+    ) -> Adapters:
+        """layerwise.distill_layer_wise: the pass by shards, then the closed form by layers."""
+        pool = self.workers()
+        dtype = pool.call(_dtype)
+        check(samples, dtype)
+        state = run_pass(pool, samples, info, method, resume, console)
+        return close(state, samples, info, method, dtype, console, partial(pool.map, _solve))
+
+    def end_to_end(
+        self,
+        samples: Sequence[Sample],
+        info: BaseModelInfo,
+        method: Method,
+        initial: Adapters,
+        recipe: Recipe,
+        resume: Path | None = None,
+        console: Console | None = None,
+        writer: Any = None,
+    ) -> Adapters:
+        """end_to_end.distill_end_to_end, every step's samples shared out among the workers."""
+        self.__exit__()
+        work = (samples, info, method, initial, recipe, resume, console, writer)
+        return train(self.load, self.num_workers, self.resources, *work, self.scratch)
 
 
 # What workers run. Matrices come and go as numpy arrays, which Ray keeps in shared memory without a copy.
@@ -210,6 +263,10 @@ def distill_layer_wise(
 
 def _dtype(model: Any) -> torch.dtype:
     return model.dtype
+
+
+def _fingerprint(model: Any, samples: Sequence[Sample], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype))
 
 
 def _prepare(

@@ -134,6 +134,19 @@ class Trainer:
                 self.optimizer.state[p] = state
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
 
+    def agree(self) -> None:
+        """CapreseError unless all processes go on from the same step: a node that does not see the file begins anew."""
+        steps = torch.zeros(self.group.size, dtype=torch.int64)
+        steps[self.group.rank] = self.step
+        self.group.sum_(steps)
+        if len(steps.unique()) > 1:
+            raise CapreseError(
+                f"checkpoint {self.resume}",
+                expected="one file that all nodes see",
+                found=f"steps {steps.tolist()} by worker",
+                fix="give an --output in a directory that the nodes share",
+            )
+
     def run(self, console: Console | None, writer: Any = None) -> None:
         """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
         tokens = [sum(len(s.ids) for s in part) for part in self.steps]
@@ -165,7 +178,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         rows = sum(s.num_rows for s in samples)
         total = torch.zeros((), dtype=torch.float64)
-        for batch in micro_batches(samples, self.device)[self.group.rank :: self.group.size]:
+        for batch in micro_batches(samples[self.group.rank :: self.group.size], self.device):
             target = self.student.original(batch).float()
             loss = (self.student(batch).float() - target).square().sum() / rows
             loss.backward()
@@ -266,6 +279,7 @@ def distill_end_to_end(
                 told = f"going on after step {trainer.step} of {len(trainer.steps)}"
             if console:
                 console.print(f"checkpoint {resume}: {told}")
+        trainer.agree()
         trainer.run(console, writer)
         left, right = (
             {i: p.detach().to(model.dtype).cpu() for i, p in part.items()} for part in (student.left, student.right)

@@ -49,6 +49,11 @@ def load_model(model: str, dtype: str) -> Any:
     return network
 
 
+def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
+    """`load_model`, moved to the device."""
+    return load_model(model, dtype).to(device)
+
+
 def _unloadable(model: str, error: Exception | str) -> CapreseError:
     found = error if isinstance(error, str) else f"{type(error).__name__}: {shorten(str(error), 250)}"
     return CapreseError(
