@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -116,7 +115,7 @@ def distill(
     from .report import report
     from .stages import clean_up, run_stages
 
-    notes = Console(stderr=True)
+    notes, place = Console(stderr=True), _place(model, dtype, device, num_workers, output)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
     encoded = _encode(tokenizer, rows, max_length, data, notes)
@@ -126,17 +125,9 @@ def distill(
     rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
     recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
     try:
-        with _place(model, dtype, device, num_workers, output) as place:
-            adapters = run_stages(
-                place,
-                encoded,
-                info,
-                resolved,
-                recipe if stage == Stage.end_to_end else None,
-                output,
-                notes,
-                tensorboard,
-            )
+        adapters = run_stages(
+            place(), encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
+        )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",
@@ -161,22 +152,19 @@ def distill(
     report(adapters, output)
 
 
-@contextlib.contextmanager
-def _place(model: str, dtype: Dtype, device: Device, num_workers: int, output: Path) -> Iterator[Any]:
-    """The model in this process; or workers that each have it, this process then having no model."""
+def _place(model: str, dtype: Dtype, device: Device, num_workers: int, output: Path) -> Callable[[], Any]:
+    """What gives the model in this process; or workers that each have it, this process then having none."""
     from .loading import find_device, load_model_on
 
     if num_workers == 1:
-        yield load_model_on(model, dtype, find_device(device))
-        return
+        return partial(load_model_on, model, dtype, find_device(device))
     from .cluster import Cluster, connect
     from .stages import scratch_path
 
-    target, resources = connect(num_workers, device)
-    with Cluster(
-        partial(load_model_on, model, str(dtype), target), num_workers, resources, scratch_path(output)
-    ) as cluster:
-        yield cluster
+    where, resources = connect(num_workers, device)
+    name = str(Path(model).absolute()) if Path(model).is_dir() else model  # workers have directories of their own
+    load = partial(load_model_on, name, str(dtype), where)
+    return partial(Cluster, load, num_workers, resources, scratch_path(output))
 
 
 def _parse_layers(text: str | None) -> LayerChoice | None:

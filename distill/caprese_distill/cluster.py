@@ -9,6 +9,7 @@ they had begun. This process holds no model: it has the sums, the checkpoint and
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -201,19 +202,16 @@ def run_pass(
 class Cluster:
     """The stages' work on `num_workers` workers, each with `resources` and the model that `load` returns there.
 
-    To be used in a `with` statement, after `connect`. One set of workers serves the layer-wise stage and gives its
-    CPUs or GPUs back before Ray Train starts those of the end-to-end stage. Every node reads and writes `scratch`, a
-    directory, and the checkpoint.
+    `connect` comes first. One set of workers serves until the end of the layer-wise stage and then gives its CPUs or
+    GPUs back; Ray Train starts those of the end-to-end stage. Every node reads and writes `scratch`, a directory, and
+    the checkpoint.
     """
 
     def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float], scratch: Path):
         self.load, self.num_workers, self.resources, self.scratch = load, num_workers, resources, scratch
         self.pool: Pool | None = None
 
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.pool:
             self.pool.close()
         self.pool = None
@@ -236,10 +234,11 @@ class Cluster:
     ) -> Adapters:
         """layerwise.distill_layer_wise: the pass by shards, then the closed form by layers."""
         pool = self.workers()
-        dtype = pool.call(_dtype)
-        check(samples, dtype)
-        state = run_pass(pool, samples, info, method, resume, console)
-        return close(state, samples, info, method, dtype, console, partial(pool.map, _solve))
+        with contextlib.closing(self):
+            dtype = pool.call(_dtype)
+            check(samples, dtype)
+            state = run_pass(pool, samples, info, method, resume, console)
+            return close(state, samples, info, method, dtype, console, partial(pool.map, _solve))
 
     def end_to_end(
         self,
@@ -253,7 +252,7 @@ class Cluster:
         writer: Any = None,
     ) -> Adapters:
         """end_to_end.distill_end_to_end, every step's samples shared out among the workers."""
-        self.__exit__()
+        self.close()
         work = (samples, info, method, initial, recipe, resume, console, writer)
         return train(self.load, self.num_workers, self.resources, *work, self.scratch)
 

@@ -118,7 +118,7 @@ def train(
 
     board = ray.remote(_Board).options(num_cpus=0).remote()
     trainer = TorchTrainer(
-        partial(_loop, load, board, resume, (samples, info, method, initial, recipe)),
+        partial(_loop, load, board, resume and resume.absolute(), (samples, info, method, initial, recipe)),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=dict(resources)

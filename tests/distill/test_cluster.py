@@ -109,10 +109,10 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
     one = layerwise.run_pass(model, samples, info, method)
     of_three = cluster.run_pass(three, samples, info, method)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1)
-    with cluster.Cluster(dying, 2, HALF, tmp_path) as two:
-        of_two = cluster.run_pass(two.workers(), samples, info, method)
-        assert len(list(tmp_path.glob("dead.*"))) == 1
-        adapters = two.layer_wise(samples, info, method)
+    two = cluster.Cluster(dying, 2, HALF, tmp_path)
+    of_two = cluster.run_pass(two.workers(), samples, info, method)
+    assert len(list(tmp_path.glob("dead.*"))) == 1
+    adapters = two.layer_wise(samples, info, method)
     assert_equal(of_two, of_three)
     # The batches' products are the same bits; the order of some 30 float64 additions, 2^-53 = 1.1e-16 each, differs.
     assert_equal(of_two, one, rtol=1e-14)
@@ -221,8 +221,8 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
     recipe, told, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
     one = distill_end_to_end(model, samples, info, method, initial, recipe)
     work = (samples, info, method, initial, recipe, tmp_path / "resume", Console(file=told, width=200), seen)
-    with cluster.Cluster(partial(load, model_dir("llama"), tmp_path / "dead", 1, 12), 2, HALF, tmp_path) as place:
-        two = place.end_to_end(*work)
+    dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1, at=12)
+    two = cluster.Cluster(dying, 2, HALF, tmp_path).end_to_end(*work)
     assert len(list(tmp_path.glob("dead.*"))) == 1
     first = re.search(r"going on after step (\d) of 8", told.getvalue())
     assert first
