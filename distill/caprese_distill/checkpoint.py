@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from caprese_kernels.errors import CapreseError
 
 from .data import Sample
+from .placement import aligned
 
 
 def resume_path(output: Path) -> Path:
@@ -30,8 +31,10 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], **settings: Any) ->
     Weights count by the float64 sum of each, which tells models apart without hashing gigabytes.
     """
     weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        weights.update(f"{name} {tuple(parameter.shape)} {parameter.sum(dtype=torch.float64).item()!r}".encode())
+    for prefix, module in model.named_modules():
+        with aligned(module):
+            for name, p in module.named_parameters(prefix, recurse=False):
+                weights.update(f"{name} {tuple(p.shape)} {p.sum(dtype=torch.float64).item()!r}".encode())
     ids = hashlib.sha256()
     for sample in samples:
         ids.update(sample.prompt_length.to_bytes(4, "little") + sample.ids.numpy().tobytes())

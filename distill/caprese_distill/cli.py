@@ -71,6 +71,10 @@ def distill(
         bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
     ] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="Spread a model too big for a GPU over all, then CPU memory, by accelerate."),
+    ] = None,
     num_workers: Annotated[
         int,
         typer.Option(min=1, help="Processes (each with a GPU, on cuda) to share the data, by Ray; 1 is without Ray."),
@@ -98,6 +102,7 @@ def distill(
         "--learning-rate": learning_rate,
         "--batch": batch,
         "--epochs": epochs,
+        "--device-map": device_map,
         "--num-workers": num_workers,
         "--seed": seed,
     }
@@ -115,7 +120,7 @@ def distill(
     from .report import report
     from .stages import clean_up, run_stages
 
-    notes, place = Console(stderr=True), _place(model, dtype, device, num_workers, output)
+    notes, place = Console(stderr=True), _place(model, dtype, device, device_map, num_workers, output)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
     encoded = _encode(tokenizer, rows, max_length, data, notes)
@@ -152,10 +157,21 @@ def distill(
     report(adapters, output)
 
 
-def _place(model: str, dtype: Dtype, device: Device, num_workers: int, output: Path) -> Callable[[], Any]:
+def _place(
+    model: str, dtype: Dtype, device: Device, device_map: str | None, num_workers: int, output: Path
+) -> Callable[[], Any]:
     """What gives the model in this process; or workers that each have it, this process then having none."""
-    from .loading import find_device, load_model_on
+    from .loading import find_device, load_model, load_model_on
 
+    if device_map is not None:
+        if device_map != "auto" or num_workers > 1:
+            raise CapreseError(
+                "--device-map",
+                expected="auto, in one process that has all the GPUs",
+                found=f"{device_map} with --num-workers {num_workers}",
+                fix="use one of the two options",
+            )
+        return partial(load_model, model, str(dtype), device_map)
     if num_workers == 1:
         return partial(load_model_on, model, dtype, find_device(device))
     from .cluster import Cluster, connect

@@ -185,7 +185,7 @@ def run_pass(
 ) -> Pass:
     """layerwise.run_pass on the workers of `pool`, sums in this process's memory; the same checkpoint serves both."""
     identity, device = pool.call(_prepare, samples, info, method, resume is not None)
-    state = Pass.begin(method.layers, info.hidden_size, torch.device("cpu"))
+    state = Pass.begin(dict.fromkeys(method.layers, torch.device("cpu")), info.hidden_size)
     batches = make_batches(samples, device)
     identity |= {"batch": BATCH_TOKENS[device.type]}  # of this process: it is here that batches are cut
     with recorded(state, batches, resume, identity, console) as record:

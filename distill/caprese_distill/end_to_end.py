@@ -30,6 +30,7 @@ from .blocks import find_blocks
 from .data import Sample, split
 from .layerwise import BATCH_TOKENS, CHECKPOINT_SECONDS, make_batches
 from .moments import Batch
+from .placement import device_of
 from .progress import progress_bar
 from .student import Student, frozen
 
@@ -107,7 +108,7 @@ class Trainer:
     ):
         self.student, self.recipe, self.group = student, recipe, group
         self.resume, self.identity = resume, identity
-        self.device = next(model.parameters()).device
+        self.device = device_of(model.get_input_embeddings())
         fit, _ = split(samples)
         self.steps = steps_of(fit, recipe)
         self.held_out = [batch for batch in make_batches(samples, self.device) if batch.held_out]
@@ -259,7 +260,7 @@ def distill_end_to_end(
             digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
         versions = {
             "dtype": str(model.dtype),
-            "device": str(next(model.parameters()).device),
+            "device": str(device_of(model.get_input_embeddings())),
             "torch": torch.__version__,
         }
         settings = {"method": method.name, "density": method.density, "initial adapters": digest.hexdigest()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from . import checkpoint
 from .blocks import find_blocks
 from .data import Sample, split
 from .moments import Batch, Moments, Observer
+from .placement import device_of
 from .progress import progress_bar
 from .solve import Solution, solve
 
@@ -48,8 +50,9 @@ class Pass:
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, layers: Sequence[int], depth: int, device: torch.device) -> Pass:
-        fit, held_out = ({i: Moments.zeros(depth, device) for i in layers} for _ in range(2))
+    def begin(cls, devices: Mapping[int, torch.device], depth: int) -> Pass:
+        """Zeros; `devices` tells where each layer's moments are kept."""
+        fit, held_out = ({i: Moments.zeros(depth, device) for i, device in devices.items()} for _ in range(2))
         return cls(fit, held_out)
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
@@ -99,14 +102,18 @@ def run_pass(
     and a run whose model, samples and settings are the same starts from there, to the same bits.
     """
     identity = prepare(model, samples, info, method, digest=resume is not None)
-    device = next(model.parameters()).device
-    state = Pass.begin(method.layers, info.hidden_size, device)
+    device = device_of(model.get_input_embeddings())
+    state = Pass.begin(_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
     with recorded(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
         for batch in batches[state.batches :]:
             feed(batch, state.held_out if batch.held_out else state.fit)
             record(1)
     return state
+
+
+def _devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
+    return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
 
 
 def prepare(
@@ -116,10 +123,10 @@ def prepare(
 
     `parts` sets of moments are to be on the model's device: those fitted and those held out, or one of the two.
     """
-    device = next(model.parameters()).device
-    blocks = find_blocks(model, info, method.layers)
+    device = device_of(model.get_input_embeddings())
     _check_ids(samples, model)
-    _check_memory(parts * len(blocks), info.hidden_size, device)
+    for place, count in Counter(_devices(model, info, method).values()).items():
+        _check_memory(parts * count, info.hidden_size, place)
     if not digest:
         return {}
     settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}

@@ -33,14 +33,19 @@ def load_small_parts(model: str) -> tuple[Any, Any]:
         raise _unloadable(model, error) from None
 
 
-def load_model(model: str, dtype: str) -> Any:
-    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight."""
+def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None = None, **options: Any) -> Any:
+    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight.
+
+    `device_map` spreads it over devices, by accelerate; `options` are others of from_pretrained.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True)
+        network, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+        )
     except Exception as error:  # as above
         raise _unloadable(model, error) from None
     if info["missing_keys"]:

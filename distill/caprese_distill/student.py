@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from caprese_kernels.config import Method
 
 from .moments import Batch, keep_mask, select
+from .placement import device_of
 
 
 class Student:
@@ -36,7 +38,7 @@ class Student:
         right: Mapping[int, Tensor],
     ):
         self.decoder, self.method, self.dtype = model.get_decoder(), method, model.dtype
-        devices = {i: next(block.parameters()).device for i, block in blocks.items()}
+        devices = {i: device_of(block) for i, block in blocks.items()}
         self.left, self.right = (
             {i: nn.Parameter(part[i].detach().to(devices[i], torch.float32, copy=True)) for i in blocks}
             for part in (left, right)
@@ -89,8 +91,9 @@ class Student:
             if not self.sparse:
                 self.selections[layer] = select(self.method, self.batch, g, z)
                 return None
+            batch = replace(self.batch, device=z.device)  # layers may be on several devices
             keep = torch.ones(z.shape[:2].numel(), z.shape[-1], dtype=torch.bool, device=z.device)
-            keep[self.batch.rows()] = keep_mask(self.method, self.batch, self.selections[layer], g)
+            keep[batch.rows()] = keep_mask(self.method, batch, self.selections[layer], g)
             return (torch.where(keep.view_as(z), z, 0),)
 
         def correct(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
@@ -99,7 +102,7 @@ class Student:
             if not self.sparse:
                 return None
             assert self.batch is not None
-            rows = self.batch.rows()
+            rows = self.batch.rows().to(y.device)
             low = x.flatten(0, 1)[rows] @ self.left[layer].to(self.dtype) @ self.right[layer].to(self.dtype)
             return y.flatten(0, 1).index_add(0, rows, low).view_as(y)
 
