@@ -45,7 +45,15 @@ def main(
     for method, (density, layers) in SETTINGS.items():
         file = output / f"{method}.safetensors"
         distill(
-            str(model), data, file, method=method, density=density, layers=layers, rank=RANK, stage=Stage.layer_wise
+            str(model),
+            str(data),
+            file,
+            method=method,
+            density=density,
+            layers=layers,
+            rank=RANK,
+            stage=Stage.layer_wise,
+            instruction="",  # the demo model never saw it
         )
 
 

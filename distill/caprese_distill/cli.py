@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
+import json
 import platform
 import re
 import shlex
@@ -21,12 +21,22 @@ from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice
 from caprese_kernels.errors import CapreseError
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from .data import Row, Sample
+
+INSTRUCTION = "Please reason step by step."  # of every training sample of the paper, section 3.4
+SAMPLES = 20_000  # as many
 
 
 class Stage(StrEnum):
     layer_wise = "layer-wise"
     end_to_end = "end-to-end"
+
+
+class Solver(StrEnum):
+    closed_form = "closed-form"
+    adam = "adam"
 
 
 class Dtype(StrEnum):
@@ -44,7 +54,12 @@ class Device(StrEnum):
 
 def distill(
     model: Annotated[str, typer.Argument(help="Model directory, or Hub id.")],
-    data: Annotated[Path, typer.Option(help="JSONL file of rows with `prompt` (text or messages) and `response`.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="JSONL, .parquet or .csv file, directory of such files, or Hub dataset as owner/name:config@split."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Adapter file to write.")] = Path("adapters.safetensors"),
     method: Annotated[str, typer.Option(metavar="griffin|cats", help="Sparse method.")] = "griffin",
     density: Annotated[float, typer.Option(help="Share of neurons that a generated token keeps.")] = DEFAULT_DENSITY,
@@ -52,11 +67,39 @@ def distill(
     stage: Annotated[
         Stage, typer.Option(help="Where to stop: end-to-end begins with layer-wise, and is several times its time.")
     ] = Stage.end_to_end,
+    solver: Annotated[
+        Solver, typer.Option(help="Layer-wise: the optimum in one pass, or the paper's many epochs, to compare.")
+    ] = Solver.closed_form,
     layers: Annotated[
         str | None,
         typer.Option(help="first-half, all, or indices as 0,1,2; by default first-half for griffin, all for cats."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Rows to use, drawn by the seed; default all.")] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(help="Text or chat messages; by default prompt, question, problem ..., the first there."),
+    ] = None,
+    response_column: Annotated[
+        str | None,
+        typer.Option(help="By default response, solution, answer ...; or the messages' last, the assistant's."),
+    ] = None,
+    instruction: Annotated[
+        str, typer.Option(help="Put before every prompt that has it not, as in the paper; '' for none.")
+    ] = INSTRUCTION,
+    samples: Annotated[int, typer.Option(min=2, help="Rows to use at most, drawn by the seed.")] = SAMPLES,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Let the model answer the prompts itself, by vLLM; no responses are read."),
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="--generate: by default as the model's generation_config; else greedy.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="--generate: longest response; by default what --max-length leaves.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help='--generate: arguments of vllm.LLM, as {"tensor_parallel_size": 4}.'),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Longer samples (in tokens) are skipped.")] = 2048,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of model and adapters; auto is the checkpoint's.")] = Dtype.auto,
     device: Annotated[
@@ -67,6 +110,9 @@ def distill(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="End to end: samples of a step.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="End to end: passes over the samples.")] = 3,
+    layer_wise_learning_rate: Annotated[float, typer.Option(min=0.0, help="With --solver adam.")] = 1e-3,
+    layer_wise_batch: Annotated[int, typer.Option(min=1, help="With --solver adam: samples of a step.")] = 128,
+    layer_wise_epochs: Annotated[int, typer.Option(min=1, help="With --solver adam: passes over the samples.")] = 20,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
     ] = True,
@@ -85,7 +131,7 @@ def distill(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from .data import read_rows
+    from .sources import read_source
 
     command = {
         "--data": data,
@@ -94,8 +140,15 @@ def distill(
         "--density": density,
         "--rank": rank,
         "--stage": stage,
+        "--solver": solver,
         "--layers": layers,
+        "--prompt-column": prompt_column,
+        "--response-column": response_column,
+        "--instruction": instruction,
         "--samples": samples,
+        "--temperature": temperature,
+        "--max-new-tokens": max_new_tokens,
+        "--engine": engine,
         "--max-length": max_length,
         "--dtype": dtype,
         "--device": device,
@@ -106,32 +159,76 @@ def distill(
         "--num-workers": num_workers,
         "--seed": seed,
     }
+    if solver == Solver.adam:
+        command |= {
+            "--layer-wise-learning-rate": layer_wise_learning_rate,
+            "--layer-wise-batch": layer_wise_batch,
+            "--layer-wise-epochs": layer_wise_epochs,
+        }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
+    given += ["--generate"] if generate else []
     choice = _parse_layers(layers)
-    rows = read_rows(data, samples, seed)
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    arguments = _parse_engine(engine)
+    unused = [name for name in ("--temperature", "--max-new-tokens", "--engine") if command[name] is not None]
+    if unused and not generate:
+        raise CapreseError(unused[0], expected="--generate beside it", found="none", fix=f"take out {unused[0]}")
+    source = read_source(
+        data,
+        samples,
+        seed,
+        prompt_column=prompt_column,
+        response_column=response_column,
+        responses=not generate,
+        instruction=instruction,
+    )
+    rows, told = source.rows, source.provenance
     _check_writable(output)
 
     import torch
 
+    from .adam import AdamSettings
     from .blocks import plan
     from .end_to_end import Recipe, default_learning_rate
+    from .generate import Generation, generate_samples
     from .loading import load_small_parts
     from .report import report
     from .stages import clean_up, run_stages
 
+    if solver == Solver.adam and (num_workers > 1 or device_map is not None):
+        raise CapreseError(
+            "--solver", expected="closed-form with --num-workers and --device-map", found="adam", fix="take one out"
+        )
     notes, place = Console(stderr=True), _place(model, dtype, device, device_map, num_workers, output)
+    notes.print(str(source), highlight=False, markup=False)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
-    encoded = _encode(tokenizer, rows, max_length, data, notes)
+    if tokenizer.chat_template is None:
+        notes.print("the tokenizer has no chat template: prompts are used as plain text")
+    made = None
+    if generate:
+        settings = Generation(temperature, max_new_tokens, seed, dtype, arguments)
+        made = generate_samples(rows, tokenizer, model, config, output, settings, max_length, notes)
+        encoded = _usable(made.samples, made.skipped, len(rows), data, notes)
+        told |= {"generated": made.provenance}
+    else:
+        encoded = _encode(tokenizer, rows, max_length, data, notes)
     fed = sum(s.num_rows for s in encoded)
     if fed < info.hidden_size:
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")
     rate = default_learning_rate(info.hidden_size) if learning_rate is None else learning_rate
     recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
+    adam = AdamSettings(layer_wise_learning_rate, layer_wise_batch, layer_wise_epochs, seed=seed)
     try:
         adapters = run_stages(
-            place(), encoded, info, resolved, recipe if stage == Stage.end_to_end else None, output, notes, tensorboard
+            place(),
+            encoded,
+            info,
+            resolved,
+            recipe if stage == Stage.end_to_end else None,
+            output,
+            notes,
+            tensorboard,
+            adam if solver == Solver.adam else None,
         )
     except torch.OutOfMemoryError as error:
         raise CapreseError(
@@ -144,7 +241,7 @@ def distill(
         notes.print("interrupted; the same command goes on from the last checkpoint")
         raise
     adapters.config.training |= {
-        "data": {"file": data.name, "sha256": digest},
+        "data": told,
         "command": shlex.join(["caprese", "distill", model, *given]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
@@ -155,6 +252,8 @@ def distill(
         raise _unwritable(output, error.strerror or str(error)) from None
     clean_up(output)
     report(adapters, output)
+    if made:
+        notes.print(f"responses kept in {made.keep()}: --data reads them", highlight=False, markup=False)
 
 
 def _place(
@@ -210,24 +309,36 @@ def _unwritable(output: Path, found: str) -> CapreseError:
     )
 
 
-def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: Path, notes: Console) -> list[Sample]:
-    from rich.progress import Progress
+def _parse_engine(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        value = error
+    if isinstance(value, dict):
+        return value
+    raise CapreseError("--engine", expected="a JSON object", found=f"{text!r}", fix="correct it")
 
+
+def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: str, notes: Console) -> list[Sample]:
     from .data import encode
+    from .progress import progress_bar
 
-    if tokenizer.chat_template is None:
-        notes.print("the tokenizer has no chat template: prompts are used as plain text")
-    with Progress(console=notes) as bar:
+    with progress_bar(notes, "rows/s") as bar:
         line = bar.add_task("tokens", total=len(rows))
         encoded, skipped = encode(tokenizer, rows, max_length, lambda: bar.advance(line))
+    return _usable(encoded, skipped, len(rows), data, notes)
+
+
+def _usable(samples: list[Sample], skipped: Counter[str], rows: int, data: str, notes: Console) -> list[Sample]:
+    """The samples, if they are enough; what was skipped is told."""
     told = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    if len(encoded) < 2:
+    if len(samples) < 2:
         raise CapreseError(
             f"samples of {data}",
             expected="2 or more usable (one is held out)",
-            found=f"{len(encoded)} of {len(rows)}" + (f" ({told})" if told else ""),
+            found=f"{len(samples)} of {rows}" + (f" ({told})" if told else ""),
             fix="give more data, or a higher --max-length",
         )
     if skipped:
-        notes.print(f"skipped {skipped.total()} of {len(rows)} samples: {told}")
-    return encoded
+        notes.print(f"skipped {skipped.total()} of {rows} samples: {told}")
+    return samples

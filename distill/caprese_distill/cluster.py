@@ -29,6 +29,7 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .adam import AdamSettings
 from .data import Sample
 from .end_to_end import Recipe
 from .layerwise import BATCH_TOKENS, Pass, check, close, feeding, make_batches, prepare, recorded
@@ -231,8 +232,13 @@ class Cluster:
         method: Method,
         resume: Path | None = None,
         console: Console | None = None,
+        adam: AdamSettings | None = None,
     ) -> Adapters:
-        """layerwise.distill_layer_wise: the pass by shards, then the closed form by layers."""
+        """layerwise.distill_layer_wise without `adam`: the pass by shards, then the closed form by layers."""
+        if adam is not None:
+            raise CapreseError(
+                "--solver", expected="closed-form with --num-workers", found="adam", fix="take out one of the two"
+            )
         pool = self.workers()
         with contextlib.closing(self):
             dtype = pool.call(_dtype)

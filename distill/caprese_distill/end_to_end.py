@@ -26,10 +26,10 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .adam import schedule
 from .blocks import find_blocks
 from .data import Sample, split
-from .layerwise import BATCH_TOKENS, CHECKPOINT_SECONDS, make_batches
-from .moments import Batch
+from .layerwise import CHECKPOINT_SECONDS, make_batches, pack
 from .placement import device_of
 from .progress import progress_bar
 from .student import Student, frozen
@@ -67,12 +67,6 @@ class Group:
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up over the processes, in place."""
-
-
-def schedule(step: int, total: int, warmup: float) -> float:
-    """The learning rate's factor at `step` (from 0): up to 1 over the share `warmup`, then down to 0."""
-    first = max(1, math.ceil(warmup * total))
-    return min((step + 1) / first, (total - step) / max(1, total - first))
 
 
 def steps_of(samples: Sequence[Sample], recipe: Recipe) -> list[list[Sample]]:
@@ -128,11 +122,10 @@ class Trainer:
     def load(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         for n, p in enumerate(self.student.parameters()):
             p.copy_(tensors[f"parameter.{n}"])
-            names = [key.removesuffix(f".{n}") for key in tensors if key.endswith(f".{n}")]
-            state = {key: tensors[f"{key}.{n}"].to(p.device if key != "step" else "cpu") for key in names}
-            state.pop("parameter")
-            if state:
-                self.optimizer.state[p] = state
+            state = {key.removesuffix(f".{n}"): tensor for key, tensor in tensors.items() if key.endswith(f".{n}")}
+            del state["parameter"]
+            if state:  # none yet before the first step; Adam keeps its "step" on the CPU
+                self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
 
     def agree(self) -> None:
@@ -177,9 +170,9 @@ class Trainer:
             self.step, len(self.steps), self.recipe.warmup
         )
         self.optimizer.zero_grad(set_to_none=False)
-        rows = sum(s.num_rows for s in samples)
+        rows, mine = sum(s.num_rows for s in samples), samples[self.group.rank :: self.group.size]
         total = torch.zeros((), dtype=torch.float64)
-        for batch in micro_batches(samples[self.group.rank :: self.group.size], self.device):
+        for batch in pack(mine, self.device) if mine else ():
             target = self.student.original(batch).float()
             loss = (self.student(batch).float() - target).square().sum() / rows
             loss.backward()
@@ -221,17 +214,6 @@ class Trainer:
         if writer:
             writer.add_scalar("loss", loss, self.step)
             writer.add_scalar("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
-
-
-def micro_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch]:
-    """The samples of a step, in as few forward passes as BATCH_TOKENS allows."""
-    batches: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda s: -len(s.ids)):
-        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= BATCH_TOKENS[device.type]:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return [Batch(part, False, device) for part in batches]
 
 
 def distill_end_to_end(

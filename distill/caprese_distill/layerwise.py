@@ -1,10 +1,11 @@
-"""Layer-wise distillation (paper, section 3.1): one pass of the original model, then the closed form.
+"""Layer-wise distillation (paper, section 3.1): one pass of the original model, then the closed form; or Adam's epochs.
 
 In Python, for a transformers causal LM and its tokenizer:
 
-    samples, skipped = encode(tokenizer, read_rows(Path("math.jsonl")), max_length=2048)
+    samples, skipped = encode(tokenizer, read_source("math.jsonl").rows, max_length=2048)
     info, method = plan(model.config, "Qwen/Qwen2.5-1.5B-Instruct", "griffin", density=0.5, rank=256)
     distill_layer_wise(model, samples, info, method).save("adapters.safetensors")
+    distill_layer_wise(model, samples, info, method, adam=AdamSettings()).save("adapters-adam.safetensors")
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .adam import AdamSettings, Descent
 from .blocks import find_blocks
 from .data import Sample, split
-from .moments import Batch, Moments, Observer
+from .moments import Batch, Moments, Observer, Sink
 from .placement import device_of
 from .progress import progress_bar
 from .solve import Solution, solve
@@ -55,7 +57,11 @@ class Pass:
         fit, held_out = ({i: Moments.zeros(depth, device) for i, device in devices.items()} for _ in range(2))
         return cls(fit, held_out)
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
+    @property
+    def place(self) -> str:
+        return f"batch {self.batches}"
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = {"fit": self.fit, "held_out": self.held_out}
         tensors = {
             f"{part}.{i}.{f.name}": getattr(moments, f.name)
@@ -63,9 +69,9 @@ class Pass:
             for i, moments in by_layer.items()
             for f in fields(Moments)
         }
-        checkpoint.save(path, tensors, {"batches": self.batches, "seconds": self.seconds}, identity)
+        return tensors, {"batches": self.batches, "seconds": self.seconds}
 
-    def resume(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         for part, by_layer in (("fit", self.fit), ("held_out", self.held_out)):
             for i, moments in by_layer.items():
                 for f in fields(Moments):
@@ -74,17 +80,19 @@ class Pass:
 
 
 def make_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch]:
-    """Batches of samples of like length, the longest first (what does not fit fails at once); then those held out."""
-    batches: list[Batch] = []
-    for held_out, part in enumerate(split(samples)):
-        pending: list[Sample] = []
-        for sample in sorted(part, key=lambda s: -len(s.ids)):
-            if pending and len(pending[0].ids) * (len(pending) + 1) > BATCH_TOKENS[device.type]:
-                batches.append(Batch(pending, bool(held_out), device))
-                pending = []
-            pending.append(sample)
-        batches.append(Batch(pending, bool(held_out), device))
-    return batches
+    """Batches of the samples to fit, the longest first (what does not fit fails at once); then of those held out."""
+    fit, held_out = split(samples)
+    return [*pack(fit, device), *pack(held_out, device, held_out=True)]
+
+
+def pack(samples: Sequence[Sample], device: torch.device, held_out: bool = False) -> list[Batch]:
+    """Batches of samples of like length, the longest first, of up to BATCH_TOKENS."""
+    batches: list[list[Sample]] = [[]]
+    for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        if batches[-1] and len(batches[-1][0].ids) * (len(batches[-1]) + 1) > BATCH_TOKENS[device.type]:
+            batches.append([])
+        batches[-1].append(sample)
+    return [Batch(batch, held_out, device) for batch in batches]
 
 
 @torch.no_grad()
@@ -112,38 +120,27 @@ def run_pass(
     return state
 
 
-def _devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
-    return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
-
-
 def prepare(
     model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, parts: int = 2
 ) -> dict[str, Any]:
     """Refuse what cannot work before any work; what the moments depend on (empty without `digest`).
 
-    `parts` sets of moments are to be on the model's device: those fitted and those held out, or one of the two.
+    `parts` sets of moments are to be on the model's devices: those fitted and those held out, or one of the two.
     """
-    device = device_of(model.get_input_embeddings())
     _check_ids(samples, model)
-    for place, count in Counter(_devices(model, info, method).values()).items():
-        _check_memory(parts * count, info.hidden_size, place)
-    if not digest:
-        return {}
-    settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
-    return checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
+    for device, layers in Counter(_devices(model, info, method).values()).items():
+        _check_memory(parts * layers, info.hidden_size, device)
+    return _identity(model, samples, method, solver="closed-form") if digest else {}
 
 
 @contextlib.contextmanager
-def feeding(
-    model: Any, info: BaseModelInfo, method: Method
-) -> Iterator[Callable[[Batch, Mapping[int, Moments]], None]]:
-    """A function that runs the original model over a batch and adds to the moments given with it."""
+def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
+    """A function that runs the original model over a batch, each layer adding to its sink."""
     blocks = find_blocks(model, info, method.layers)
     with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
 
-        def feed(batch: Batch, moments: Mapping[int, Moments]) -> None:
-            observer.expect(batch, moments)
+        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
+            observer.expect(batch, sinks)
             decoder(input_ids=batch.ids(), use_cache=False)
 
         yield feed
@@ -154,37 +151,74 @@ def recorded(
     state: Pass,
     batches: Sequence[Batch],
     resume: Path | None,
-    identity: dict[str, Any],
+    identity: Mapping[str, Any],
     console: Console | None,
 ) -> Iterator[Callable[[int], None]]:
-    """Bring `state` to where the checkpoint left it; then a function to call whenever `count` more batches are in it,
+    """Bring `state` to where its checkpoint left it; then a function to call whenever `count` more batches are in it,
     for progress and the next checkpoint."""
-    if resume is not None and resume.exists():
-        found = checkpoint.load(resume, identity)
-        if isinstance(found, str):
-            told = f"{found}; starting anew"
-        else:
-            state.resume(*found)
-            told = f"going on after batch {state.batches} of {len(batches)}"
-        if console:
-            console.print(f"checkpoint {resume}: {told}")
-    started, saved, cost = time.monotonic() - state.seconds, time.monotonic(), 0.0
+    keeper = _Keeper(state, resume, console, identity)
+    started = time.monotonic() - state.seconds
     with progress_bar(console, "tok/s") as bar:
         done = sum(b.num_tokens for b in batches[: state.batches])
         line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
 
         def record(count: int) -> None:
-            nonlocal saved, cost
             bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
             state.batches += count
             state.seconds = time.monotonic() - started
-            now = time.monotonic()
-            if resume and now - saved >= max(CHECKPOINT_SECONDS, 10 * cost):
-                state.save(resume, identity)
-                saved = time.monotonic()
-                cost = saved - now
+            keeper.save_if_due()
 
         yield record
+
+
+@torch.no_grad()
+def descend(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    settings: AdamSettings,
+    resume: Path | None = None,
+    console: Console | None = None,
+) -> Descent:
+    """Train L and R of the sparse layers by Adam on the samples to fit, then sum the errors on all samples.
+
+    A step's samples are fed in batches of BATCH_TOKENS and their gradients added. With `resume`, as in
+    `run_pass`: a killed run goes on after the last step in that file, to the same bits.
+    """
+    device = device_of(model.get_input_embeddings())
+    _check_ids(samples, model)
+    fit, _ = split(samples)
+    batches = make_batches(samples, device)
+    state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
+    settled = {"solver": "adam", "rank": method.rank, "Adam settings": asdict(settings)}
+    keeper = _Keeper(state, resume, console, _identity(model, samples, method, **settled) if resume else {})
+    started = time.monotonic() - state.seconds
+    with progress_bar(console, "tok/s") as bar, feeding(model, info, method) as run:
+        total = settings.epochs * sum(len(s.ids) for s in fit) + sum(len(s.ids) for s in samples)
+        line = bar.add_task("Adam", total=total, completed=state.tokens, first=state.tokens)
+
+        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
+            run(batch, sinks)
+            bar.advance(line, batch.num_tokens)
+            state.tokens += batch.num_tokens
+
+        while state.step < state.steps:
+            step = [fit[i] for i in state.draw()]
+            for batch in pack(step, device):
+                feed(batch, state.layers)
+            remaining = state.update(sum(s.num_rows for s in step))
+            bar.update(line, description=f"Adam, epoch {state.epoch} of {settings.epochs}, remaining {remaining:.1%}")
+            state.seconds = state.seconds_training = time.monotonic() - started
+            keeper.save_if_due()
+        bar.update(line, description="errors")
+        judges = state.judges(model.dtype)
+        for batch in batches[state.batches :]:
+            feed(batch, judges["held_out" if batch.held_out else "fit"])
+            state.batches += 1
+            state.seconds = time.monotonic() - started
+            keeper.save_if_due()
+    return state
 
 
 def distill_layer_wise(
@@ -194,8 +228,9 @@ def distill_layer_wise(
     method: Method,
     resume: Path | None = None,
     console: Console | None = None,
+    adam: AdamSettings | None = None,
 ) -> Adapters:
-    """Adapters for `model` (a transformers causal LM) by the closed form of eq. 7, in the model's dtype.
+    """Adapters for `model` (a transformers causal LM), in its dtype, by the closed form of eq. 7; with `adam`, by Adam.
 
     Every layer is fitted on its own, earlier blocks being the original ones. The adapters' `training`
     entry tells samples, tokens, seconds and the errors of each layer (see `Solution`). Two samples
@@ -203,8 +238,12 @@ def distill_layer_wise(
     """
     check(samples, model.dtype)
     model.eval()
-    state = run_pass(model, samples, info, method, resume, console)
-    return close(state, samples, info, method, model.dtype, console, lambda jobs: itertools.starmap(solve, jobs))
+    if adam is None:
+        state = run_pass(model, samples, info, method, resume, console)
+        return close(state, samples, info, method, model.dtype, console, lambda jobs: itertools.starmap(solve, jobs))
+    descent = descend(model, samples, info, method, adam, resume, console)
+    solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
+    return _assemble(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
 
 
 def check(samples: Sequence[Sample], dtype: torch.dtype) -> None:
@@ -224,21 +263,32 @@ def close(
     console: Console | None,
     solve_all: Callable[[Iterable[tuple[Moments, Moments, int, torch.dtype]]], Iterable[Solution]],
 ) -> Adapters:
-    """Adapters from a finished pass; `solve_all` maps `solve` over the layers, here or elsewhere."""
+    """Adapters from a finished pass by the closed form; `solve_all` maps `solve` over the layers, here or elsewhere."""
     started = time.monotonic()
     jobs = [(state.fit[i], state.held_out[i], method.rank, dtype) for i in method.layers]
     with progress_bar(console, "layers/s") as bar:
         solved = bar.track(solve_all(jobs), total=len(jobs), description="closed form")
         solutions = dict(zip(method.layers, solved, strict=True))
+    seconds = state.seconds + time.monotonic() - started
+    return _assemble(solutions, samples, info, method, seconds, {"solver": "closed-form"})
+
+
+def _assemble(
+    solutions: Mapping[int, Solution],
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    seconds: float,
+    solver: Mapping[str, Any],
+) -> Adapters:
     numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
-    first = method.layers[0]  # every layer sees the same tokens
     training = {
         "stage": "layer-wise",
-        "solver": "closed-form",
+        **solver,
         "samples": len(samples),
         "samples_held_out": len(split(samples)[1]),
-        "tokens": int(state.fit[first].rows + state.held_out[first].rows),
-        "seconds": round(state.seconds + time.monotonic() - started, 1),
+        "tokens": sum(s.num_rows for s in samples),
+        "seconds": round(seconds, 1),
         "errors": {str(i): {key: getattr(s, key) for key in numbers} for i, s in solutions.items()},
     }
     config = AdapterConfig(
@@ -250,6 +300,49 @@ def close(
         training=training,
     )
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
+
+
+class _Keeper:
+    """Resumes `state` from the checkpoint at `path`, if there is one for this run, and writes it now and then."""
+
+    def __init__(
+        self,
+        state: Pass | Descent,
+        path: Path | None,
+        console: Console | None,
+        identity: Mapping[str, Any],
+    ):
+        self.state, self.path, self.identity = state, path, identity
+        if path is not None and path.exists():
+            found = checkpoint.load(path, identity)
+            if isinstance(found, str):
+                told = f"{found}; starting anew"
+            else:
+                state.resume(*found)
+                told = f"going on after {state.place}"
+            if console:
+                console.print(f"checkpoint {path}: {told}")
+        self.saved, self.cost = time.monotonic(), 0.0
+
+    def save_if_due(self) -> None:
+        """Every CHECKPOINT_SECONDS, less often where writing is slow."""
+        now = time.monotonic()
+        if self.path and now - self.saved >= max(CHECKPOINT_SECONDS, 10 * self.cost):
+            checkpoint.save(self.path, *self.state.snapshot(), self.identity)
+            self.saved = time.monotonic()
+            self.cost = self.saved - now
+
+
+def _identity(model: Any, samples: Sequence[Sample], method: Method, **settings: Any) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    device = device_of(model.get_input_embeddings())
+    settled = {"method": method.name, "density": method.density, "layers": list(method.layers), **settings}
+    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
+    return checkpoint.fingerprint(model, samples, **settled, **versions, batch=BATCH_TOKENS[device.type])
+
+
+def _devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
+    return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
 
 
 @contextlib.contextmanager

@@ -38,13 +38,20 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
 
     `device_map` spreads it over devices, by accelerate; `options` are others of from_pretrained.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
+        # torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word.
+        capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
         network, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            attn_implementation="eager" if capped else None,
+            **options,
         )
     except Exception as error:  # as above
         raise _unloadable(model, error) from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +117,14 @@ def keep_mask(method: Method, batch: Batch, selection: Tensor, g: Tensor | None)
     return g.flatten(0, 1)[batch.rows()].abs().float() >= selection[owners, None]
 
 
+class Sink(Protocol):
+    """What becomes of a layer's rows: FF inputs x, errors e and FF outputs y, all [N, D]; `Moments` is one."""
+
+    def add(self, x: Tensor, e: Tensor, y: Tensor) -> None: ...
+
+
 class Observer:
-    """Watches FF blocks (`gate_proj`, `up_proj`, `down_proj`, `act_fn`) and adds to their moments.
+    """Watches FF blocks (`gate_proj`, `up_proj`, `down_proj`, `act_fn`) and gives their rows to sinks.
 
     x is the block's input, g its activation's output, z its down projection's input and y its
     output, all as the model itself computes them. E = FF(x) - FF_sparse(x) is the dropped neurons'
@@ -128,7 +134,7 @@ class Observer:
     def __init__(self, blocks: Mapping[int, nn.Module], method: Method):
         self.method = method
         self.batch: Batch | None = None
-        self.moments: Mapping[int, Moments] = {}
+        self.sinks: Mapping[int, Sink] = {}
         self.handles = [handle for layer, block in blocks.items() for handle in self._hooks(layer, block)]
 
     def __enter__(self) -> Observer:
@@ -138,9 +144,9 @@ class Observer:
         for handle in self.handles:
             handle.remove()
 
-    def expect(self, batch: Batch, moments: Mapping[int, Moments]) -> None:
-        """The next forward pass is that of `batch`, and its layers add to `moments`."""
-        self.batch, self.moments = batch, moments
+    def expect(self, batch: Batch, sinks: Mapping[int, Sink]) -> None:
+        """The next forward pass is that of `batch`, and its layers add to `sinks`."""
+        self.batch, self.sinks = batch, sinks
 
     def _hooks(self, layer: int, block: Any) -> list[Any]:
         seen: dict[str, Tensor] = {}
@@ -175,7 +181,7 @@ class Observer:
         if not _finite(e):  # a finite output may have parts that are not, in float16
             for b, sample in enumerate(self.batch.samples):
                 _check_finite(layer, sample, e[batch.owners() == b])
-        self.moments[layer].add(x.flatten(0, 1)[rows], e, y.flatten(0, 1)[rows])
+        self.sinks[layer].add(x.flatten(0, 1)[rows], e, y.flatten(0, 1)[rows])
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -16,7 +16,10 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         new = task.completed - task.fields.get("first", 0)
-        return Text(f"{new / task.elapsed:,.0f} {self.unit}" if task.elapsed and new else f"- {self.unit}")
+        if not (task.elapsed and new):
+            return Text(f"- {self.unit}")
+        speed = new / task.elapsed
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}")
 
 
 def progress_bar(console: Console | None, unit: str) -> Progress:

@@ -15,13 +15,14 @@ def report(adapters: Adapters, output: Path) -> None:
     config, training = adapters.config, adapters.config.training
     console = Console()
     table = Table(
-        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise, held-out samples"
+        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by {training['solver']}, "
+        "held-out samples"
     )
     for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
         table.add_column(column, justify="right")
     for layer, row in training["errors"].items():
         parts = [f"{row[key]:.1%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")]
-        table.add_row(layer, *parts, f"{row['ridge']:g}")
+        table.add_row(layer, *parts, "-" if row["ridge"] is None else f"{row['ridge']:g}")
     console.print(table)
     if "end_to_end" in training:
         errors = training["end_to_end"]["held_out_errors"]

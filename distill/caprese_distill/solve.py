@@ -30,7 +30,7 @@ class Solution:
 
     left: Tensor
     right: Tensor
-    ridge: float
+    ridge: float | None  # None: not of the closed form
     error_before: float
     error_after: float
     remaining: float
@@ -80,12 +80,13 @@ def solve(fit: Moments, held_out: Moments, rank: int, dtype: torch.dtype) -> Sol
         left.to(dtype),
         right.to(dtype),
         ridge,
-        error_before=_ratio(float(held_out.ee), float(held_out.yy)),
-        error_after=_ratio(error, float(held_out.yy)),
-        remaining=_ratio(error, float(held_out.ee)),
-        remaining_fit=_ratio(fit.error(left, right), float(fit.ee)),
+        error_before=ratio(float(held_out.ee), float(held_out.yy)),
+        error_after=ratio(error, float(held_out.yy)),
+        remaining=ratio(error, float(held_out.ee)),
+        remaining_fit=ratio(fit.error(left, right), float(fit.ee)),
     )
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """part / whole, 0 of nothing."""
     return part / whole if whole > 0 else 0.0

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .adam import AdamSettings
 from .cluster import Cluster
 from .data import Sample
 from .end_to_end import Recipe, distill_end_to_end
@@ -48,16 +50,18 @@ def run_stages(
     output: Path,
     console: Console | None = None,
     logs: Path | None = None,
+    adam: AdamSettings | None = None,
 ) -> Adapters:
     """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
 
     `model` is a transformers causal LM, or the cluster.Cluster whose workers have it.
+    The layer-wise stage is the closed form, or Adam if its settings are given (not on a cluster).
     Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
     `logs` is a directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
     place = model if isinstance(model, Cluster) else Here(model)
-    adapters = _first_stage(place, samples, info, method, output, recipe is not None, console)
+    adapters = _first_stage(place, samples, info, method, output, recipe is not None, console, adam)
     if recipe is None:
         return adapters
     with _writer(logs) as writer:
@@ -84,11 +88,13 @@ def _first_stage(
     output: Path,
     keep: bool,
     console: Console | None,
+    adam: AdamSettings | None,
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
     settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    identity = json.dumps(place.fingerprint(samples, **settings))
+    solver = asdict(adam) if adam else None
+    identity = json.dumps(place.fingerprint(samples, **settings, solver=solver))
     digest = hashlib.sha256(identity.encode()).hexdigest()
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
@@ -97,7 +103,7 @@ def _first_stage(
                 if console:
                     console.print(f"layer-wise stage: done before, {path}")
                 return found
-    adapters = place.layer_wise(samples, info, method, resume, console)
+    adapters = place.layer_wise(samples, info, method, resume, console, adam)
     if keep:
         marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": digest}})
         Adapters(marked, adapters.left, adapters.right).save(path)

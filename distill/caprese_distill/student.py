@@ -39,8 +39,14 @@ class Student:
     ):
         self.decoder, self.method, self.dtype = model.get_decoder(), method, model.dtype
         devices = {i: device_of(block) for i, block in blocks.items()}
+        # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
         self.left, self.right = (
-            {i: nn.Parameter(part[i].detach().to(devices[i], torch.float32, copy=True)) for i in blocks}
+            {
+                i: nn.Parameter(
+                    part[i].detach().to(devices[i], torch.float32).clone(memory_format=torch.contiguous_format)
+                )
+                for i in blocks
+            }
             for part in (left, right)
         )
         self.selections: dict[int, Tensor] = {}

@@ -1,13 +1,11 @@
 """Rows and their token ids."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from caprese_distill.data import Row, encode, read_rows, split
+from caprese_distill.data import Row, Sample, encode, split
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_samples
 from tests.support.models import BOS, EOS, make_tokenizer
@@ -45,20 +43,30 @@ def test_an_eos_in_the_response_is_not_doubled() -> None:
     assert torch.equal(plain.ids, ended.ids)
 
 
+def test_the_last_token_sampled_is_never_fed() -> None:
+    for response in ([7, 8, 1], [7, 8, 9]):  # ended by eos, or cut by length
+        sample = Sample.of([4, 5], response, 3)
+        assert sample.ids.tolist() == [4, 5, 7, 8]
+        assert sample.ids.dtype == torch.int32
+        assert (sample.prompt_length, sample.num_rows, sample.line) == (2, 2, 3)
+
+
 def test_without_a_chat_template_the_prompt_is_plain_text() -> None:
     tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.chat_template = None
     (sample,), _ = encode(tokenizer, [Row(1, "one two", "three")], 100)
     assert tokenizer.decode(sample.ids[: sample.prompt_length]) == "one two"
-    with pytest.raises(CapreseError, match=r"line 4: expected a string in 'prompt'.*no chat template"):
+    with pytest.raises(CapreseError, match=r"line 4: expected a prompt that is text.*no chat template"):
         encode(tokenizer, [Row(4, [{"role": "user", "content": "one"}], "two")], 100)
 
 
 def test_unusable_samples_are_counted() -> None:
-    rows = [Row(1, "one", "two three four five six seven " * 9), Row(2, "one", ""), Row(3, "one", "two")]
+    long = "two three four five six seven " * 9
+    blank = [{"role": "system", "content": ""}, {"role": "user", "content": " "}]
+    rows = [Row(1, "one", long), Row(2, "one", ""), Row(3, "one", "two"), Row(4, " \n", "two"), Row(5, blank, "two")]
     samples, skipped = encode(make_tokenizer(), rows, 30)
     assert [s.line for s in samples] == [3]
-    assert skipped == {"longer than 30 tokens": 1, "empty response": 1}
+    assert skipped == {"longer than 30 tokens": 1, "empty response": 1, "empty prompt": 2}
 
 
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (9, 1), (10, 1), (25, 2)])
@@ -74,48 +82,6 @@ def test_kinds_of_problems_that_take_turns_are_both_held_out() -> None:
     samples = make_samples(400)
     odd = sum(samples.index(s) % 2 for s in split(samples)[1])
     assert 10 <= odd <= 30  # of 40; a fair draw leaves this once in a thousand, and this draw is fixed
-
-
-def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(
-        "\n\n".join(json.dumps({"prompt": str(i), "response": "\u2028"}, ensure_ascii=False) for i in range(50))
-    )
-    first, again, other = (read_rows(path, 10, seed) for seed in (0, 0, 1))
-    assert first == again != other
-    lines = [row.line for row in first]
-    assert lines == sorted(set(lines))
-    assert all(row.line == 2 * int(row.prompt) + 1 for row in first if isinstance(row.prompt, str))
-    assert len(read_rows(path, 99)) == len(read_rows(path)) == 50
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("", "found an empty file"),
-        ("\n \n", "found an empty file"),
-        ('{"prompt": "a", "response": "b"}\n{"prompt": ', "line 2: expected a JSON object; found Expecting value"),
-        ("[1]\n", "line 1: expected a JSON object; found list"),
-        ('\n{"prompt": "a"}\n', "line 2: expected keys 'prompt' and 'response'; found no 'response'"),
-        ('{"response": "a"}', "found no 'prompt'"),
-        ('{"prompt": "a", "response": 3}', "line 1: expected a string in 'response'; found int"),
-        ('{"prompt": [], "response": "a"}', "list of chat messages in 'prompt'; found \\[\\]"),
-        ('{"prompt": ["a"], "response": "a"}', "list of chat messages"),
-    ],
-)
-def test_bad_files_are_told_by_line(tmp_path: Path, text: str, match: str) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(text)
-    with pytest.raises(CapreseError, match=match):
-        read_rows(path)
-
-
-def test_missing_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(CapreseError, match="readable file; found No such file"):
-        read_rows(tmp_path / "none.jsonl")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CapreseError, match="text in UTF-8"):
-        read_rows(tmp_path / "binary")
 
 
 def test_a_template_that_refuses_is_told_by_line() -> None:

@@ -61,6 +61,8 @@ def test_the_command_writes_adapters(
     assert told["tokens"] > 22 * 20
     assert told["data"]["file"] == "data.jsonl"
     assert len(told["data"]["sha256"]) == 64
+    assert told["data"]["instruction"] == "Please reason step by step."
+    assert "data.jsonl: 22 of 22 rows, prompts from 'prompt', responses from 'response'" in result.output
     assert told["command"].startswith("caprese distill ")
     assert set(told["versions"]) == {"torch", "transformers", "python"}
     assert list(told["errors"]) == [str(i) for i in layers]
@@ -212,6 +214,11 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"layers": "0,9"}, "layers: expected one or more different indices from 0 to 3"),
         ({"layers": "1,1"}, "layers: expected one or more different indices"),
         ({"max_length": 5}, r"2 or more usable.*found 0 of 3 \(3 longer than 5 tokens\)"),
+        ({"temperature": 0.5}, "--temperature: expected --generate beside it; found none"),
+        ({"engine": "[1]", "generate": True}, r"--engine: expected a JSON object; found '\[1\]'"),
+        ({"engine": "{", "generate": True}, "--engine: expected a JSON object; found '{'"),
+        ({"max_length": 5, "generate": True}, r"0 of 3 \(3 prompt too long for a response within 5 tokens\)"),
+        ({"response_column": "text"}, "a column 'text'; found the columns prompt, response; correct --response-column"),
         ({"model": "/no/such/model"}, "model: expected a directory or a Hub id"),
         ({"output": Path("/proc/none/a.safetensors")}, "expected a file that can be written"),
         ({"output": Path("/tmp")}, "found a directory"),

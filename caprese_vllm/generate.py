@@ -1,0 +1,125 @@
+"""Answers prompts with the original model, offline: `python -m caprese_vllm.generate JOB.json`.
+
+A process of its own, because its end is what gives the device's memory back; `caprese distill --generate` starts it.
+Caprese is not enabled here. The job:
+
+    {"model": directory or Hub id, "engine": {arguments of vllm.LLM}, "sampling": {arguments of SamplingParams},
+     "seed": N, "prompts": [{"row": N, "ids": [token id], "max_tokens": N}], "chunk": responses, "output": path}
+
+Responses are appended to the output as they are finished, `chunk` at a time and at least every few seconds, and forced
+to the disk: {"row": N, "ids": [token id], "finish": "stop" | "length"}. A row's ids end with the stop token, if one was
+sampled. Each row samples from a seed of its own, so that it depends on the rows beside it only through rounding.
+
+Standard output: a JSON line {"done": responses, "tokens": N} when the engine is ready and after each chunk, or
+{"error": {...}}, the parts of a CapreseError. The rest goes to standard error. Ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from caprese_kernels.errors import CapreseError
+
+from . import compat
+
+FLUSH_SECONDS = 5.0
+
+
+def main(job: str) -> int:
+    """The exit code."""
+    answers = _own_stdout()
+
+    def tell(**message: Any) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        run(json.loads(Path(job).read_text()), tell)
+    except CapreseError as error:
+        tell(error={part: getattr(error, part) for part in ("what", "expected", "found", "fix")})
+        return 1
+    return 0
+
+
+def run(job: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    """Answer the job's prompts; all of them wait in the engine, which batches as it can."""
+    try:
+        import vllm
+        from vllm import LLM
+    except ImportError as error:
+        raise CapreseError("vLLM", expected="it to import", found=str(error), fix="install it anew") from None
+    compat.check_version(vllm.__version__)
+    engine = LLM(job["model"], **job["engine"]).llm_engine
+    for prompt in job["prompts"]:
+        engine.add_request(str(prompt["row"]), {"prompt_token_ids": prompt["ids"]}, _params(job, prompt))
+    done = tokens = 0
+    tell(done=done, tokens=tokens)
+    pending: list[dict[str, Any]] = []
+    saved = time.monotonic()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                answer = output.outputs[0]
+                ids = list(answer.token_ids)
+                pending.append({"row": int(output.request_id), "ids": ids, "finish": answer.finish_reason})
+                tokens += len(ids)
+        due = len(pending) >= job["chunk"] or time.monotonic() - saved > FLUSH_SECONDS
+        if pending and (due or not engine.has_unfinished_requests()):
+            _append(Path(job["output"]), pending)
+            done, saved = done + len(pending), time.monotonic()
+            pending = []
+            tell(done=done, tokens=tokens)
+
+
+def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        **job["sampling"],
+        max_tokens=prompt["max_tokens"],
+        seed=job["seed"] * 1_000_003 + prompt["row"],
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CapreseError(
+            f"responses {path}",
+            expected="room for them on the disk",
+            found=error.strerror or type(error).__name__,
+            fix="free some space; the same command goes on from the responses that are there",
+        ) from None
+
+
+def _own_stdout() -> IO[str]:
+    """Standard output for messages alone; what others print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process group once the parent is gone: nobody waits for the answers, but they hold the device."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
