@@ -76,13 +76,16 @@ class _RemoteWriter:
         self.board.add.remote(name, float(value), step)
 
 
-def _loop(load: Callable[[], Any], board: Any, resume: Path | None, work: Work) -> Adapters:
-    """What each worker runs: distill_end_to_end, `work` being its arguments from the samples to the recipe."""
+def _loop(load: Callable[[], Any], board: Any, resume: Path | None, work: Work) -> Adapters | None:
+    """What each worker runs: distill_end_to_end, `work` being its arguments from the samples to the recipe.
+
+    A mistake is raised, so that workers waiting for this one are stopped. Ray Train then tries again, whatever it
+    was; the second attempt ends without one.
+    """
     import ray
 
-    mistake = ray.get(board.get_mistake.remote())
-    if mistake is not None:  # Ray Train tries again whatever the error was
-        raise mistake
+    if ray.get(board.get_mistake.remote()) is not None:
+        return None
     group = TorchGroup()
     writer = _RemoteWriter(board) if group.rank == 0 else None
     try:
@@ -132,10 +135,8 @@ def train(
     try:
         with _watched(board, steps_of(split(samples)[0], recipe), console, writer):
             adapters = trainer.fit().return_value
-    except TrainingFailedError as error:
         mistake = ray.get(board.get_mistake.remote())
-        if mistake is not None:
-            raise mistake from None
+    except TrainingFailedError as error:
         raise CapreseError(
             "workers",
             expected=f"no more than {FAILURES} deaths in a run",
@@ -144,6 +145,8 @@ def train(
         ) from None
     finally:
         ray.kill(board)
+    if mistake is not None:
+        raise mistake
     assert isinstance(adapters, Adapters)
     return adapters
 

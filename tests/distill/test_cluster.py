@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,14 @@ from transformers import AutoModelForCausalLM
 from caprese_distill import checkpoint, cluster, end_to_end, layerwise
 from caprese_distill.blocks import plan
 from caprese_distill.data import Sample
-from caprese_distill.end_to_end import Recipe, distill_end_to_end
+from caprese_distill.end_to_end import Group, Recipe, Trainer, distill_end_to_end
 from caprese_distill.layerwise import Pass, make_batches
 from caprese_distill.moments import Moments
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_samples
 
 ModelDir = Callable[[str], Path]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 HALF = {"CPU": 0.5}
 
 
@@ -152,7 +154,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(
                 deaths += 1
         if deaths == 4:
             alone = layerwise.run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
-            told = f"going on after batch {sum(map(len, parts[:4]))} of {whole.batches}"
+            told = f"going on after batch {sum(map(len, parts[:4]))}\n"
             assert told in capsys.readouterr().err
             assert_equal(alone, whole, rtol=1e-14)  # as above
             resume.unlink()
@@ -239,6 +241,24 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
             assert (a - b).norm() < 1e-2 * (a - begun).norm()
 
 
+def test_processes_that_see_different_checkpoints_are_told() -> None:
+    class Other(Group):
+        """A second process, which is at step 5."""
+
+        size = 2
+
+        def sum_(self, tensor: torch.Tensor) -> None:
+            tensor[1] += 5
+
+    for step in (5, 3):
+        trainer: Any = SimpleNamespace(group=Other(), step=step, resume=Path("r"))
+        if step == 5:
+            Trainer.agree(trainer)
+        else:
+            with pytest.raises(CapreseError, match=r"one file that all nodes see; found steps \[3, 5\] by worker"):
+                Trainer.agree(trainer)
+
+
 @dataclass
 class Written:
     """What end_to_end writes for TensorBoard."""
@@ -250,5 +270,7 @@ class Written:
 
 
 def test_one_process_needs_no_ray() -> None:
-    code = "import sys, caprese_distill.layerwise, caprese_distill.cluster; print('ray' in sys.modules)"
+    code = (
+        "import sys, caprese_distill.cli, caprese_distill.stages, caprese_distill.cluster; print('ray' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
