@@ -51,6 +51,8 @@ def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, floa
     CPUs or GPUs are free than there are to be workers (Ray itself would wait for them).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each, where there is no cluster
     try:
         import ray
     except ImportError:
