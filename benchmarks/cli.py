@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import typer
 
+from .ablation import ablation
 from .compare import compare
 from .kernel_bench import kernels
+from .parameters import parameters
 from .prefix_bench import prefix
+from .recovery import recovery
+from .residual import residual
 
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, compare):
+for verb in (kernels, prefix, parameters, residual, ablation, recovery, compare):
     app.command()(verb)

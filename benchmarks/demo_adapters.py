@@ -9,8 +9,9 @@ split as well: GRIFFIN must lose enough for a recovery to show, and CATS as much
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,9 +20,23 @@ from caprese_serve.demo.problems import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
 RANK = 48
-SETTINGS = {  # method: density, layers
-    "griffin": (0.5, "first-half"),
-    "cats": (0.05, "all"),
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is sparse, and the learning rates: of L and R layer-wise by Adam and end to end, and of LoRA."""
+
+    density: float
+    layers: Literal["first-half", "all"]
+    adam: float = 1e-3
+    end_to_end: float = 2e-4
+    lora_layer_wise: float = 1e-3
+    lora_end_to_end: float = 2e-4
+
+
+SETTINGS = {
+    "griffin": Settings(0.5, "first-half"),
+    "cats": Settings(0.05, "all"),
 }
 
 
@@ -42,15 +57,15 @@ def main(
 ) -> None:
     """Write griffin.safetensors and cats.safetensors."""
     write_rows(data, samples, seed)
-    for method, (density, layers) in SETTINGS.items():
+    for method, chosen in SETTINGS.items():
         file = output / f"{method}.safetensors"
         distill(
             str(model),
             str(data),
             file,
             method=method,
-            density=density,
-            layers=layers,
+            density=chosen.density,
+            layers=chosen.layers,
             rank=RANK,
             stage=Stage.layer_wise,
             instruction="",  # the demo model never saw it

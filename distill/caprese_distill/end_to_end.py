@@ -32,7 +32,7 @@ from .data import Sample, split
 from .layerwise import CHECKPOINT_SECONDS, make_batches, pack
 from .placement import device_of
 from .progress import progress_bar
-from .student import Student, frozen
+from .student import SharedModel, Student, frozen
 
 # Batches are cut from this many times their size of shuffled samples, sorted by length: little padding, and hardly
 # less chance in who meets whom.
@@ -93,7 +93,7 @@ class Trainer:
     def __init__(
         self,
         model: Any,
-        student: Student,
+        student: SharedModel,
         samples: Sequence[Sample],
         recipe: Recipe,
         resume: Path | None,
@@ -148,7 +148,7 @@ class Trainer:
         started, saved, cost = time.monotonic() - self.seconds, time.monotonic(), 0.0
         with progress_bar(console, "tok/s") as bar:
             done = sum(tokens[: self.step])
-            line = bar.add_task("end to end", total=sum(tokens), completed=done, first=done)
+            line = bar.add_task(self.student.title, total=sum(tokens), completed=done, first=done)
             self._look(bar, writer)
             while self.step < len(self.steps):
                 loss = self._step(self.steps[self.step])
@@ -184,7 +184,7 @@ class Trainer:
             self.group.sum_(p.grad)
         if not math.isfinite(float(total)):
             raise CapreseError(
-                "end-to-end loss",
+                f"{self.student.title} loss",
                 expected="a finite number",
                 found=f"{float(total)} in step {self.step + 1}, samples of lines {[s.line for s in samples]}",
                 fix="use a lower --learning-rate, or --dtype bfloat16 or float32",
@@ -210,10 +210,58 @@ class Trainer:
             writer.add_scalar("held-out error", self.errors[-1], self.step)
 
     def _tell(self, bar: Progress, line: TaskID, loss: float, tokens: int, writer: Any) -> None:
-        bar.update(line, advance=tokens, description=f"end to end, loss {loss:.3g}")
+        bar.update(line, advance=tokens, description=f"{self.student.title}, loss {loss:.3g}")
         if writer:
             writer.add_scalar("loss", loss, self.step)
             writer.add_scalar("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
+
+
+def train(
+    model: Any,
+    student: SharedModel,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    resume: Path | None,
+    identity: Mapping[str, Any],
+    console: Console | None = None,
+    writer: Any = None,
+    group: Group | None = None,
+) -> Trainer:
+    """Train the student to the end, from the checkpoint `resume` where it is of a run with the same identity."""
+    trainer = Trainer(model, student, samples, recipe, resume, identity, group or Group())
+    if resume is not None and resume.exists():
+        found = checkpoint.load(resume, identity)
+        if isinstance(found, str):
+            told = f"{found}; starting anew"
+        else:
+            trainer.load(*found)
+            told = f"going on after step {trainer.step} of {len(trainer.steps)}"
+        if console:
+            console.print(f"checkpoint {resume}: {told}")
+    trainer.agree()
+    trainer.run(console, writer)
+    return trainer
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes and values."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def identify(
+    model: Any, samples: Sequence[Sample], method: Method, initial: Mapping[str, Tensor], recipe: Recipe
+) -> dict[str, Any]:
+    """All that the result of a training depends on."""
+    versions = {
+        "dtype": str(model.dtype),
+        "device": str(device_of(model.get_input_embeddings())),
+        "torch": torch.__version__,
+    }
+    settings = {"method": method.name, "density": method.density, "initial adapters": digest(initial)}
+    return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
 
 
 def distill_end_to_end(
@@ -235,35 +283,13 @@ def distill_end_to_end(
     samples, initial adapters and settings are the same goes on from that file, to the same bits. `writer` is a
     TensorBoard SummaryWriter.
     """
-    identity: dict[str, Any] = {}
-    if resume is not None:
-        digest = hashlib.sha256()
-        for name, tensor in initial.tensors().items():
-            digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
-        versions = {
-            "dtype": str(model.dtype),
-            "device": str(device_of(model.get_input_embeddings())),
-            "torch": torch.__version__,
-        }
-        settings = {"method": method.name, "density": method.density, "initial adapters": digest.hexdigest()}
-        identity = checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
+    identity = identify(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
     blocks = find_blocks(model, info, method.layers)
     with (
         frozen(model, recipe.gradient_checkpointing),
         Student(model, blocks, method, initial.left, initial.right) as student,
     ):
-        trainer = Trainer(model, student, samples, recipe, resume, identity, group or Group())
-        if resume is not None and resume.exists():
-            found = checkpoint.load(resume, identity)
-            if isinstance(found, str):
-                told = f"{found}; starting anew"
-            else:
-                trainer.load(*found)
-                told = f"going on after step {trainer.step} of {len(trainer.steps)}"
-            if console:
-                console.print(f"checkpoint {resume}: {told}")
-        trainer.agree()
-        trainer.run(console, writer)
+        trainer = train(model, student, samples, recipe, resume, identity, console, writer, group)
         left, right = (
             {i: p.detach().to(model.dtype).cpu() for i, p in part.items()} for part in (student.left, student.right)
         )

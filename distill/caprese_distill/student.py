@@ -8,6 +8,7 @@ original's pass selected serves the student's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,48 +23,20 @@ from .moments import Batch, keep_mask, select
 from .placement import device_of
 
 
-class Student:
-    """L [D, r], R [r, D] of each sparse layer, float32 parameters on their block's device, and the hooks that use them.
+class SharedModel(ABC):
+    """What training needs of a model that is its own teacher: targets, the student's answer to them, its parameters."""
 
-    They are rounded to the model's dtype at every use, as the adapter file rounds them: what is trained is what is
-    served. float32 itself, because a bfloat16 parameter does not move by a step below 1/256 of its size.
-    """
+    title: str  # of the training, in progress bars and errors
 
-    def __init__(
-        self,
-        model: Any,
-        blocks: Mapping[int, nn.Module],
-        method: Method,
-        left: Mapping[int, Tensor],
-        right: Mapping[int, Tensor],
-    ):
+    def __init__(self, model: Any, method: Method):
         self.decoder, self.method, self.dtype = model.get_decoder(), method, model.dtype
-        devices = {i: device_of(block) for i, block in blocks.items()}
-        # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
-        self.left, self.right = (
-            {
-                i: nn.Parameter(
-                    part[i].detach().to(devices[i], torch.float32).clone(memory_format=torch.contiguous_format)
-                )
-                for i in blocks
-            }
-            for part in (left, right)
-        )
         self.selections: dict[int, Tensor] = {}
         self.batch: Batch | None = None
         self.sparse = False
-        self.handles = [handle for i, block in blocks.items() for handle in self._hooks(i, block)]
 
-    def __enter__(self) -> Student:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """L and R, layer by layer."""
-        return [p for i in self.left for p in (self.left[i], self.right[i])]
+        """What is trained, always in the same order."""
 
     def original(self, batch: Batch) -> Tensor:
         """M(x) of eq. 8: the original's last hidden state (after the final norm), [N, D], of the generated tokens."""
@@ -81,6 +54,49 @@ class Student:
         self.batch = batch
         hidden = self.decoder(input_ids=batch.ids(), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[batch.rows().to(hidden.device)]
+
+
+class Student(SharedModel):
+    """L [D, r], R [r, D] of each sparse layer, float32 parameters on their block's device, and the hooks that use them.
+
+    They are rounded to the model's dtype at every use, as the adapter file rounds them: what is trained is what is
+    served. float32 itself, because a bfloat16 parameter does not move by a step below 1/256 of its size.
+    """
+
+    title = "end-to-end"
+
+    def __init__(
+        self,
+        model: Any,
+        blocks: Mapping[int, nn.Module],
+        method: Method,
+        left: Mapping[int, Tensor],
+        right: Mapping[int, Tensor],
+    ):
+        super().__init__(model, method)
+        devices = {i: device_of(block) for i, block in blocks.items()}
+        # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
+        self.left, self.right = (
+            {
+                i: nn.Parameter(
+                    part[i].detach().to(devices[i], torch.float32).clone(memory_format=torch.contiguous_format)
+                )
+                for i in blocks
+            }
+            for part in (left, right)
+        )
+        self.handles = [handle for i, block in blocks.items() for handle in self._hooks(i, block)]
+
+    def __enter__(self) -> Student:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """L and R, layer by layer."""
+        return [p for i in self.left for p in (self.left[i], self.right[i])]
 
     def _hooks(self, layer: int, block: Any) -> list[Any]:
         seen: dict[str, Tensor] = {}

@@ -1,0 +1,114 @@
+"""Batched decoding without an engine: the same tokens as the engine's, and as one request alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.hf_decode import FeedForward, SparseFF, activations, decode, prompt_ids, score
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import Method
+from caprese_serve.demo.problems import Problem, problems
+from caprese_serve.demo.run import ADAPTERS, MODEL
+from tests.engine import conftest  # noqa: F401  the environment of engines in this process
+from tests.support.hf_reference import HFReference
+
+MAX_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Problem]:
+    return [*problems("math", "test", 25), *problems("reading", "test", 15)]
+
+
+def blocks_of(name: str) -> tuple[Adapters, dict[int, FeedForward]]:
+    """The demo's adapter of a method, in float32."""
+    adapters = Adapters.load(ADAPTERS[name])
+    config = adapters.config
+    method = Method(config.method, config.density, tuple(config.layers), config.rank)
+    return adapters, {i: SparseFF(method, adapters.left[i].float(), adapters.right[i].float()) for i in config.layers}
+
+
+@pytest.mark.parametrize("name", ["griffin", "cats"])
+def test_answers_are_the_engines(model: Any, tokenizer: Any, asked: list[Problem], name: str) -> None:
+    from vllm import SamplingParams
+
+    from tests.support.engine import engine
+
+    requests: Any = [{"prompt_token_ids": prompt_ids(tokenizer, problem)} for problem in asked]
+    with engine(MODEL, {"weights": str(ADAPTERS[name])}, max_num_seqs=16) as llm:
+        outputs = llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), use_tqdm=False)
+    expected = [[t for t in output.outputs[0].token_ids if t != tokenizer.eos_token_id] for output in outputs]
+    assert decode(model, tokenizer, asked, blocks_of(name)[1], MAX_TOKENS) == expected
+
+
+@pytest.mark.parametrize("name", ["griffin", "cats"])
+def test_a_request_stands_alone(model: Any, tokenizer: Any, asked: list[Problem], name: str) -> None:
+    """Many of one length, some ending before others: each as the reference makes it alone."""
+    adapters, ff = blocks_of(name)
+    length = len(prompt_ids(tokenizer, asked[0]))
+    drawn = [p for p in problems("math", "test", 300) if len(prompt_ids(tokenizer, p)) == length][:6]
+    made = decode(model, tokenizer, drawn, ff, MAX_TOKENS)
+    assert len({len(answer) for answer in made}) > 1
+    config, reference = adapters.config, HFReference(MODEL)
+    for problem, answer in zip(drawn, made, strict=True):
+        alone = reference.generate(
+            prompt_ids(tokenizer, problem),
+            MAX_TOKENS,
+            eos=tokenizer.eos_token_id,
+            method=config.method,
+            density=config.density,
+            layers=config.layers,
+            left={i: t.float() for i, t in adapters.left.items()},
+            right={i: t.float() for i, t in adapters.right.items()},
+        )
+        assert [t for t in alone.tokens if t != tokenizer.eos_token_id] == answer
+
+
+def test_the_original_model_and_the_limit(model: Any, tokenizer: Any, asked: list[Problem]) -> None:
+    before = model.get_decoder().layers[0].mlp.forward
+    told: list[int] = []
+    answers = decode(model, tokenizer, asked, advance=told.append)
+    assert sum(told) == len(asked)
+    assert score(tokenizer, asked, answers).accuracy > 0.9
+    assert decode(model, tokenizer, asked, max_tokens=5) == [answer[:5] for answer in answers]
+    # Density 1 drops nothing.
+    everything = {i: SparseFF(Method("cats", 1.0, (0, 1, 2, 3), 0)) for i in range(4)}
+    assert decode(model, tokenizer, asked, everything) == answers
+    assert model.get_decoder().layers[0].mlp.forward == before
+
+
+def test_other_blocks_may_take_part(model: Any, tokenizer: Any, asked: list[Problem]) -> None:
+    """A block of one's own sees whole prompts, then one token a request, and its requests leave as they end."""
+
+    class Counting(SparseFF):
+        live: list[int]
+
+        def prompt(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+            self.live = [len(x)]
+            return super().prompt(block, x)
+
+        def token(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+            assert x.shape[1:] == (1, 128)
+            assert len(x) == len(self.selection) == self.live[-1]
+            return block.down_proj(activations(block, x)[1])
+
+        def keep_requests(self, rows: torch.Tensor) -> None:
+            super().keep_requests(rows)
+            self.live.append(len(rows))
+
+    block = Counting(Method("griffin", 0.1, (2,), 0))
+    assert decode(model, tokenizer, asked, {2: block}) == decode(model, tokenizer, asked)
+    assert block.live[-1] == 0
