@@ -88,7 +88,7 @@ def make_card(adapters: Adapters, name: str) -> str:
                 ("data", ", ".join(f"{key} `{value}`" for key, value in source.items())),
                 ("samples", f"{training['samples']:,}, {training['tokens']:,} response tokens"),
                 ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
-                ("memory and time", taken(training["resources"])),
+                *([("memory and time", taken(training["resources"]))] if training["resources"] else []),
             ],
         ),
         f"```\n{training['command']}\n```",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from caprese_kernels.errors import CapreseError
 
 from .data import Sample
+from .placement import aligned
 
 _SUMMED = 2**22  # weights at a time: on a CPU torch copies what it sums to float64
 
@@ -32,10 +33,12 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], **settings: Any) ->
     Weights count by the float64 sum of each, which tells models apart without hashing gigabytes.
     """
     weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        parts = parameter.detach().flatten().split(_SUMMED)
-        total = sum(part.sum(dtype=torch.float64).item() for part in parts)
-        weights.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
+    for prefix, module in model.named_modules():
+        with aligned(module):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                parts = parameter.detach().flatten().split(_SUMMED)
+                total = sum(part.sum(dtype=torch.float64).item() for part in parts)
+                weights.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
     ids = hashlib.sha256()
     for sample in samples:
         ids.update(sample.prompt_length.to_bytes(4, "little") + sample.ids.numpy().tobytes())

@@ -9,6 +9,7 @@ import re
 import shlex
 import tempfile
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,6 +116,14 @@ def distill(
         bool, typer.Option(help="End to end: compute activations again instead of keeping them.")
     ] = True,
     tensorboard: Annotated[Path | None, typer.Option(help="End to end: directory for TensorBoard's logs.")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="Spread a model too big for a GPU over all, then CPU memory, by accelerate."),
+    ] = None,
+    num_workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes (each with a GPU, on cuda) to share the data, by Ray; 1 is without Ray."),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the choice of rows and of the order of training.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, memory and time after a few batches, and end; write nothing.")
@@ -148,7 +157,11 @@ def distill(
         "--learning-rate": learning_rate,
         "--batch": batch,
         "--epochs": epochs,
+        "--device-map": device_map,
+        "--num-workers": num_workers,
         "--seed": seed,
+        "--device-map": device_map,
+        "--num-workers": num_workers if num_workers > 1 else None,
     }
     if solver == Solver.adam:
         command |= {
@@ -158,6 +171,7 @@ def distill(
         }
     given = [word for key, value in command.items() if value is not None for word in (key, str(value))]
     given += ["--generate"] if generate else []
+    given += [] if gradient_checkpointing else ["--no-gradient-checkpointing"]
     choice = _parse_layers(layers)
     arguments = _parse_engine(engine)
     unused = [name for name in ("--temperature", "--max-new-tokens", "--engine") if command[name] is not None]
@@ -190,10 +204,14 @@ def distill(
     from .end_to_end import Recipe, default_learning_rate
     from .estimate import check_disk, check_memory, estimate_memory, estimate_seconds
     from .generate import Generation, generate_samples
-    from .loading import find_device, load_model, load_skeleton, load_small_parts, stored_dtype
+    from .loading import find_device, load_skeleton, load_small_parts, stored_dtype
     from .report import Resources, report, report_estimate, report_plan
     from .stages import clean_up, held_bytes, remaining, run_stages, save
 
+    if solver == Solver.adam and (num_workers > 1 or device_map is not None):
+        raise CapreseError(
+            "--solver", expected="closed-form with --num-workers and --device-map", found="adam", fix="take one out"
+        )
     notes, target = Console(stderr=True), find_device(device)
     notes.print(str(source), highlight=False, markup=False)
     config, tokenizer = load_small_parts(model)
@@ -224,14 +242,21 @@ def distill(
     screen = Console() if dry_run else notes
     report_plan(screen, skeleton, info, resolved, recipe, encoded, len(rows), memory, adam)
     check_disk(memory, output, held_bytes(output))
-    warning = check_memory(memory, target)
+    # Of one process on one device: what several share, or how they go on after a kill, is not estimated.
+    alone = num_workers == 1 and device_map is None
+    warning = check_memory(memory, target) if alone else None
     if warning:
         notes.print(warning)
+    if dry_run and not alone:
+        screen.print("time: only estimated for one process on one device")
+        return
     try:
-        network = load_model(model, dtype).to(target)
-        left = remaining(network, encoded, resolved, recipe, output, adam)
-        resources = Resources(memory, estimate_seconds(network, info, resolved, recipe, encoded, left, adam), target)
-        report_estimate(screen, resources, left)
+        network, resources = _place(model, dtype, device, device_map, num_workers, output), None
+        if alone:
+            left = remaining(network, encoded, resolved, recipe, output, adam)
+            seconds = estimate_seconds(network, info, resolved, recipe, encoded, left, adam)
+            resources = Resources(memory, seconds, target)
+            report_estimate(screen, resources, left)
         if dry_run:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -252,13 +277,37 @@ def distill(
         "command": shlex.join(["caprese", "distill", model, *given]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
-        "resources": resources.record(),
+        "resources": resources.record() if resources else None,
     }
     save(adapters, output)
     clean_up(output)
     report(adapters, output, write_card(adapters, output))
     if made:
         notes.print(f"responses kept in {made.keep()}: --data reads them", highlight=False, markup=False)
+
+
+def _place(model: str, dtype: Dtype, device: Device, device_map: str | None, num_workers: int, output: Path) -> Any:
+    """The model, loaded in this process; or the cluster.Cluster whose workers load it, this process then having none."""
+    from .loading import find_device, load_model, load_model_on
+
+    if device_map is not None:
+        if device_map != "auto" or num_workers > 1:
+            raise CapreseError(
+                "--device-map",
+                expected="auto, in one process that has all the GPUs",
+                found=f"{device_map} with --num-workers {num_workers}",
+                fix="use one of the two options",
+            )
+        return load_model(model, str(dtype), device_map)
+    if num_workers == 1:
+        return load_model_on(model, dtype, find_device(device))
+    from .cluster import Cluster, connect
+    from .stages import scratch_path
+
+    where, resources = connect(num_workers, device)
+    name = str(Path(model).absolute()) if Path(model).is_dir() else model  # workers have directories of their own
+    load = partial(load_model_on, name, str(dtype), where)
+    return Cluster(load, num_workers, resources, scratch_path(output))
 
 
 def _parse_layers(text: str | None) -> LayerChoice | None:

@@ -30,6 +30,7 @@ from .adam import schedule
 from .blocks import find_blocks
 from .data import Sample, split
 from .layerwise import CHECKPOINT_SECONDS, make_batches, pack
+from .placement import device_of
 from .progress import progress_bar
 from .student import SharedModel, Student, frozen
 
@@ -101,7 +102,7 @@ class Trainer:
     ):
         self.student, self.recipe, self.group = student, recipe, group
         self.resume, self.identity = resume, identity
-        self.device = next(model.parameters()).device
+        self.device = device_of(model.get_input_embeddings())
         fit, _ = split(samples)
         self.steps = steps_of(fit, recipe)
         self.held_out = [batch for batch in make_batches(samples, self.device) if batch.held_out]
@@ -126,6 +127,19 @@ class Trainer:
             if state:  # none yet before the first step; Adam keeps its "step" on the CPU
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
+
+    def agree(self) -> None:
+        """CapreseError unless all processes go on from the same step: a node that does not see the file begins anew."""
+        steps = torch.zeros(self.group.size, dtype=torch.int64)
+        steps[self.group.rank] = self.step
+        self.group.sum_(steps)
+        if len(steps.unique()) > 1:
+            raise CapreseError(
+                f"checkpoint {self.resume}",
+                expected="one file that all nodes see",
+                found=f"steps {steps.tolist()} by worker",
+                fix="give an --output in a directory that the nodes share",
+            )
 
     def run(self, console: Console | None, writer: Any = None) -> None:
         """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
@@ -156,9 +170,9 @@ class Trainer:
             self.step, len(self.steps), self.recipe.warmup
         )
         self.optimizer.zero_grad(set_to_none=False)
-        rows = sum(s.num_rows for s in samples)
+        rows, mine = sum(s.num_rows for s in samples), samples[self.group.rank :: self.group.size]
         total = torch.zeros((), dtype=torch.float64)
-        for batch in pack(samples, self.device)[self.group.rank :: self.group.size]:
+        for batch in pack(mine, self.device) if mine else ():
             target = self.student.original(batch).float()
             loss = (self.student(batch).float() - target).square().sum() / rows
             loss.backward()
@@ -224,6 +238,7 @@ def train(
             told = f"going on after step {trainer.step} of {len(trainer.steps)}"
         if console:
             console.print(f"checkpoint {resume}: {told}")
+    trainer.agree()
     trainer.run(console, writer)
     return trainer
 
@@ -240,7 +255,11 @@ def identify(
     model: Any, samples: Sequence[Sample], method: Method, initial: Mapping[str, Tensor], recipe: Recipe
 ) -> dict[str, Any]:
     """All that the result of a training depends on."""
-    versions = {"dtype": str(model.dtype), "device": str(next(model.parameters()).device), "torch": torch.__version__}
+    versions = {
+        "dtype": str(model.dtype),
+        "device": str(device_of(model.get_input_embeddings())),
+        "torch": torch.__version__,
+    }
     settings = {"method": method.name, "density": method.density, "initial adapters": digest(initial)}
     return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
 

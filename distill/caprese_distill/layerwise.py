@@ -11,8 +11,10 @@ In Python, for a transformers causal LM and its tokenizer:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from .adam import AdamSettings, Descent
 from .blocks import find_blocks
 from .data import Sample, split
 from .moments import Batch, Moments, Observer, Sink
+from .placement import device_of
 from .progress import progress_bar
-from .solve import solve
+from .solve import Solution, solve
 
 # Tokens of a forward pass, padding included (a longer sample runs alone): enough to fill the
 # device, and on a CPU few enough that a checkpoint comes every minute.
@@ -49,8 +52,9 @@ class Pass:
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, layers: Sequence[int], depth: int, device: torch.device) -> Pass:
-        fit, held_out = ({i: Moments.zeros(depth, device) for i in layers} for _ in range(2))
+    def begin(cls, devices: Mapping[int, torch.device], depth: int) -> Pass:
+        """Zeros; `devices` tells where each layer's moments are kept."""
+        fit, held_out = ({i: Moments.zeros(depth, device) for i, device in devices.items()} for _ in range(2))
         return cls(fit, held_out)
 
     @property
@@ -95,7 +99,7 @@ def identity_of(
     model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None = None
 ) -> dict[str, Any]:
     """What the sums, or Adam's L and R, depend on: a checkpoint of another identity is of no use."""
-    device = next(model.parameters()).device
+    device = device_of(model.get_input_embeddings())
     settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
     settings["solver"] = "adam" if adam else "closed-form"
     settings |= {"rank": method.rank, "Adam settings": asdict(adam)} if adam else {}
@@ -117,29 +121,66 @@ def run_pass(
     With `resume`, the sums go to that file every minute or so (less often where writing is slow),
     and a run whose model, samples and settings are the same starts from there, to the same bits.
     """
-    device = next(model.parameters()).device
-    blocks = find_blocks(model, info, method.layers)
-    _check_ids(samples, model)
-    _check_memory(len(blocks), info.hidden_size, device)
-    state = Pass.begin(method.layers, info.hidden_size, device)
+    identity = prepare(model, samples, info, method, digest=resume is not None)
+    device = device_of(model.get_input_embeddings())
+    state = Pass.begin(_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
-    keeper = _Keeper(state, resume, console, identity_of(model, samples, method) if resume else {})
+    with recorded(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
+        for batch in batches[state.batches :]:
+            feed(batch, state.held_out if batch.held_out else state.fit)
+            record(1)
+    return state
+
+
+def prepare(
+    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, parts: int = 2
+) -> dict[str, Any]:
+    """Refuse what cannot work before any work; what the moments depend on (empty without `digest`).
+
+    `parts` sets of moments are to be on the model's devices: those fitted and those held out, or one of the two.
+    """
+    _check_ids(samples, model)
+    for device, layers in Counter(_devices(model, info, method).values()).items():
+        _check_memory(parts * layers, info.hidden_size, device)
+    return identity_of(model, samples, method) if digest else {}
+
+
+@contextlib.contextmanager
+def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
+    """A function that runs the original model over a batch, each layer adding to its sink."""
+    blocks = find_blocks(model, info, method.layers)
+    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
+
+        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
+            observer.expect(batch, sinks)
+            decoder(input_ids=batch.ids(), use_cache=False)
+
+        yield feed
+
+
+@contextlib.contextmanager
+def recorded(
+    state: Pass,
+    batches: Sequence[Batch],
+    resume: Path | None,
+    identity: Mapping[str, Any],
+    console: Console | None,
+) -> Iterator[Callable[[int], None]]:
+    """Bring `state` to where its checkpoint left it; then a function to call whenever `count` more batches are in it,
+    for progress and the next checkpoint."""
+    keeper = _Keeper(state, resume, console, identity)
     started = time.monotonic() - state.seconds
-    with (
-        progress_bar(console, "tok/s") as bar,
-        Observer(blocks, method) as observer,
-        _shortened(model, method) as decoder,
-    ):
+    with progress_bar(console, "tok/s") as bar:
         done = sum(b.num_tokens for b in batches[: state.batches])
         line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
-        for batch in batches[state.batches :]:
-            observer.expect(batch, state.held_out if batch.held_out else state.fit)
-            decoder(input_ids=batch.ids(), use_cache=False)
-            state.batches += 1
+
+        def record(count: int) -> None:
+            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
+            state.batches += count
             state.seconds = time.monotonic() - started
-            bar.advance(line, batch.num_tokens)
             keeper.save_if_due()
-    return state
+
+        yield record
 
 
 @torch.no_grad()
@@ -157,25 +198,19 @@ def descend(
     A step's samples are fed in batches of BATCH_TOKENS and their gradients added. With `resume`, as in
     `run_pass`: a killed run goes on after the last step in that file, to the same bits.
     """
-    device = next(model.parameters()).device
-    blocks = find_blocks(model, info, method.layers)
+    device = device_of(model.get_input_embeddings())
     _check_ids(samples, model)
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
     keeper = _Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
     started = time.monotonic() - state.seconds
-    with (
-        progress_bar(console, "tok/s") as bar,
-        Observer(blocks, method) as observer,
-        _shortened(model, method) as decoder,
-    ):
+    with progress_bar(console, "tok/s") as bar, feeding(model, info, method) as run:
         total = settings.epochs * sum(len(s.ids) for s in fit) + sum(len(s.ids) for s in samples)
         line = bar.add_task("Adam", total=total, completed=state.tokens, first=state.tokens)
 
         def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
-            observer.expect(batch, sinks)
-            decoder(input_ids=batch.ids(), use_cache=False)
+            run(batch, sinks)
             bar.advance(line, batch.num_tokens)
             state.tokens += batch.num_tokens
 
@@ -212,24 +247,51 @@ def distill_layer_wise(
     entry tells samples, tokens, seconds and the errors of each layer (see `Solution`). Two samples
     or more are needed, one of them to hold out.
     """
+    check(samples, model.dtype)
+    model.eval()
+    if adam is None:
+        state = run_pass(model, samples, info, method, resume, console)
+        return close(state, samples, info, method, model.dtype, console, lambda jobs: itertools.starmap(solve, jobs))
+    descent = descend(model, samples, info, method, adam, resume, console)
+    solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
+    return _assemble(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
+
+
+def check(samples: Sequence[Sample], dtype: torch.dtype) -> None:
+    """CapreseError where samples are too few, or adapters cannot have the model's dtype."""
     if len(samples) < 2:
         raise CapreseError("samples", expected="2 or more", found=str(len(samples)), fix="give more data")
-    if model.dtype not in DTYPES:
-        raise CapreseError("model", expected=f"one of {DTYPES}", found=str(model.dtype), fix="load it in another dtype")
-    model.eval()
-    solver: dict[str, Any]
-    if adam is not None:
-        descent = descend(model, samples, info, method, adam, resume, console)
-        solutions, seconds = descent.solutions(model.dtype), descent.seconds
-        solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
-    else:
-        state = run_pass(model, samples, info, method, resume, console)
-        started, solutions = time.monotonic(), {}
-        with progress_bar(console, "layers/s") as bar:
-            for i in bar.track(method.layers, description="closed form"):
-                solutions[i] = solve(state.fit[i], state.held_out[i], method.rank, model.dtype)
-        seconds = state.seconds + time.monotonic() - started
-        solver = {"solver": "closed-form"}
+    if dtype not in DTYPES:
+        raise CapreseError("model", expected=f"one of {DTYPES}", found=str(dtype), fix="load it in another dtype")
+
+
+def close(
+    state: Pass,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    dtype: torch.dtype,
+    console: Console | None,
+    solve_all: Callable[[Iterable[tuple[Moments, Moments, int, torch.dtype]]], Iterable[Solution]],
+) -> Adapters:
+    """Adapters from a finished pass by the closed form; `solve_all` maps `solve` over the layers, here or elsewhere."""
+    started = time.monotonic()
+    jobs = [(state.fit[i], state.held_out[i], method.rank, dtype) for i in method.layers]
+    with progress_bar(console, "layers/s") as bar:
+        solved = bar.track(solve_all(jobs), total=len(jobs), description="closed form")
+        solutions = dict(zip(method.layers, solved, strict=True))
+    seconds = state.seconds + time.monotonic() - started
+    return _assemble(solutions, samples, info, method, seconds, {"solver": "closed-form"})
+
+
+def _assemble(
+    solutions: Mapping[int, Solution],
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    seconds: float,
+    solver: Mapping[str, Any],
+) -> Adapters:
     numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
     training = {
         "stage": "layer-wise",
@@ -282,17 +344,8 @@ class _Keeper:
             self.cost = self.saved - now
 
 
-@contextlib.contextmanager
-def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
-    """A function that runs the original model over a batch, each layer adding to its sink."""
-    blocks = find_blocks(model, info, method.layers)
-    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
-
-        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
-            observer.expect(batch, sinks)
-            decoder(input_ids=batch.ids(), use_cache=False)
-
-        yield feed
+def _devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
+    return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
 
 
 @contextlib.contextmanager
@@ -320,15 +373,15 @@ def _check_ids(samples: Sequence[Sample], model: Any) -> None:
             )
 
 
-def _check_memory(blocks: int, depth: int, device: torch.device) -> None:
-    needed = 2 * 2 * 8 * depth * depth * blocks  # X'X and X'E in float64, fitted and held out
+def _check_memory(moments: int, depth: int, device: torch.device) -> None:
+    needed = 2 * 8 * depth * depth * moments  # X'X and X'E in float64
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise CapreseError(
             "device memory",
-            expected=f"{needed / 2**30:.1f} GiB for the moments of {blocks} layers",
+            expected=f"{needed / 2**30:.1f} GiB for {moments} sums of moments",
             found=f"{free / 2**30:.1f} GiB free",
             fix="use fewer --layers, or --device cpu",
         )

@@ -51,8 +51,11 @@ def stored_dtype(config: Any) -> torch.dtype:
     return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
-def load_model(model: str, dtype: str) -> Any:
-    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight."""
+def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None = None, **options: Any) -> Any:
+    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight.
+
+    `device_map` spreads it over devices, by accelerate; `options` are others of from_pretrained.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -61,7 +64,12 @@ def load_model(model: str, dtype: str) -> Any:
         # torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word.
         capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
         network, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, output_loading_info=True, attn_implementation="eager" if capped else None
+            model,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            attn_implementation="eager" if capped else None,
+            **options,
         )
     except Exception as error:  # as above
         raise _unloadable(model, error) from None
@@ -69,6 +77,11 @@ def load_model(model: str, dtype: str) -> Any:
         missing = sorted(info["missing_keys"])
         raise _unloadable(model, f"{len(missing)} weights are missing, first {missing[0]}")
     return network
+
+
+def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
+    """`load_model`, moved to the device."""
+    return load_model(model, dtype).to(device)
 
 
 def _unloadable(model: str, error: Exception | str) -> CapreseError:

@@ -6,7 +6,7 @@ Shapes: B samples of up to T tokens, N generated tokens of a batch; D hidden siz
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import CatsStatistic, griffin_count, griffin_select, griffin_statistic
 
 from .data import Sample
+from .placement import aligned
 
 
 @dataclass
@@ -176,13 +177,15 @@ class Observer:
             for b, sample in enumerate(self.batch.samples):
                 real = slice(0, len(sample.ids))
                 _check_finite(layer, sample, x[b, real], y[b, real])
-        rows = self.batch.rows()
-        keep = keep_mask(self.method, self.batch, select(self.method, self.batch, g, z), g)
+        batch = replace(self.batch, device=z.device)  # layers may be on several devices
+        rows = batch.rows()
+        keep = keep_mask(self.method, batch, select(self.method, batch, g, z), g)
         dropped = torch.where(keep, 0, z.flatten(0, 1)[rows])
-        e = F.linear(dropped, down.weight)
+        with aligned(down):
+            e = F.linear(dropped, down.weight)
         if not _finite(e):  # a finite output may have parts that are not, in float16
             for b, sample in enumerate(self.batch.samples):
-                _check_finite(layer, sample, e[self.batch.owners() == b])
+                _check_finite(layer, sample, e[batch.owners() == b])
         self.sinks[layer].add(x.flatten(0, 1)[rows], e, y.flatten(0, 1)[rows])
 
 

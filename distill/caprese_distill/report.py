@@ -161,7 +161,8 @@ def report(adapters: Adapters, output: Path, card: Path | None) -> None:
         console.print(f"last hidden state, ||M - M_student||²/||M||² on held-out samples: {told}")
         if errors[-1] > errors[0]:
             console.print("end-to-end training made it worse: give a lower --learning-rate, or --stage layer-wise")
-    console.print(f"memory and time: {taken(training['resources'])}")
+    if training["resources"]:
+        console.print(f"memory and time: {taken(training['resources'])}")
     size = output.stat().st_size / 2**20
     tokens = f"{training['samples']} samples, {training['tokens']:,} response tokens, {training['seconds']:g} s"
     console.print(f"wrote {output} ({size:.1f} MiB, {str(adapters.dtype).removeprefix('torch.')}): {tokens}")

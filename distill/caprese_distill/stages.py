@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,27 @@ from caprese_kernels.errors import CapreseError
 
 from . import checkpoint, end_to_end, layerwise
 from .adam import AdamSettings, Descent
+from .cluster import Cluster
 from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
 from .layerwise import distill_layer_wise, make_batches, pack
 from .moments import Batch
+
+
+class Here:
+    """The stages' work in this process; `cluster.Cluster` has the same methods."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
+        return checkpoint.fingerprint(self.model, samples, **settings, dtype=str(self.model.dtype))
+
+    def layer_wise(self, *work: Any) -> Adapters:
+        return distill_layer_wise(self.model, *work)
+
+    def end_to_end(self, *work: Any) -> Adapters:
+        return distill_end_to_end(self.model, *work)
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ def remaining(
 ) -> Remaining:
     """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
     resume = checkpoint.resume_path(output)
-    initial = _load_first_stage(_layer_wise_path(output), model, samples, method, adam)
+    initial = _load_first_stage(_layer_wise_path(output), Here(model), samples, method, adam)
     progress = None
     batches: Sequence[Batch] = []
     if initial is None:
@@ -96,17 +114,19 @@ def run_stages(
 ) -> Adapters:
     """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
 
-    The layer-wise stage is the closed form, or Adam if its settings are given.
+    `model` is a transformers causal LM, or the cluster.Cluster whose workers have it.
+    The layer-wise stage is the closed form, or Adam if its settings are given (not on a cluster).
     Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
     `logs` is a directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
-    adapters = _first_stage(model, samples, info, method, output, recipe is not None, console, adam)
+    place = model if isinstance(model, Cluster) else Here(model)
+    adapters = _first_stage(place, samples, info, method, output, recipe is not None, console, adam)
     if recipe is None:
         return adapters
     _return_freed()
     with _writer(logs) as writer:
-        return distill_end_to_end(model, samples, info, method, adapters, recipe, resume, console, writer)
+        return place.end_to_end(samples, info, method, adapters, recipe, resume, console, writer)
 
 
 def save(adapters: Adapters, path: Path) -> None:
@@ -132,10 +152,16 @@ def clean_up(output: Path) -> None:
     """After `output` was written: the hidden files beside it go."""
     checkpoint.remove(checkpoint.resume_path(output))
     _layer_wise_path(output).unlink(missing_ok=True)
+    shutil.rmtree(scratch_path(output), ignore_errors=True)
+
+
+def scratch_path(output: Path) -> Path:
+    """Where Ray Train keeps its own files of a run."""
+    return output.with_name(f".{output.name}.ray")
 
 
 def _first_stage(
-    model: Any,
+    place: Here | Cluster,
     samples: Sequence[Sample],
     info: BaseModelInfo,
     method: Method,
@@ -146,14 +172,14 @@ def _first_stage(
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    found = _load_first_stage(path, model, samples, method, adam)
+    found = _load_first_stage(path, place, samples, method, adam)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
-    adapters = distill_layer_wise(model, samples, info, method, resume, console, adam)
+    adapters = place.layer_wise(samples, info, method, resume, console, adam)
     if keep:
-        identity = {"identity": _identity(model, samples, method, adam)}
+        identity = {"identity": _identity(place, samples, method, adam)}
         marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
         save(Adapters(marked, adapters.left, adapters.right), path)
         checkpoint.remove(resume)
@@ -161,20 +187,19 @@ def _first_stage(
 
 
 def _load_first_stage(
-    path: Path, model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None
+    path: Path, place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None
 ) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
             found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == _identity(model, samples, method, adam):
+            if found.config.training.pop("identity", None) == _identity(place, samples, method, adam):
                 return found
     return None
 
 
-def _identity(model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None) -> str:
+def _identity(place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None) -> str:
     settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    solver = asdict(adam) if adam else None
-    identity = json.dumps(checkpoint.fingerprint(model, samples, **settings, solver=solver, dtype=str(model.dtype)))
+    identity = json.dumps(place.fingerprint(samples, **settings, solver=asdict(adam) if adam else None))
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from caprese_kernels.config import Method
 
 from .moments import Batch, keep_mask, select
+from .placement import device_of
 
 
 class SharedModel(ABC):
@@ -72,7 +74,7 @@ class Student(SharedModel):
         right: Mapping[int, Tensor],
     ):
         super().__init__(model, method)
-        devices = {i: next(block.parameters()).device for i, block in blocks.items()}
+        devices = {i: device_of(block) for i, block in blocks.items()}
         # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
         self.left, self.right = (
             {
@@ -111,8 +113,9 @@ class Student(SharedModel):
             if not self.sparse:
                 self.selections[layer] = select(self.method, self.batch, g, z)
                 return None
+            batch = replace(self.batch, device=z.device)  # layers may be on several devices
             keep = torch.ones(z.shape[:2].numel(), z.shape[-1], dtype=torch.bool, device=z.device)
-            keep[self.batch.rows()] = keep_mask(self.method, self.batch, self.selections[layer], g)
+            keep[batch.rows()] = keep_mask(self.method, batch, self.selections[layer], g)
             return (torch.where(keep.view_as(z), z, 0),)
 
         def correct(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
@@ -121,7 +124,7 @@ class Student(SharedModel):
             if not self.sparse:
                 return None
             assert self.batch is not None
-            rows = self.batch.rows()
+            rows = self.batch.rows().to(y.device)
             low = x.flatten(0, 1)[rows] @ self.left[layer].to(self.dtype) @ self.right[layer].to(self.dtype)
             return y.flatten(0, 1).index_add(0, rows, low).view_as(y)
 

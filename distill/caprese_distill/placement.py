@@ -1,0 +1,28 @@
+"""Where a model's parts are, when accelerate has spread them (`--device-map`): several GPUs, memory of the CPU, disk.
+
+What does not fit stays on the CPU or on disk, its parameters being on "meta", without data, but for the moment in which
+their module computes; accelerate's hook on the module knows where that is.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
+def aligned(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, `module`'s own parameters have their data, where it computes."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)

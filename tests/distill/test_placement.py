@@ -1,0 +1,61 @@
+"""A model of which accelerate keeps two layers on disk: their weights are there only while a layer computes."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from caprese_distill import checkpoint
+from caprese_distill.blocks import plan
+from caprese_distill.cli import distill
+from caprese_distill.end_to_end import Recipe, distill_end_to_end
+from caprese_distill.layerwise import distill_layer_wise, run_pass
+from caprese_distill.loading import load_model
+from caprese_distill.moments import Moments
+from caprese_distill.placement import aligned, device_of
+from caprese_kernels.errors import CapreseError
+from tests.distill.conftest import make_samples
+
+ModelDir = Callable[[str], Path]
+
+
+def spread(path: Path, folder: Path) -> Any:
+    parts = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.3", "model.norm", "lm_head")
+    device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
+    return load_model(str(path), "auto", device_map, offload_folder=str(folder))
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama-bias", "griffin"), ("qwen2", "cats")])
+def test_offloaded_layers_give_the_same_bits(model_dir: ModelDir, tmp_path: Path, name: str, method: str) -> None:
+    whole, parts = load_model(str(model_dir(name)), "auto"), spread(model_dir(name), tmp_path / "disk")
+    down = parts.model.layers[1].mlp.down_proj
+    assert down.weight.is_meta
+    with aligned(down):
+        assert torch.equal(down.weight, whole.model.layers[1].mlp.down_proj.weight)
+    assert down.weight.is_meta
+    assert device_of(parts.model.layers[1].mlp) == torch.device("cpu")
+    samples = make_samples(12)
+    assert checkpoint.fingerprint(parts, samples) == checkpoint.fingerprint(whole, samples)
+    info, resolved = plan(whole.config, "m", method, 0.5, 8, [0, 1, 2])
+    expected, found = (run_pass(model, samples, info, resolved) for model in (whole, parts))
+    for i in (0, 1, 2):
+        assert all(
+            torch.equal(getattr(expected.fit[i], f.name), getattr(found.fit[i], f.name)) for f in fields(Moments)
+        )
+    initial = distill_layer_wise(whole, samples, info, resolved)
+    for checkpointing in (True, False):
+        recipe = Recipe(1e-3, batch=4, epochs=1, gradient_checkpointing=checkpointing)
+        a, b = (distill_end_to_end(model, samples, info, resolved, initial, recipe) for model in (whole, parts))
+        assert not torch.equal(a.left[1], initial.left[1])
+        assert all(torch.equal(tensor, b.tensors()[key]) for key, tensor in a.tensors().items())
+
+
+def test_one_way_of_using_several_gpus_at_a_time(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    for options in ({"device_map": "auto", "num_workers": 2}, {"device_map": "balanced"}):
+        with pytest.raises(CapreseError, match=r"--device-map: expected auto, in one process that has all the GPUs"):
+            distill("owner/name", str(data), tmp_path / "a", **options)
