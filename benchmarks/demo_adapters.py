@@ -35,8 +35,8 @@ class Settings:
 
 
 SETTINGS = {
-    "griffin": Settings(0.5, "first-half"),
-    "cats": Settings(0.05, "all"),
+    "griffin": Settings(0.5, "first-half", adam=3e-2, end_to_end=1e-2, lora_layer_wise=3e-2, lora_end_to_end=1e-2),
+    "cats": Settings(0.05, "all", adam=3e-2, end_to_end=1e-2, lora_layer_wise=3e-2, lora_end_to_end=1e-2),
 }
 
 

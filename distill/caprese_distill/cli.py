@@ -160,8 +160,6 @@ def distill(
         "--device-map": device_map,
         "--num-workers": num_workers,
         "--seed": seed,
-        "--device-map": device_map,
-        "--num-workers": num_workers if num_workers > 1 else None,
     }
     if solver == Solver.adam:
         command |= {
@@ -287,7 +285,7 @@ def distill(
 
 
 def _place(model: str, dtype: Dtype, device: Device, device_map: str | None, num_workers: int, output: Path) -> Any:
-    """The model, loaded in this process; or the cluster.Cluster whose workers load it, this process then having none."""
+    """The model, loaded in this process; or the cluster.Cluster whose workers load it."""
     from .loading import find_device, load_model, load_model_on
 
     if device_map is not None:
