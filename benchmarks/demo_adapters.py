@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from caprese_distill.cli import Stage, distill
+from caprese_distill.cli import distill
 from caprese_serve.demo.problems import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
@@ -67,7 +67,8 @@ def main(
             density=chosen.density,
             layers=chosen.layers,
             rank=RANK,
-            stage=Stage.layer_wise,
+            learning_rate=chosen.end_to_end,
+            gradient_checkpointing=False,  # the model is small
             instruction="",  # the demo model never saw it
         )
 
