@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, meth
     weights = sum(p.nbytes for p in model.parameters())
     assert list(memory.always.values())[1] == weights
     assert sum(memory.stages["loading"].values()) == (0 if dtype == "float32" else 2 * weights)
-    state = Pass.begin(resolved.layers, info.hidden_size, CPU)
+    state = Pass.begin(dict.fromkeys(resolved.layers, CPU), info.hidden_size)
     parts = [m for by_layer in (state.fit, state.held_out) for m in by_layer.values()]
     layers = len(resolved.layers)
     assert memory.stages["layer-wise"][f"moments of {layers} layers"] == sum(m.xx.nbytes + m.xe.nbytes for m in parts)
