@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import math
 import platform
 import re
 import shlex
@@ -109,7 +111,7 @@ def distill(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="End to end: samples of a step.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="End to end: passes over the samples.")] = 3,
-    layer_wise_learning_rate: Annotated[float, typer.Option(min=0.0, help="With --solver adam.")] = 1e-3,
+    layer_wise_learning_rate: Annotated[float, typer.Option(help="With --solver adam.")] = 1e-3,
     layer_wise_batch: Annotated[int, typer.Option(min=1, help="With --solver adam: samples of a step.")] = 128,
     layer_wise_epochs: Annotated[int, typer.Option(min=1, help="With --solver adam: passes over the samples.")] = 20,
     gradient_checkpointing: Annotated[
@@ -182,6 +184,24 @@ def distill(
             found="--generate beside it",
             fix="leave one of them out; an interrupted --generate keeps what it has",
         )
+    if solver == Solver.adam and (num_workers > 1 or device_map is not None):
+        raise CapreseError(
+            "--solver", expected="closed-form with --num-workers and --device-map", found="adam", fix="take one out"
+        )
+    if device_map is not None and (device_map != "auto" or num_workers > 1):
+        raise CapreseError(
+            "--device-map",
+            expected="auto, in one process that has all the GPUs",
+            found=f"{device_map} with --num-workers {num_workers}",
+            fix="use one of the two options",
+        )
+    for name, given_rate in (("", learning_rate), ("layer-wise-", layer_wise_learning_rate)):
+        if given_rate is not None and not 0 < given_rate < math.inf:
+            raise CapreseError(
+                f"--{name}learning-rate", expected="a number above 0", found=f"{given_rate:g}", fix="correct it"
+            )
+    if tensorboard is not None:
+        _check_tensorboard(tensorboard)
     source = read_source(
         data,
         samples,
@@ -206,11 +226,8 @@ def distill(
     from .report import Resources, report, report_estimate, report_plan
     from .stages import clean_up, held_bytes, remaining, run_stages, save
 
-    if solver == Solver.adam and (num_workers > 1 or device_map is not None):
-        raise CapreseError(
-            "--solver", expected="closed-form with --num-workers and --device-map", found="adam", fix="take one out"
-        )
-    notes, target = Console(stderr=True), find_device(device)
+    notes = Console(stderr=True)
+    target = find_device("auto" if num_workers > 1 else device)  # Ray's workers may have GPUs that this machine lacks
     notes.print(str(source), highlight=False, markup=False)
     config, tokenizer = load_small_parts(model)
     info, resolved = plan(config, model, method, density, rank, choice)
@@ -289,13 +306,6 @@ def _place(model: str, dtype: Dtype, device: Device, device_map: str | None, num
     from .loading import find_device, load_model, load_model_on
 
     if device_map is not None:
-        if device_map != "auto" or num_workers > 1:
-            raise CapreseError(
-                "--device-map",
-                expected="auto, in one process that has all the GPUs",
-                found=f"{device_map} with --num-workers {num_workers}",
-                fix="use one of the two options",
-            )
         return load_model(model, str(dtype), device_map)
     if num_workers == 1:
         return load_model_on(model, dtype, find_device(device))
@@ -326,6 +336,19 @@ def _check_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None
+
+
+def _check_tensorboard(logs: Path) -> None:
+    """Fail before the layer-wise stage, not after it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise CapreseError(
+            "--tensorboard",
+            expected="the package tensorboard",
+            found="none",
+            fix='pip install "caprese-vllm[distill]"',
+        )
+    if any(path.exists() and not path.is_dir() for path in (logs, *logs.parents)):
+        raise CapreseError("--tensorboard", expected="a directory", found=f"a file at {logs}", fix="give another path")
 
 
 def _unwritable(output: Path, found: str) -> CapreseError:

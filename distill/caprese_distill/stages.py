@@ -177,9 +177,9 @@ def _first_stage(
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
+    identity = {"identity": _identity(place, samples, method, adam)} if keep else {}  # before a cluster's workers end
     adapters = place.layer_wise(samples, info, method, resume, console, adam)
     if keep:
-        identity = {"identity": _identity(place, samples, method, adam)}
         marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
         save(Adapters(marked, adapters.left, adapters.right), path)
         checkpoint.remove(resume)
@@ -219,11 +219,7 @@ def _writer(logs: Path | None) -> Iterator[Any]:
     if logs is None:
         yield None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise CapreseError(
-            "--tensorboard", expected="the package tensorboard", found="none", fix="pip install tensorboard"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(logs)) as writer:
         yield writer
