@@ -41,7 +41,11 @@ def load_skeleton(model: str, config: Any, dtype: str) -> Any:
     wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=wanted)  # which writes into it
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),  # which is written into
+                dtype=wanted,
+                attn_implementation=_attention(config),
+            )
     except Exception as error:  # as below
         raise _unloadable(model, error) from None
 
@@ -61,14 +65,12 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
 
     logging.disable_progress_bar()
     try:
-        # torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word.
-        capped = getattr(AutoConfig.from_pretrained(model).get_text_config(), "attn_logit_softcapping", None)
         network, info = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
-            attn_implementation="eager" if capped else None,
+            attn_implementation=_attention(AutoConfig.from_pretrained(model)),
             **options,
         )
     except Exception as error:  # as above
@@ -82,6 +84,11 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
 def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
     """`load_model`, moved to the device."""
     return load_model(model, dtype).to(device)
+
+
+def _attention(config: Any) -> str | None:
+    """torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _unloadable(model: str, error: Exception | str) -> CapreseError:

@@ -123,6 +123,19 @@ def test_activations_are_near_what_is_allocated(tmp_path: Path, method: str, dty
         assert activations == pytest.approx(most, rel=0.25)
 
 
+def test_capped_scores_count(model_dir: ModelDir) -> None:
+    """Gemma 2 runs with eager attention, whose scores take memory; so does the skeleton that the estimate sees."""
+    directory = model_dir("gemma2")
+    model, config = loading.load_model(str(directory), "float32"), AutoConfig.from_pretrained(directory)
+    info, method = plan(config, "m", "griffin", 0.5, 8)
+    recipe = Recipe(1e-3, 4, 1)
+    seen = [
+        estimate_memory(each, make_samples(12), info, method, recipe, CPU, torch.float32).stages["end to end"]
+        for each in (model, load_skeleton("m", config, "float32"))
+    ]
+    assert seen[0] == seen[1]
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
