@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.errors import CapreseError
 
 from .report import spans, taken
 
@@ -27,6 +28,13 @@ def write_card(adapters: Adapters, output: Path) -> Path | None:
             try:
                 partial.write_text(make_card(adapters, output.name), encoding="utf-8")
                 os.replace(partial, path)
+            except OSError as error:
+                raise CapreseError(
+                    f"model card {path}",
+                    expected="room for it beside the adapter, which is written",
+                    found=error.strerror or type(error).__name__,
+                    fix="nothing: the adapter serves without it",
+                ) from None
             finally:
                 partial.unlink(missing_ok=True)
             return path
@@ -110,7 +118,7 @@ def _front_matter(entries: dict[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 

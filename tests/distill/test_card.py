@@ -1,5 +1,6 @@
 """The model card: what it says, and what it never overwrites."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from caprese_distill.card import make_card, write_card
 from caprese_distill.cli import distill
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_rows
 
 WriteRows = Callable[[list[dict[str, Any]]], Path]
@@ -63,6 +65,24 @@ def test_what_is_not_ours_stays(output: Path) -> None:
     assert write_card(adapters, output) is None
     assert named.read_text() == "notes"
     assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.md", "a.safetensors", "b.md"]
+
+
+def test_a_full_disk_is_told(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapters, before = Adapters.load(output), sorted(output.parent.iterdir())
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CapreseError, match=r"model card .*the adapter, which is written; found No space left"):
+        write_card(adapters, output)
+    assert sorted(output.parent.iterdir()) == before
+
+
+def test_a_table_survives_an_instruction_of_lines(output: Path) -> None:
+    adapters = Adapters.load(output)
+    adapters.config.training["data"]["instruction"] = "One.\nTwo | three."
+    assert r"instruction `One. Two \| three.`" in make_card(adapters, output.name)
 
 
 def test_it_appears_whole(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
