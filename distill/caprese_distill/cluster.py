@@ -82,7 +82,17 @@ def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, floa
             found=str(num_workers),
             fix="lower it",
         )
-    return device, {"GPU": 1, "CPU": 1} if device == "cuda" else {"CPU": cpus // num_workers}
+    if device == "cuda":
+        return device, {"GPU": 1, "CPU": 1}
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return device, {"CPU": threads_of(nodes, num_workers, cpus)}
+
+
+def threads_of(nodes: Sequence[int], num_workers: int, free: int) -> int:
+    """The most CPUs that each worker can have, of `free` ones; a worker's are all on one of the `nodes`, CPUs each."""
+    return next(
+        n for n in range(free // num_workers, 0, -1) if sum(node // n for node in nodes) >= num_workers or n == 1
+    )
 
 
 class _Worker:

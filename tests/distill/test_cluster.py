@@ -103,6 +103,14 @@ def test_more_workers_than_cpus_are_refused() -> None:
         cluster.connect(2, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "threads"), [([8], 3, 2), ([8, 8], 3, 4), ([8, 8], 2, 8), ([16, 4], 4, 4), ([3, 1], 4, 1)]
+)
+def test_a_workers_cpus_are_on_one_node(nodes: list[int], workers: int, threads: int) -> None:
+    """Else Ray would wait for such a node."""
+    assert cluster.threads_of(nodes, workers, sum(nodes)) == threads
+
+
 def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
     model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
 ) -> None:
