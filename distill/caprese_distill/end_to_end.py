@@ -200,10 +200,13 @@ class Trainer:
             return
         sums = torch.zeros(2, dtype=torch.float64)
         mine = self.held_out[self.group.rank :: self.group.size]
-        for batch in bar.track(mine, description=f"held out, epoch {epoch}") if mine else ():
+        line = bar.add_task(f"held out, epoch {epoch}", total=sum(b.num_tokens for b in mine), visible=bool(mine))
+        for batch in mine:
             target = self.student.original(batch).float()
             sums[0] += float((self.student(batch).float() - target).square().sum(dtype=torch.float64))
             sums[1] += float(target.square().sum(dtype=torch.float64))
+            bar.advance(line, batch.num_tokens)
+        bar.remove_task(line)
         self.group.sum_(sums)
         self.errors.append(float(sums[0] / sums[1]))
         if writer:
