@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,7 @@ def train(
     )
     try:
         with _watched(board, steps_of(split(samples)[0], recipe), console, writer):
-            adapters = trainer.fit().return_value
+            adapters = _fit(trainer).return_value
         mistake = ray.get(board.get_mistake.remote())
     except TrainingFailedError as error:
         raise CapreseError(
@@ -149,6 +150,20 @@ def train(
         raise mistake
     assert isinstance(adapters, Adapters)
     return adapters
+
+
+def _fit(trainer: Any) -> Any:
+    """trainer.fit() in a thread: in the main one Ray Train takes Ctrl-C for itself, for good, and ends with code 0."""
+    done: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(trainer.fit())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return done.result()
 
 
 @contextlib.contextmanager

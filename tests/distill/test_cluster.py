@@ -232,7 +232,9 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
     one = distill_end_to_end(model, samples, info, method, initial, recipe)
     work = (samples, info, method, initial, recipe, tmp_path / "resume", Console(file=told, width=200), seen)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1, at=12)
+    ctrl_c = signal.getsignal(signal.SIGINT)
     two = cluster.Cluster(dying, 2, HALF, tmp_path).end_to_end(*work)
+    assert signal.getsignal(signal.SIGINT) is ctrl_c  # Ray Train would keep it for itself
     assert len(list(tmp_path.glob("dead.*"))) == 1
     first = re.search(r"going on after step (\d) of 8", told.getvalue())
     assert first
