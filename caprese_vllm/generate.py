@@ -4,7 +4,8 @@ A process of its own, because its end is what gives the device's memory back; `c
 Caprese is not enabled here. The job:
 
     {"model": directory or Hub id, "engine": {arguments of vllm.LLM}, "sampling": {arguments of SamplingParams},
-     "seed": N, "prompts": [{"row": N, "ids": [token id], "max_tokens": N}], "chunk": responses, "output": path}
+     "seed": N, "prompts": [{"row": N, "ids": [token id], "max_tokens": N}], "chunk": responses, "output": path,
+     "parent": process id}
 
 Responses are appended to the output as they are finished, `chunk` at a time and at least every few seconds, and forced
 to the disk: {"row": N, "ids": [token id], "finish": "stop" | "length"}. A row's ids end with the stop token, if one was
@@ -41,9 +42,10 @@ def main(job: str) -> int:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    asked = json.loads(Path(job).read_text())
+    threading.Thread(target=_end_with, args=(asked["parent"],), daemon=True).start()
     try:
-        run(json.loads(Path(job).read_text()), tell)
+        run(asked, tell)
     except CapreseError as error:
         tell(error={part: getattr(error, part) for part in ("what", "expected", "found", "fix")})
         return 1

@@ -101,7 +101,10 @@ def distill(
         str | None,
         typer.Option(metavar="JSON", help='--generate: arguments of vllm.LLM, as {"tensor_parallel_size": 4}.'),
     ] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Longer samples (in tokens) are skipped.")] = 2048,
+    max_length: Annotated[
+        int,
+        typer.Option(min=1, help="Longer samples (in tokens) are skipped; so are those beyond the model's positions."),
+    ] = 2048,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of model and adapters; auto is the checkpoint's.")] = Dtype.auto,
     device: Annotated[
         Device, typer.Option(help="Where the model runs; auto is cuda where there is one.")
@@ -222,7 +225,7 @@ def distill(
     from .end_to_end import Recipe, default_learning_rate
     from .estimate import check_disk, check_memory, estimate_memory, estimate_seconds
     from .generate import Generation, generate_samples
-    from .loading import find_device, load_skeleton, load_small_parts, stored_dtype
+    from .loading import find_device, load_skeleton, load_small_parts, longest, stored_dtype
     from .report import Resources, report, report_estimate, report_plan
     from .stages import clean_up, held_bytes, remaining, run_stages, save
 
@@ -243,7 +246,7 @@ def distill(
         encoded = _usable(made.samples, made.skipped, len(rows), data, notes)
         told |= {"generated": made.provenance}
     else:
-        encoded = _encode(tokenizer, rows, max_length, data, notes)
+        encoded = _encode(tokenizer, rows, longest(config, max_length), data, notes)
     fed = sum(s.num_rows for s in encoded)
     if fed < info.hidden_size:
         notes.print(f"only {fed} response tokens for hidden size {info.hidden_size}: expect little; give more samples")

@@ -16,6 +16,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.console import Console
 from caprese_kernels.errors import CapreseError
 
 from .data import Row, Sample, prompt_ids
+from .loading import longest
 from .progress import progress_bar
 
 CHUNK = 64  # responses that a kill may lose
@@ -130,7 +132,7 @@ def generate_samples(
     Raises CapreseError when vLLM is missing or fails, with its last words, and for responses of another run.
     """
     text_config = config.get_text_config()
-    max_length = min(max_length, getattr(text_config, "max_position_embeddings", None) or max_length)
+    max_length = longest(config, max_length)
     skipped: Counter[str] = Counter()
     prompts = []
     with progress_bar(console, "prompts/s") as bar:
@@ -166,6 +168,7 @@ def generate_samples(
             "prompts": [{"row": p.line, "ids": p.ids, "max_tokens": p.max_tokens} for p in missing],
             "chunk": CHUNK,
             "output": str(cache_path(output).absolute()),
+            "parent": os.getpid(),
         }
         _run(job, output, len(prompts), console)
         responses = _read(cache_path(output))[1]
@@ -253,8 +256,9 @@ def _resume(cache: Path, identity: Mapping[str, Any], total: int, console: Conso
     found, responses, whole = _read(cache)
     if not responses:
         partial = cache.with_name(f"{cache.name}.partial")
-        partial.write_text(json.dumps(identity) + "\n")
-        os.replace(partial, cache)
+        with _room_for(cache):
+            partial.write_text(json.dumps(identity) + "\n")
+            os.replace(partial, cache)
         return {}
     other = [key for key, value in identity.items() if found.get(key) != value]
     if other:
@@ -280,7 +284,8 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
             fix='pip install "caprese-vllm[cuda]" (or [cpu]), or give data with responses',
         )
     job_file, log = _own_files(output)
-    job_file.write_text(json.dumps(job))
+    with _room_for(job_file):
+        job_file.write_text(json.dumps(job))
     # One process for engine and driver: nothing outlives it but what vLLM itself ends with it.
     environment = {"VLLM_NO_USAGE_STATS": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("w") as errors, progress_bar(console, "responses/s") as bar:
@@ -311,6 +316,20 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
                 process.wait()
     if code:
         raise _failed(output, f"exit code {code}: {_last_words(log)}")
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """A disk that refuses `path` is a user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise CapreseError(
+            f"responses, {path}",
+            expected="room for them beside the output",
+            found=error.strerror or type(error).__name__,
+            fix="free some space, or give another --output",
+        ) from None
 
 
 def _failed(output: Path, found: str) -> CapreseError:

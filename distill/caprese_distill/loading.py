@@ -55,6 +55,11 @@ def stored_dtype(config: Any) -> torch.dtype:
     return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
+def longest(config: Any, max_length: int) -> int:
+    """Tokens of a sample: `max_length`, or as many as the model has positions, which is all that a server feeds it."""
+    return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
+
+
 def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None = None, **options: Any) -> Any:
     """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight.
 
