@@ -343,3 +343,19 @@ def test_a_full_disk_keeps_the_cache(
         made.keep()
     assert cache_path(made.output).exists()
     assert not responses_path(made.output).exists()
+
+
+@pytest.mark.parametrize("name", [".a.responses.jsonl.partial", ".a.generate.json"])
+def test_a_full_disk_before_the_first_response(
+    ask: Callable[..., module.Generated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *words: Any, **options: Any) -> int:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return write(path, *words, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CapreseError, match=r"responses, .*expected room for them beside the output; found No space"):
+        ask(tmp_path / "a.safetensors", prompts(1))
