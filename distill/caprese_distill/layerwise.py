@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -123,7 +123,7 @@ def run_pass(
     _check_memory(len(blocks), info.hidden_size, device)
     state = Pass.begin(method.layers, info.hidden_size, device)
     batches = make_batches(samples, device)
-    keeper = _Keeper(state, resume, console, identity_of(model, samples, method) if resume else {})
+    keeper = Keeper(state, resume, console, identity_of(model, samples, method) if resume else {})
     started = time.monotonic() - state.seconds
     with (
         progress_bar(console, "tok/s") as bar,
@@ -163,7 +163,7 @@ def descend(
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
-    keeper = _Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
+    keeper = Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
     started = time.monotonic() - state.seconds
     with (
         progress_bar(console, "tok/s") as bar,
@@ -251,12 +251,23 @@ def distill_layer_wise(
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
 
 
-class _Keeper:
+class Resumable(Protocol):
+    """Work in progress that a checkpoint can hold."""
+
+    @property
+    def place(self) -> str: ...
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
+
+
+class Keeper:
     """Resumes `state` from the checkpoint at `path`, if there is one for this run, and writes it now and then."""
 
     def __init__(
         self,
-        state: Pass | Descent,
+        state: Resumable,
         path: Path | None,
         console: Console | None,
         identity: Mapping[str, Any],
