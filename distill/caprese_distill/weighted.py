@@ -170,6 +170,14 @@ class Gradients:
         return add_probe
 
 
+def identify(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
+    """What the weighted sums depend on: a checkpoint of another identity is of no use."""
+    digest = hashlib.sha256()
+    for name, tensor in initial.tensors().items():
+        digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
+    return identity_of(model, samples, method) | {"weighting": "gradient", "initial adapters": digest.hexdigest()}
+
+
 @torch.no_grad()
 def run_weighted_pass(
     model: Any,
@@ -190,15 +198,7 @@ def run_weighted_pass(
     blocks = find_blocks(model, info, method.layers)
     state = WeightedPass.begin(method.layers, info.hidden_size, device)
     batches = make_batches(samples, device)
-    identity: dict[str, Any] = {}
-    if resume:
-        digest = hashlib.sha256()
-        for name, tensor in initial.tensors().items():
-            digest.update(f"{name} {tensor.dtype}".encode() + tensor.float().numpy().tobytes())
-        identity = identity_of(model, samples, method) | {
-            "weighting": "gradient",
-            "initial adapters": digest.hexdigest(),
-        }
+    identity = identify(model, samples, method, initial) if resume else {}
     keeper = Keeper(state, resume, console, identity)
     started = time.monotonic() - state.seconds
     with (

@@ -1,5 +1,6 @@
 """The weighted closed form against gradients of each sample alone, taken without hooks; and resumption to the bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from caprese_distill import checkpoint, layerwise
 from caprese_distill.blocks import find_blocks, plan
+from caprese_distill.cli import Device, Weighting, distill
 from caprese_distill.data import Sample, split
 from caprese_distill.layerwise import distill_layer_wise, run_pass
 from caprese_distill.moments import Batch
@@ -20,7 +22,7 @@ from caprese_distill.weighted import FLOOR, Gradients, distill_weighted, run_wei
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_select, griffin_statistic
-from tests.distill.conftest import make_samples
+from tests.distill.conftest import make_rows, make_samples
 
 ModelDir = Callable[[str], Path]
 LAYERS, DENSITY = [0, 2], 0.3
@@ -187,6 +189,19 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
     other = distill_weighted(model, samples, info, method, initial, resume)
     assert torch.equal(other.left[2], distill_weighted(model, samples, info, method, initial).left[2])
     assert not torch.equal(other.left[2], whole.left[2])
+
+
+def test_the_command_weights(model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "a.safetensors"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(22)))
+    options = {"method": "cats", "rank": 8, "device": Device.cpu}
+    distill(str(model_dir("llama")), str(data), output, weighting=Weighting.gradient, **options)
+    told = Adapters.load(output).config.training
+    assert (told["weighting"], told["stage"]) == ("gradient", "end-to-end")
+    assert "--weighting gradient" in told["command"]
+    assert "closed-form, weighted by the gradient" in (tmp_path / "README.md").read_text()
+    assert "closed-form, weighted by the gradient" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_gradient_that_is_not_finite_is_told(model_dir: ModelDir) -> None:
