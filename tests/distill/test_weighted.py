@@ -99,7 +99,7 @@ def test_weights_are_the_gradients_of_each_sample_alone(
         for found, part in zip(state.weighted(i), parts, strict=True):
             x, e, g = (torch.cat([alone[i][k] for alone in part]) for k in range(3))
             w = (g.norm(dim=1) / mean + FLOOR)[:, None]
-            assert float(w.max() / w.min()) > 5  # weights that differ
+            assert float(w.max() / w.min()) > 2  # weights that differ, beyond FLOOR
             for sums, expected, other in ((found.xx, x.t() @ (w * x), x), (found.xe, x.t() @ (w * e), e)):
                 scale = float((w * x.square()).sum() * (w * other.square()).sum()) ** 0.5 / 64
                 torch.testing.assert_close(sums, expected, rtol=2e-3, atol=2e-3 * scale)
