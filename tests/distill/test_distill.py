@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from caprese_distill import checkpoint, layerwise, loading
 from caprese_distill.blocks import plan
-from caprese_distill.cli import distill
+from caprese_distill.cli import Solver, Weighting, distill
 from caprese_distill.layerwise import distill_layer_wise, run_pass
 from caprese_distill.moments import Observer
 from caprese_kernels.adapters import Adapters
@@ -218,6 +218,10 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"layers": "0,9"}, "layers: expected one or more different indices from 0 to 3"),
         ({"layers": "1,1"}, "layers: expected one or more different indices"),
         ({"max_length": 5}, r"2 or more usable.*found 0 of 3 \(3 longer than 5 tokens\)"),
+        (
+            {"solver": Solver.adam, "weighting": Weighting.gradient},
+            "--weighting: expected --solver closed-form; found --solver adam",
+        ),
         ({"temperature": 0.5}, "--temperature: expected --generate beside it; found none"),
         ({"engine": "[1]", "generate": True}, r"--engine: expected a JSON object; found '\[1\]'"),
         ({"engine": "{", "generate": True}, "--engine: expected a JSON object; found '{'"),
