@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from caprese_distill.cli import distill
+from caprese_distill.cli import Dtype, Weighting, distill
 from caprese_serve.demo.problems import TASKS, problems
 
 DEMO = Path(__file__).parents[1] / "serve/caprese_serve/demo"
@@ -54,10 +54,12 @@ def main(
     data: Annotated[Path, typer.Option(help="Where to write the training problems.")] = Path("out/demo_train.jsonl"),
     samples: Annotated[int, typer.Option(help="Training problems.")] = 16000,
     seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 1,
+    methods: Annotated[str, typer.Option(help="Which adapters, by commas.")] = ",".join(SETTINGS),
 ) -> None:
     """Write griffin.safetensors and cats.safetensors."""
     write_rows(data, samples, seed)
-    for method, chosen in SETTINGS.items():
+    for method in methods.split(","):
+        chosen = SETTINGS[method]
         file = output / f"{method}.safetensors"
         distill(
             str(model),
@@ -69,6 +71,8 @@ def main(
             rank=RANK,
             learning_rate=chosen.end_to_end,
             gradient_checkpointing=False,  # the model is small
+            weighting=Weighting.gradient,
+            dtype=Dtype.float32,  # faster than bfloat16 for such a model on a CPU
             instruction="",  # the demo model never saw it
         )
 

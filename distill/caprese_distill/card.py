@@ -10,7 +10,7 @@ from typing import Any
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 
-from .report import spans, taken
+from .report import solver, spans, taken
 
 # In the front matter: a card that names the adapter file is this package's own, and may be written again.
 MARK = "caprese_adapter"
@@ -66,7 +66,7 @@ def make_card(adapters: Adapters, name: str) -> str:
                 ("layers", f"{spans(config.layers)} of {config.base_model.num_hidden_layers}"),
                 ("tensors", f"{low_rank} a layer, {str(adapters.dtype).removeprefix('torch.')}"),
                 ("parameters", f"{adapters.num_parameters:,}"),
-                ("made by", f"{training['stage']}, {training['solver']}"),
+                ("made by", f"{training['stage']}, {solver(training)}"),
             ],
         ),
         "## Errors on held-out samples",

@@ -40,6 +40,11 @@ class Solver(StrEnum):
     adam = "adam"
 
 
+class Weighting(StrEnum):
+    none = "none"
+    gradient = "gradient"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -71,6 +76,10 @@ def distill(
     solver: Annotated[
         Solver, typer.Option(help="Layer-wise: the optimum in one pass, or the paper's many epochs, to compare.")
     ] = Solver.closed_form,
+    weighting: Annotated[
+        Weighting,
+        typer.Option(help="Closed form: again, tokens weighted by the gradient of the model's output; one pass more."),
+    ] = Weighting.none,
     layers: Annotated[
         str | None,
         typer.Option(help="first-half, all, or indices as 0,1,2; by default first-half for griffin, all for cats."),
@@ -148,6 +157,7 @@ def distill(
         "--rank": rank,
         "--stage": stage,
         "--solver": solver,
+        "--weighting": weighting,
         "--layers": layers,
         "--prompt-column": prompt_column,
         "--response-column": response_column,
@@ -180,6 +190,11 @@ def distill(
     unused = [name for name in ("--temperature", "--max-new-tokens", "--engine") if command[name] is not None]
     if unused and not generate:
         raise CapreseError(unused[0], expected="--generate beside it", found="none", fix=f"take out {unused[0]}")
+    weighted = weighting == Weighting.gradient
+    if weighted and solver == Solver.adam:
+        raise CapreseError(
+            "--weighting", expected="--solver closed-form", found="--solver adam", fix="leave one of them out"
+        )
     if dry_run and generate:
         raise CapreseError(
             "--dry-run",
@@ -190,6 +205,10 @@ def distill(
     if solver == Solver.adam and (num_workers > 1 or device_map is not None):
         raise CapreseError(
             "--solver", expected="closed-form with --num-workers and --device-map", found="adam", fix="take one out"
+        )
+    if weighted and (num_workers > 1 or device_map is not None):
+        raise CapreseError(
+            "--weighting", expected="none with --num-workers and --device-map", found="gradient", fix="take one out"
         )
     if device_map is not None and (device_map != "auto" or num_workers > 1):
         raise CapreseError(
@@ -256,9 +275,9 @@ def distill(
         recipe = Recipe(rate, batch, epochs, seed=seed, gradient_checkpointing=gradient_checkpointing)
     if solver == Solver.adam:
         adam = AdamSettings(layer_wise_learning_rate, layer_wise_batch, layer_wise_epochs, seed=seed)
-    memory = estimate_memory(skeleton, encoded, info, resolved, recipe, target, stored_dtype(config), adam)
+    memory = estimate_memory(skeleton, encoded, info, resolved, recipe, target, stored_dtype(config), adam, weighted)
     screen = Console() if dry_run else notes
-    report_plan(screen, skeleton, info, resolved, recipe, encoded, len(rows), memory, adam)
+    report_plan(screen, skeleton, info, resolved, recipe, encoded, len(rows), memory, adam, weighted)
     check_disk(memory, output, held_bytes(output))
     # Of one process on one device: what several share, or how they go on after a kill, is not estimated.
     alone = num_workers == 1 and device_map is None
@@ -271,14 +290,14 @@ def distill(
     try:
         network, resources = _place(model, dtype, device, device_map, num_workers, output), None
         if alone:
-            left = remaining(network, encoded, resolved, recipe, output, adam)
+            left = remaining(network, encoded, resolved, recipe, output, adam, weighted)
             seconds = estimate_seconds(network, info, resolved, recipe, encoded, left, adam)
             resources = Resources(memory, seconds, target)
             report_estimate(screen, resources, left)
         if dry_run:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
-        adapters = run_stages(network, encoded, info, resolved, recipe, output, notes, tensorboard, adam)
+        adapters = run_stages(network, encoded, info, resolved, recipe, output, notes, tensorboard, adam, weighted)
     except torch.OutOfMemoryError as error:
         raise CapreseError(
             "device memory",

@@ -5,6 +5,7 @@ weight is read. Peak = process + weights + the most that a stage adds. With D th
 
     moments     X'X and X'E, fitted and held out, float64: 32 D^2 bytes a sparse layer
     solve       eight D x D matrices in float64 beside them
+    weighted    twice those moments; the activations of a training step, or of LOGIT_ROWS tokens' distributions
     training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer
     activations of the largest batch, from what each layer's operations keep (see `_Batch`)
 """
@@ -35,6 +36,7 @@ from .moments import Batch, Moments, Sink
 from .solve import RIDGES, reduced_rank
 from .stages import Remaining
 from .student import Student, frozen
+from .weighted import LOGIT_ROWS, Gradients
 
 # What loading and running add to a process that has imported torch and transformers: the model's own code, threads'
 # stacks, the matrix library's buffers. Measured with transformers 5.19, torch 2.13: 40 to 70 MiB on a CPU.
@@ -71,6 +73,7 @@ def estimate_memory(
     device: torch.device,
     stored: torch.dtype,
     adam: AdamSettings | None = None,
+    weighting: bool = False,
 ) -> Memory:
     """Memory of `run_stages` with these arguments, for `model` on any device, meta included.
 
@@ -96,6 +99,13 @@ def estimate_memory(
     else:
         stages["layer-wise"] = {"L and R, gradients, Adam": 16 * pairs + in_lists} | activations
         disk = 12 * pairs
+    if weighting:
+        stages["weighted"] = {
+            f"moments of {layers} layers, alike and weighted": 2 * moments,
+            "L and R": (4 + size) * pairs,
+            "activations with gradient checkpointing": max(b.weighted for b in fed),
+        }
+        disk = 2 * moments
     if recipe is not None:
         steps = steps_of(split(samples)[0], recipe)
         longest = max((b for step in steps for b in pack(step, device)), key=lambda b: b.num_padded)
@@ -106,7 +116,7 @@ def estimate_memory(
             "layer-wise L and R": size * pairs,
             f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(checkpointed),
         }
-        disk = max(disk, 12 * pairs) + size * pairs
+        disk = max(disk, 12 * pairs) + (2 if weighting else 1) * size * pairs
     process, output = psutil.Process().memory_info().rss, size * pairs
     disk = 2 * disk + output  # a checkpoint's successor is written beside it
     weights = {f"weights, {count:,} in {str(model.dtype).removeprefix('torch.')}": count * size}
@@ -136,7 +146,7 @@ class _Batch:
         self.size, self.depth, self.neurons = model.dtype.itemsize, info.hidden_size, info.intermediate_size
         self.cats, self.rank = method.name == "cats", method.rank
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
+        self.words, heads = config.vocab_size, config.num_attention_heads
         width = getattr(config, "head_dim", None) or self.depth // heads
         groups = getattr(config, "num_key_value_heads", None) or heads
         self.attention = self.size * width * 2 * (2 * heads + 2 * groups)
@@ -159,6 +169,15 @@ class _Batch:
         behind = self.layers - self.first - 1  # the input of the first block with L and R needs no gradient
         kept = behind * self.tokens * s * d + layer + own if checkpointed else behind * layer + self.sparse * own
         return kept + max(self.tokens * s * (2 * f + 2 * d), self._selection) + self.rows * d * (8 + s)
+
+    @property
+    def weighted(self) -> int:
+        """The weighted closed form: every sparse layer's x, e, y, probe and gradient, and the most of two moments: some
+        tokens' distributions (two, their logits and gradients, in float32), then the backward pass."""
+        s, d = self.size, self.depth
+        behind = (self.layers - self.first - 1) * self.tokens * s * d
+        distributions = 5 * 4 * min(LOGIT_ROWS, self.rows) * self.words
+        return max(self.trained(True), behind + distributions) + self.sparse * self.rows * s * d * 5
 
     @property
     def _selection(self) -> int:
@@ -239,6 +258,8 @@ def estimate_seconds(
             sink = LowRank(info.hidden_size, method.rank, torch.Generator().manual_seed(0), device)
         name = "original model" if adam is None else "Adam"
         seconds[name] = _seconds_of_pass(model, info, method, left.batches, sink)
+    if left.weighted:
+        seconds["gradients"] = _seconds_of_gradients(model, info, method, left.weighted)
     if left.layers:
         seconds["closed form"] = len(left.layers) * _seconds_of_solve(info.hidden_size, method.rank, device)
     if recipe is not None and (left.steps or left.looks):
@@ -255,6 +276,34 @@ def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: S
         feed(_small(batches), sinks)
         seconds = _timed(device, lambda: [feed(batch, sinks) for batch in chosen])
     return seconds / _padded(chosen) * _padded(batches)
+
+
+def _seconds_of_gradients(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> float:
+    """The pass of the weighted closed form; one layer's sums, twice, stand for those of all."""
+    device, chosen = next(model.parameters()).device, _spread(batches)
+    blocks, sums = find_blocks(model, info, method.layers), Moments.zeros(info.hidden_size, device)
+
+    def feed(batch: Batch) -> None:
+        target = student.original(batch)
+        for gradient in gradients(batch, target).values():
+            for _ in range(2):
+                sums.add(target, gradient, target)
+
+    with (
+        frozen(model, True),
+        Student(model, blocks, method, *_zeros(info, method)) as student,
+        Gradients(model, blocks, student) as gradients,
+    ):
+        feed(_small(batches))
+        seconds = sum(_timed(device, partial(feed, batch)) for batch in chosen)
+    return seconds / _padded(chosen) * _padded(batches)
+
+
+def _zeros(info: BaseModelInfo, method: Method) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """L and R."""
+    shapes = ((info.hidden_size, method.rank), (method.rank, info.hidden_size))
+    left, right = ({i: torch.zeros(shape) for i in method.layers} for shape in shapes)
+    return left, right
 
 
 def _seconds_of_solve(depth: int, rank: int, device: torch.device) -> float:
@@ -274,13 +323,10 @@ def _seconds_of_solve(depth: int, rank: int, device: torch.device) -> float:
 def _seconds_of_training(
     model: Any, info: BaseModelInfo, method: Method, recipe: Recipe, samples: Sequence[Sample], left: Remaining
 ) -> float:
-    device, depth = next(model.parameters()).device, info.hidden_size
+    device = next(model.parameters()).device
     batches = [batch for step in left.steps for batch in pack(step, device)]
     held_out = [batch for batch in make_batches(samples, device) if batch.held_out]
     chosen = _spread(batches or held_out)
-    zeros: list[dict[int, Tensor]] = [
-        {i: torch.zeros(shape) for i in method.layers} for shape in ((depth, method.rank), (method.rank, depth))
-    ]
     blocks = find_blocks(model, info, method.layers)
     losses: list[Tensor] = []
 
@@ -288,7 +334,7 @@ def _seconds_of_training(
         target = student.original(batch).float()
         losses.append((student(batch).float() - target).square().sum())
 
-    with frozen(model, recipe.gradient_checkpointing), Student(model, blocks, method, *zeros) as student:
+    with frozen(model, recipe.gradient_checkpointing), Student(model, blocks, method, *_zeros(info, method)) as student:
         look(_small(chosen))
         losses.pop().backward()
         forward, backward = 0.0, 0.0

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -123,7 +123,7 @@ def run_pass(
     """
     identity = prepare(model, samples, info, method, digest=resume is not None)
     device = device_of(model.get_input_embeddings())
-    state = Pass.begin(_devices(model, info, method), info.hidden_size)
+    state = Pass.begin(devices_of(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
     with recorded(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
         for batch in batches[state.batches :]:
@@ -140,7 +140,7 @@ def prepare(
     `parts` sets of moments are to be on the model's devices: those fitted and those held out, or one of the two.
     """
     _check_ids(samples, model)
-    for device, layers in Counter(_devices(model, info, method).values()).items():
+    for device, layers in Counter(devices_of(model, info, method).values()).items():
         _check_memory(parts * layers, info.hidden_size, device)
     return identity_of(model, samples, method) if digest else {}
 
@@ -168,7 +168,7 @@ def recorded(
 ) -> Iterator[Callable[[int], None]]:
     """Bring `state` to where its checkpoint left it; then a function to call whenever `count` more batches are in it,
     for progress and the next checkpoint."""
-    keeper = _Keeper(state, resume, console, identity)
+    keeper = Keeper(state, resume, console, identity)
     started = time.monotonic() - state.seconds
     with progress_bar(console, "tok/s") as bar:
         done = sum(b.num_tokens for b in batches[: state.batches])
@@ -203,7 +203,7 @@ def descend(
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
-    keeper = _Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
+    keeper = Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
     started = time.monotonic() - state.seconds
     with progress_bar(console, "tok/s") as bar, feeding(model, info, method) as run:
         total = settings.epochs * sum(len(s.ids) for s in fit) + sum(len(s.ids) for s in samples)
@@ -313,12 +313,23 @@ def _assemble(
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
 
 
-class _Keeper:
+class Resumable(Protocol):
+    """Work in progress that a checkpoint can hold."""
+
+    @property
+    def place(self) -> str: ...
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
+
+
+class Keeper:
     """Resumes `state` from the checkpoint at `path`, if there is one for this run, and writes it now and then."""
 
     def __init__(
         self,
-        state: Pass | Descent,
+        state: Resumable,
         path: Path | None,
         console: Console | None,
         identity: Mapping[str, Any],
@@ -344,7 +355,7 @@ class _Keeper:
             self.cost = self.saved - now
 
 
-def _devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
+def devices_of(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
     return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
 
 

@@ -150,7 +150,7 @@ class Observer:
             handle.remove()
 
     def expect(self, batch: Batch, sinks: Mapping[int, Sink]) -> None:
-        """The next forward pass is that of `batch`, and its layers add to `sinks`."""
+        """The next forward pass is that of `batch`, and those of its layers that have one add to `sinks`."""
         self.batch, self.sinks = batch, sinks
 
     def _hooks(self, layer: int, block: Any) -> list[Any]:
@@ -173,6 +173,8 @@ class Observer:
 
     def _measure(self, layer: int, down: Any, x: Tensor, g: Tensor | None, z: Tensor, y: Tensor) -> None:
         assert self.batch is not None
+        if layer not in self.sinks:
+            return
         if not _finite(x, y):
             for b, sample in enumerate(self.batch.samples):
                 real = slice(0, len(sample.ids))

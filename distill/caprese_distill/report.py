@@ -54,6 +54,7 @@ def report_plan(
     given: int,
     memory: Memory,
     adam: AdamSettings | None = None,
+    weighting: bool = False,
 ) -> None:
     """What is going to be done, and the memory that it takes; `given` rows gave these samples."""
     count = sum(p.numel() for p in model.parameters())
@@ -70,6 +71,7 @@ def report_plan(
         "adapter": f"{added:,} parameters, {added / count:.2%} of the model's, {added / in_blocks:.2%} of its FF "
         f"blocks'; {gib(memory.output)}",
         "stages": f"layer-wise ({f'Adam, {adam.epochs} epochs' if adam else 'closed form'})"
+        + (", again weighted by the gradient" if weighting else "")
         + (", then end to end" if recipe else ""),
         "samples": f"{len(samples):,} used, {len(held_out):,} of them held out; {given - len(samples):,} skipped",
         "tokens": f"{prompt:,} of prompts, {response:,} of responses",
@@ -112,6 +114,12 @@ def report_estimate(console: Console, resources: Resources, left: Remaining) -> 
     console.print(f"time, {rest}: {minutes(sum(resources.seconds.values()))} ({told or 'nothing left to do'})")
 
 
+def solver(training: dict[str, Any]) -> str:
+    """ "closed-form", or with what it was weighted."""
+    weighted = f", weighted by the {training['weighting']}" if "weighting" in training else ""
+    return f"{training['solver']}{weighted}"
+
+
 def spans(layers: Sequence[int]) -> str:
     """ "0-11", or "0-3, 7": ascending indices."""
     told: list[list[int]] = []
@@ -146,7 +154,7 @@ def report(adapters: Adapters, output: Path, card: Path | None) -> None:
     config, training = adapters.config, adapters.config.training
     console = Console()
     table = Table(
-        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by {training['solver']}, "
+        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by {solver(training)}, "
         "held-out samples"
     )
     for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from . import checkpoint, end_to_end, layerwise
+from . import checkpoint, end_to_end, layerwise, weighted
 from .adam import AdamSettings, Descent
 from .cluster import Cluster
 from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
 from .layerwise import distill_layer_wise, make_batches, pack
 from .moments import Batch
+from .weighted import distill_weighted
 
 
 class Here:
@@ -54,6 +55,7 @@ class Remaining:
     steps: Sequence[Sequence[Sample]]  # of training end to end
     looks: int  # at the held-out samples, end to end
     resumed: bool
+    weighted: Sequence[Batch] = ()  # through original and student, for the weighted closed form
 
 
 def remaining(
@@ -63,10 +65,16 @@ def remaining(
     recipe: Recipe | None,
     output: Path,
     adam: AdamSettings | None = None,
+    weighting: bool = False,
 ) -> Remaining:
     """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
     resume = checkpoint.resume_path(output)
-    initial = _load_first_stage(_layer_wise_path(output), Here(model), samples, method, adam)
+    initial = _load_stage(_layer_wise_path(output), _identity(Here(model), samples, method, adam))
+    if weighting:
+        again = _load_stage(_weighted_path(output), _identity(Here(model), samples, method, None, weighting))
+        if again is None:
+            return _remaining_weighted(model, samples, method, recipe, output, initial)
+        initial = again
     progress = None
     batches: Sequence[Batch] = []
     if initial is None:
@@ -84,6 +92,28 @@ def remaining(
         if progress:
             steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
     return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
+
+
+def _remaining_weighted(
+    model: Any,
+    samples: Sequence[Sample],
+    method: Method,
+    recipe: Recipe | None,
+    output: Path,
+    initial: Adapters | None,
+) -> Remaining:
+    """As `remaining`, where the weighted closed form is not done."""
+    first = remaining(model, samples, method, recipe, output)
+    batches, resume = make_batches(samples, next(model.parameters()).device), checkpoint.resume_path(output)
+    progress = None
+    if initial is not None and resume.exists():
+        progress = checkpoint.load_progress(resume, weighted.identify(model, samples, method, initial))
+    return replace(
+        first,
+        layers=(*first.layers, *method.layers),
+        resumed=first.resumed or bool(progress),
+        weighted=batches[(progress or {}).get("batches", 0) :],
+    )
 
 
 def _layer_wise_batches(
@@ -111,17 +141,23 @@ def run_stages(
     console: Console | None = None,
     logs: Path | None = None,
     adam: AdamSettings | None = None,
+    weighting: bool = False,
 ) -> Adapters:
     """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
 
     `model` is a transformers causal LM, or the cluster.Cluster whose workers have it.
-    The layer-wise stage is the closed form, or Adam if its settings are given (not on a cluster).
+    The layer-wise stage is the closed form, or Adam if its settings are given (not on a cluster); with `weighting`
+    (and without Adam, not on a cluster), the closed form follows again, weighted by the gradient.
     Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
     `logs` is a directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
     place = model if isinstance(model, Cluster) else Here(model)
-    adapters = _first_stage(place, samples, info, method, output, recipe is not None, console, adam)
+    assert not (weighting and (adam or isinstance(place, Cluster))), "only the closed form is weighted, in one process"
+    keep = recipe is not None
+    adapters = _first_stage(place, samples, info, method, output, keep or weighting, console, adam)
+    if weighting:
+        adapters = _weighted_stage(model, samples, info, method, output, keep, console, adapters)
     if recipe is None:
         return adapters
     _return_freed()
@@ -144,7 +180,7 @@ def save(adapters: Adapters, path: Path) -> None:
 
 def held_bytes(output: Path) -> int:
     """Bytes of the files that a killed run left beside `output`."""
-    files = (checkpoint.resume_path(output), _layer_wise_path(output))
+    files = (checkpoint.resume_path(output), _layer_wise_path(output), _weighted_path(output))
     return sum(path.stat().st_size for path in files if path.exists())
 
 
@@ -152,6 +188,7 @@ def clean_up(output: Path) -> None:
     """After `output` was written: the hidden files beside it go."""
     checkpoint.remove(checkpoint.resume_path(output))
     _layer_wise_path(output).unlink(missing_ok=True)
+    _weighted_path(output).unlink(missing_ok=True)
     shutil.rmtree(scratch_path(output), ignore_errors=True)
 
 
@@ -172,34 +209,64 @@ def _first_stage(
 ) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    found = _load_first_stage(path, place, samples, method, adam)
+    identity = _identity(place, samples, method, adam)
+    found = _load_stage(path, identity)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
-    identity = {"identity": _identity(place, samples, method, adam)} if keep else {}  # before a cluster's workers end
     adapters = place.layer_wise(samples, info, method, resume, console, adam)
     if keep:
-        marked = adapters.config.model_copy(update={"training": adapters.config.training | identity})
-        save(Adapters(marked, adapters.left, adapters.right), path)
-        checkpoint.remove(resume)
+        _keep_stage(adapters, path, identity, resume)
     return adapters
 
 
-def _load_first_stage(
-    path: Path, place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None
-) -> Adapters | None:
+def _weighted_stage(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    output: Path,
+    keep: bool,
+    console: Console | None,
+    initial: Adapters,
+) -> Adapters:
+    """The adapters of the weighted closed form, likewise."""
+    path, resume = _weighted_path(output), checkpoint.resume_path(output)
+    identity = _identity(Here(model), samples, method, None, weighting=True)
+    found = _load_stage(path, identity)
+    if found is not None:
+        if console:
+            console.print(f"weighted closed form: done before, {path}")
+        return found
+    _return_freed()
+    adapters = distill_weighted(model, samples, info, method, initial, resume, console)
+    if keep:
+        _keep_stage(adapters, path, identity, resume)
+    return adapters
+
+
+def _keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
+    marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
+    save(Adapters(marked, adapters.left, adapters.right), path)
+    checkpoint.remove(resume)
+
+
+def _load_stage(path: Path, identity: str) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # what cannot be read is made again
             found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == _identity(place, samples, method, adam):
+            if found.config.training.pop("identity", None) == identity:
                 return found
     return None
 
 
-def _identity(place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None) -> str:
-    settings = {"method": method.name, "density": method.density, "layers": list(method.layers), "rank": method.rank}
-    identity = json.dumps(place.fingerprint(samples, **settings, solver=asdict(adam) if adam else None))
+def _identity(
+    place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None, weighting: bool = False
+) -> str:
+    settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+    settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": weighting}
+    identity = json.dumps(place.fingerprint(samples, **settings))
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -212,6 +279,10 @@ def _return_freed() -> None:
 
 def _layer_wise_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.layer-wise")
+
+
+def _weighted_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.weighted")
 
 
 @contextlib.contextmanager

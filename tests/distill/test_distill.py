@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from caprese_distill import checkpoint, layerwise, loading
 from caprese_distill.blocks import plan
-from caprese_distill.cli import distill
+from caprese_distill.cli import Solver, Weighting, distill
 from caprese_distill.layerwise import distill_layer_wise, run_pass
 from caprese_distill.moments import Observer
 from caprese_kernels.adapters import Adapters
@@ -222,6 +222,10 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"learning_rate": float("nan")}, "--learning-rate: expected a number above 0; found nan"),
         ({"solver": "adam", "layer_wise_learning_rate": -1.0}, "--layer-wise-learning-rate: expected a number above"),
         ({"tensorboard": Path("/proc/version/logs")}, "--tensorboard: expected a directory; found a file"),
+        (
+            {"solver": Solver.adam, "weighting": Weighting.gradient},
+            "--weighting: expected --solver closed-form; found --solver adam",
+        ),
         ({"temperature": 0.5}, "--temperature: expected --generate beside it; found none"),
         ({"engine": "[1]", "generate": True}, r"--engine: expected a JSON object; found '\[1\]'"),
         ({"engine": "{", "generate": True}, "--engine: expected a JSON object; found '{'"),

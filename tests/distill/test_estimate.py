@@ -22,8 +22,9 @@ from caprese_distill.end_to_end import Recipe, Trainer, steps_of
 from caprese_distill.estimate import check_disk, check_memory, estimate_memory, estimate_seconds
 from caprese_distill.layerwise import Pass, make_batches, pack, run_pass
 from caprese_distill.loading import load_skeleton, stored_dtype
-from caprese_distill.stages import Remaining, remaining, run_stages
+from caprese_distill.stages import Remaining, clean_up, held_bytes, remaining, run_stages
 from caprese_distill.student import Student, frozen
+from caprese_distill.weighted import run_weighted_pass
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
@@ -112,6 +113,10 @@ def test_activations_are_near_what_is_allocated(tmp_path: Path, method: str, dty
 
     stage = parts(recipes[0])["layer-wise"]
     assert sum(stage.values()) == pytest.approx(allocated(lambda: run_pass(model, samples, info, resolved)), rel=0.25)
+    initial = run_stages(model, samples, info, resolved, None, tmp_path / "a")
+    stage = estimate_memory(model, samples, info, resolved, None, CPU, dtype, weighting=True).stages["weighted"]
+    most = allocated(lambda: run_weighted_pass(model, samples, info, resolved, initial))
+    assert sum(stage.values()) == pytest.approx(most, rel=0.25)
     for recipe in recipes:
         with frozen(model, recipe.gradient_checkpointing), student_of(model, info, resolved) as student:
             trainer = Trainer(model, student, samples, recipe, None, {}, end_to_end.Group())
@@ -208,6 +213,61 @@ def test_what_is_left_of_a_killed_run(
     other = Recipe(2e-3, 4, 2)  # starts its training anew
     assert len(remaining(model, samples, method, other, output).steps) == steps
     assert len(remaining(model, make_samples(11), method, recipe, output).batches) > 0
+
+
+def test_what_is_left_of_a_killed_weighted_run(
+    model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unweighted, weighted, end to end: none is done twice, and the result is that of a run never killed."""
+    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)
+    (model, info, method), samples = load(model_dir("llama")), make_samples(12)
+    recipe, output, batches = Recipe(1e-3, 4, 2), tmp_path / "a", len(make_batches(samples, CPU))
+    whole = run_stages(model, samples, info, method, recipe, tmp_path / "whole", weighting=True)
+    for module in (layerwise, end_to_end):
+        monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+
+    def left() -> tuple[int, int, int, int, bool]:
+        found = remaining(model, samples, method, recipe, output, weighting=True)
+        seconds = estimate_seconds(model, info, method, recipe, samples, found)
+        stages = {
+            "original model": found.batches,
+            "gradients": found.weighted,
+            "closed form": found.layers,
+            "end to end": found.steps,
+        }
+        assert list(seconds) == [stage for stage, work in stages.items() if work]
+        assert all(0 < s < math.inf for s in seconds.values())
+        return len(found.batches), len(found.weighted), len(found.layers), len(found.steps), found.resumed
+
+    save = checkpoint.save
+
+    def dying(*args: Any) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(KeyboardInterrupt):
+                run_stages(model, samples, info, method, recipe, output, weighting=True)
+
+    steps = len(steps_of(samples[:11], recipe))
+    assert left() == (batches, batches, 4, steps, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dying)
+        run(1)
+        assert left() == (batches - 1, batches, 4, steps, True)
+        run(batches)
+        assert left() == (0, batches - 1, 2, steps, True)
+        run(batches)
+        assert left() == (0, 0, 0, steps - 1, True)
+    parts = run_stages(model, samples, info, method, recipe, output, weighting=True)
+    assert all(torch.equal(parts.left[i], whole.left[i]) for i in method.layers)
+    assert parts.config.training["weighting"] == "gradient"
+    assert held_bytes(output) > 0
+    clean_up(output)
+    assert held_bytes(output) == 0
+    plain = remaining(model, samples, method, recipe, tmp_path / "whole")  # its stages are no others'
+    assert len(plain.weighted) == 0
 
 
 def test_time_is_scaled_from_what_is_timed(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
