@@ -48,8 +48,9 @@ def make_card(adapters: Adapters, name: str) -> str:
     low_rank = (
         f"L [{config.base_model.hidden_size}, {config.rank}] and R [{config.rank}, {config.base_model.hidden_size}]"
     )
+    hub = {} if Path(model).is_dir() else {"base_model": model}  # which the Hub wants to be a repository's name
     parts = [
-        _front_matter({MARK: name, "base_model": model, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
+        _front_matter({MARK: name, **hub, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
         f"# Caprese adapter for {model}",
         f"Low-rank layers that give back what {model} loses when each generated token runs through "
         f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_METHODS[config.method]}. "

@@ -317,10 +317,11 @@ def distill(
         "resources": resources.record() if resources else None,
     }
     save(adapters, output)
+    kept = made.keep() if made else None  # before what a killed run needs goes
     clean_up(output)
     report(adapters, output, write_card(adapters, output))
-    if made:
-        notes.print(f"responses kept in {made.keep()}: --data reads them", highlight=False, markup=False)
+    if kept:
+        notes.print(f"responses kept in {kept}: --data reads them", highlight=False, markup=False)
 
 
 def _place(model: str, dtype: Dtype, device: Device, device_map: str | None, num_workers: int, output: Path) -> Any:

@@ -31,7 +31,11 @@ def test_it_says_what_the_adapter_is(output: Path) -> None:
     assert text == make_card(adapters, output.name)
     _, front, body = text.split("---\n", 2)
     entries = yaml.safe_load(front)
-    assert entries["base_model"] == model
+    assert "base_model" not in entries  # a directory: the Hub wants a repository there
+    named = adapters.config.base_model.model_copy(update={"name_or_path": "Qwen/Qwen2.5-1.5B"})
+    published = Adapters(adapters.config.model_copy(update={"base_model": named}), adapters.left, adapters.right)
+    front_of_published = yaml.safe_load(make_card(published, "a.safetensors").split("---\n", 2)[1])
+    assert front_of_published["base_model"] == "Qwen/Qwen2.5-1.5B"
     assert entries["library_name"] == "caprese"
     assert {"caprese", "griffin"} <= set(entries["tags"])
     assert entries["caprese_adapter"] == "a.safetensors"
