@@ -67,6 +67,7 @@ def recovery(result: Result) -> str:
         "errors, of the FF blocks (eq. 7) and of the last hidden state (eq. 8).",
         "- Epochs, batches and schedules are the paper's; learning rates were chosen for this small model on training "
         "problems. End to end counts the layer-wise stage's time as well.",
+        *([f"- Note: {result.provenance['note']}."] if "note" in result.provenance else []),
         f"- Measured by `{result.provenance['command']}` on {_source(RECOVERY, result.provenance)}",
     ]
     return "\n".join(lines) + "\n"
