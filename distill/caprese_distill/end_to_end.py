@@ -30,7 +30,7 @@ from .adam import schedule
 from .blocks import find_blocks
 from .data import Sample, split
 from .layerwise import CHECKPOINT_SECONDS, make_batches, pack
-from .placement import device_of
+from .placement import device_of, return_freed
 from .progress import progress_bar
 from .student import SharedModel, Student, frozen
 
@@ -190,6 +190,7 @@ class Trainer:
                 fix="use a lower --learning-rate, or --dtype bfloat16 or float32",
             )
         self.optimizer.step()
+        return_freed()
         return float(total)
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from .adam import AdamSettings, Descent
 from .blocks import find_blocks
 from .data import Sample, split
 from .moments import Batch, Moments, Observer, Sink
-from .placement import device_of
+from .placement import device_of, return_freed
 from .progress import progress_bar
 from .solve import Solution, solve
 
@@ -154,6 +154,7 @@ def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callabl
         def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
             observer.expect(batch, sinks)
             decoder(input_ids=batch.ids(), use_cache=False)
+            return_freed()
 
         yield feed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import shutil
@@ -27,6 +26,7 @@ from .data import Sample, split
 from .end_to_end import Recipe, distill_end_to_end
 from .layerwise import distill_layer_wise, make_batches, pack
 from .moments import Batch
+from .placement import return_freed
 from .weighted import distill_weighted
 
 
@@ -160,7 +160,7 @@ def run_stages(
         adapters = _weighted_stage(model, samples, info, method, output, keep, console, adapters)
     if recipe is None:
         return adapters
-    _return_freed()
+    return_freed()
     with _writer(logs) as writer:
         return place.end_to_end(samples, info, method, adapters, recipe, resume, console, writer)
 
@@ -239,7 +239,7 @@ def _weighted_stage(
         if console:
             console.print(f"weighted closed form: done before, {path}")
         return found
-    _return_freed()
+    return_freed()
     adapters = distill_weighted(model, samples, info, method, initial, resume, console)
     if keep:
         _keep_stage(adapters, path, identity, resume)
@@ -268,13 +268,6 @@ def _identity(
     settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": weighting}
     identity = json.dumps(place.fingerprint(samples, **settings))
     return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _return_freed() -> None:
-    """Give the first stage's memory back to the system: glibc keeps freed blocks below 32 MiB, which are all moments
-    of a model with D < 2048."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _layer_wise_path(output: Path) -> Path:
