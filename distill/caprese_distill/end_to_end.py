@@ -177,6 +177,7 @@ class Trainer:
             loss = (self.student(batch).float() - target).square().sum() / rows
             loss.backward()
             total += loss.item()
+            return_freed()
         self.group.sum_(total)
         for p in self.student.parameters():
             if p.grad is None:  # this process had no part in the step
@@ -190,7 +191,6 @@ class Trainer:
                 fix="use a lower --learning-rate, or --dtype bfloat16 or float32",
             )
         self.optimizer.step()
-        return_freed()
         return float(total)
 
     @torch.no_grad()

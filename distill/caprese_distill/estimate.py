@@ -33,6 +33,7 @@ from .data import Sample, split
 from .end_to_end import Recipe, steps_of
 from .layerwise import feeding, make_batches, pack
 from .moments import Batch, Moments, Sink
+from .placement import return_freed
 from .solve import RIDGES, reduced_rank
 from .stages import Remaining
 from .student import Student, frozen
@@ -337,10 +338,12 @@ def _seconds_of_training(
     with frozen(model, recipe.gradient_checkpointing), Student(model, blocks, method, *_zeros(info, method)) as student:
         look(_small(chosen))
         losses.pop().backward()
+        return_freed()
         forward, backward = 0.0, 0.0
         for batch in chosen:
             forward += _timed(device, partial(look, batch))
             backward += _timed(device, losses.pop().backward)
+            return_freed()
         optimizer = torch.optim.Adam(student.parameters())
         optimizer.step()  # makes its state
         update = _timed(device, optimizer.step)
