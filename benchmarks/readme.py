@@ -40,6 +40,7 @@ def demo(report: DemoReport) -> str:
         for row in report.rows
     ]
     lines += ["", *(f"- {remark}" for remark in remarks(report))]
+    lines += _note(report.provenance)
     lines.append(f"- Measured by `{report.provenance['command']}` on {_source(DEMO, report.provenance)}")
     return "\n".join(lines) + "\n"
 
@@ -67,7 +68,7 @@ def recovery(result: Result) -> str:
         "errors, of the FF blocks (eq. 7) and of the last hidden state (eq. 8).",
         "- Epochs, batches and schedules are the paper's; learning rates were chosen for this small model on training "
         "problems. End to end counts the layer-wise stage's time as well.",
-        *([f"- Note: {result.provenance['note']}."] if "note" in result.provenance else []),
+        *_note(result.provenance),
         f"- Measured by `{result.provenance['command']}` on {_source(RECOVERY, result.provenance)}",
     ]
     return "\n".join(lines) + "\n"
@@ -111,6 +112,11 @@ def kernels(result: Result) -> str:
         f"- Measured by `{result.provenance['command']}` on {_source(KERNELS, result.provenance)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _note(provenance: dict[str, Any]) -> list[str]:
+    """What whoever measured wrote beside the figures."""
+    return [f"- Note: {provenance['note']}."] if "note" in provenance else []
 
 
 def _source(path: Path, provenance: dict[str, Any]) -> str:
