@@ -29,7 +29,7 @@ from . import checkpoint
 from .adam import schedule
 from .blocks import find_blocks
 from .data import Sample, split
-from .layerwise import CHECKPOINT_SECONDS, make_batches, pack
+from .layerwise import Keeper, make_batches, pack
 from .placement import device_of, return_freed
 from .progress import progress_bar
 from .student import SharedModel, Student, frozen
@@ -96,12 +96,9 @@ class Trainer:
         student: SharedModel,
         samples: Sequence[Sample],
         recipe: Recipe,
-        resume: Path | None,
-        identity: Mapping[str, Any],
         group: Group,
     ):
         self.student, self.recipe, self.group = student, recipe, group
-        self.resume, self.identity = resume, identity
         self.device = device_of(model.get_input_embeddings())
         fit, _ = split(samples)
         self.steps = steps_of(fit, recipe)
@@ -110,16 +107,20 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.errors: list[float] = []  # held out, relative; before the first epoch and after each
 
-    def save(self, path: Path) -> None:
+    @property
+    def place(self) -> str:
+        return f"step {self.step} of {len(self.steps)}"
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and progress for a checkpoint, between steps."""
         tensors: dict[str, Tensor] = {}
         for n, p in enumerate(self.student.parameters()):
             tensors[f"parameter.{n}"] = p.detach()
             tensors |= {f"{key}.{n}": value for key, value in self.optimizer.state[p].items()}
-        progress = {"step": self.step, "seconds": self.seconds, "errors": self.errors}
-        checkpoint.save(path, tensors, progress, self.identity)
+        return tensors, {"step": self.step, "seconds": self.seconds, "errors": self.errors}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         for n, p in enumerate(self.student.parameters()):
             p.copy_(tensors[f"parameter.{n}"])
             state = {key.removesuffix(f".{n}"): tensor for key, tensor in tensors.items() if key.endswith(f".{n}")}
@@ -128,24 +129,24 @@ class Trainer:
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
 
-    def agree(self) -> None:
+    def agree(self, path: Path | None) -> None:
         """CapreseError unless all processes go on from the same step: a node that does not see the file begins anew."""
         steps = torch.zeros(self.group.size, dtype=torch.int64)
         steps[self.group.rank] = self.step
         self.group.sum_(steps)
         if len(steps.unique()) > 1:
             raise CapreseError(
-                f"checkpoint {self.resume}",
+                f"checkpoint {path}",
                 expected="one file that all nodes see",
                 found=f"steps {steps.tolist()} by worker",
                 fix="give an --output in a directory that the nodes share",
             )
 
-    def run(self, console: Console | None, writer: Any = None) -> None:
+    def run(self, keeper: Keeper, console: Console | None, writer: Any = None) -> None:
         """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
         tokens = [sum(len(s.ids) for s in part) for part in self.steps]
         per_epoch = len(self.steps) // self.recipe.epochs
-        started, saved, cost = time.monotonic() - self.seconds, time.monotonic(), 0.0
+        started = time.monotonic() - self.seconds
         with progress_bar(console, "tok/s") as bar:
             done = sum(tokens[: self.step])
             line = bar.add_task(self.student.title, total=sum(tokens), completed=done, first=done)
@@ -157,11 +158,8 @@ class Trainer:
                 self._tell(bar, line, loss, tokens[self.step - 1], writer)
                 if self.step % per_epoch == 0:
                     self._look(bar, writer)
-                now = time.monotonic()
-                if self.resume and self.group.rank == 0 and now - saved >= max(CHECKPOINT_SECONDS, 10 * cost):
-                    self.save(self.resume)
-                    saved = time.monotonic()
-                    cost = saved - now
+                if self.group.rank == 0:
+                    keeper.save_if_due()
         self.seconds = time.monotonic() - started
 
     def _step(self, samples: Sequence[Sample]) -> float:
@@ -232,18 +230,10 @@ def train(
     group: Group | None = None,
 ) -> Trainer:
     """Train the student to the end, from the checkpoint `resume` where it is of a run with the same identity."""
-    trainer = Trainer(model, student, samples, recipe, resume, identity, group or Group())
-    if resume is not None and resume.exists():
-        found = checkpoint.load(resume, identity)
-        if isinstance(found, str):
-            told = f"{found}; starting anew"
-        else:
-            trainer.load(*found)
-            told = f"going on after step {trainer.step} of {len(trainer.steps)}"
-        if console:
-            console.print(f"checkpoint {resume}: {told}")
-    trainer.agree()
-    trainer.run(console, writer)
+    trainer = Trainer(model, student, samples, recipe, group or Group())
+    keeper = Keeper(trainer, resume, console, identity)
+    trainer.agree(resume)
+    trainer.run(keeper, console, writer)
     return trainer
 
 

@@ -13,7 +13,7 @@ from benchmarks.demo_adapters import DEMO
 from benchmarks.hf_decode import decode, prompt_ids
 from benchmarks.lora import Lora, begin, fit, lora_rank, tensors
 from benchmarks.students import DecodedFF, EndToEnd, LayerWise, LowRank, held_out_errors
-from caprese_distill import end_to_end
+from caprese_distill import layerwise
 from caprese_distill.blocks import find_blocks, plan
 from caprese_distill.data import Row, Sample, encode
 from caprese_distill.end_to_end import Recipe, Trainer, distill_end_to_end
@@ -155,7 +155,7 @@ def test_layers_are_trained_each_on_its_own(model_dir: ModelDir) -> None:
 def test_a_killed_training_goes_on_to_the_same_bits(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any
 ) -> None:
-    monkeypatch.setattr(end_to_end, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
     model, info, method = load(model_dir, "cats", layers=[0, 1])
     samples, recipe = make_samples(20), Recipe(1e-2, batch=4, epochs=2)
     whole, cut = (begin(info, method, 0, CPU) for _ in range(2))

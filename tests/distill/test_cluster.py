@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from caprese_distill import checkpoint, cluster, end_to_end, layerwise
+from caprese_distill import checkpoint, cluster, layerwise
 from caprese_distill.blocks import plan
 from caprese_distill.data import Sample
 from caprese_distill.end_to_end import Group, Recipe, Trainer, distill_end_to_end
@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[None]:
 def load(path: Path, mark: Path | None = None, deaths: int = 0, at: int = 3) -> Any:
     """The model; the first `deaths` processes that come to its batch `at` die there as of kill -9, leaving a mark."""
     torch.set_num_threads(1)
-    end_to_end.CHECKPOINT_SECONDS = 0.0
+    layerwise.CHECKPOINT_SECONDS = 0.0
     model = AutoModelForCausalLM.from_pretrained(path)
     batches = 0
 
@@ -261,12 +261,12 @@ def test_processes_that_see_different_checkpoints_are_told() -> None:
             tensor[1] += 5
 
     for step in (5, 3):
-        trainer: Any = SimpleNamespace(group=Other(), step=step, resume=Path("r"))
+        trainer: Any = SimpleNamespace(group=Other(), step=step)
         if step == 5:
-            Trainer.agree(trainer)
+            Trainer.agree(trainer, Path("r"))
         else:
             with pytest.raises(CapreseError, match=r"one file that all nodes see; found steps \[3, 5\] by worker"):
-                Trainer.agree(trainer)
+                Trainer.agree(trainer, Path("r"))
 
 
 @dataclass

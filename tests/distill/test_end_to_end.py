@@ -208,7 +208,7 @@ def test_the_schedule() -> None:
 def test_resumed_to_the_bit_from_any_step(model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(20)
     whole = train(model, samples)
-    monkeypatch.setattr(end_to_end, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
     save, resume = checkpoint.save, tmp_path / "r"
 
     def dying(*args: Any) -> None:
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_other_settings_is_left_aside(
     from rich.console import Console
 
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(20)
-    monkeypatch.setattr(end_to_end, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
     train(model, samples, resume=tmp_path / "r")
     other = Recipe(2e-3, batch=6, epochs=2)
     train(model, samples, other, resume=tmp_path / "r", console=Console(stderr=True))
@@ -256,7 +256,7 @@ def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path
     data, model = write_rows(make_rows(120)), str(model_dir("llama"))
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from caprese_distill import end_to_end; end_to_end.CHECKPOINT_SECONDS = 0.0\n"
+        "from caprese_distill import layerwise; layerwise.CHECKPOINT_SECONDS = 0.0\n"
         "from caprese_distill.end_to_end import Trainer; import time\n"
         "step = Trainer._step; Trainer._step = lambda *args: (time.sleep(0.05), step(*args))[1]\n"
         "from caprese_serve.cli import main; main()"

@@ -81,14 +81,14 @@ def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, meth
     layers = len(resolved.layers)
     assert memory.stages["layer-wise"][f"moments of {layers} layers"] == sum(m.xx.nbytes + m.xe.nbytes for m in parts)
     with student_of(model, info, resolved) as student:
-        trainer = Trainer(model, student, samples, recipe, None, {}, end_to_end.Group())
+        trainer = Trainer(model, student, samples, recipe, end_to_end.Group())
         trainer._step(trainer.steps[0])
         parameters = student.parameters()
         states = [t for p in parameters for key, t in trainer.optimizer.state[p].items() if key != "step"]
         assert memory.stages["end to end"]["L and R, gradients, Adam"] == sum(
             t.nbytes for t in (*parameters, *(p.grad for p in parameters if p.grad is not None), *states)
         )
-        trainer.save(tmp_path / "checkpoint")
+        checkpoint.save(tmp_path / "checkpoint", *trainer.snapshot(), {})
     checkpoint.save(tmp_path / "moments", *state.snapshot(), {})
     output = tmp_path / "a"
     run_stages(model, samples, info, resolved, None, output).save(output)
@@ -119,7 +119,7 @@ def test_activations_are_near_what_is_allocated(tmp_path: Path, method: str, dty
     assert sum(stage.values()) == pytest.approx(most, rel=0.25)
     for recipe in recipes:
         with frozen(model, recipe.gradient_checkpointing), student_of(model, info, resolved) as student:
-            trainer = Trainer(model, student, samples, recipe, None, {}, end_to_end.Group())
+            trainer = Trainer(model, student, samples, recipe, end_to_end.Group())
             trainer._step(trainer.steps[0])  # Adam's state and the gradients, which stay
             longest = max(trainer.steps, key=lambda step: max(b.num_padded for b in pack(step, CPU)))
             most = allocated(partial(trainer._step, longest))
@@ -172,8 +172,7 @@ def test_what_is_left_of_a_killed_run(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)
-    for module in (layerwise, end_to_end):
-        monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
     (model, info, method), samples = load(model_dir("llama")), make_samples(12)
     recipe, output = Recipe(1e-3, 4, 2), tmp_path / "a"
     batches = make_batches(samples, CPU)
@@ -223,8 +222,7 @@ def test_what_is_left_of_a_killed_weighted_run(
     (model, info, method), samples = load(model_dir("llama")), make_samples(12)
     recipe, output, batches = Recipe(1e-3, 4, 2), tmp_path / "a", len(make_batches(samples, CPU))
     whole = run_stages(model, samples, info, method, recipe, tmp_path / "whole", weighting=True)
-    for module in (layerwise, end_to_end):
-        monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
 
     def left() -> tuple[int, int, int, int, bool]:
         found = remaining(model, samples, method, recipe, output, weighting=True)
