@@ -7,6 +7,9 @@ the engine's. Rank 0 is the plain method. Accuracies are on held-out problems; +
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +22,10 @@ from caprese_kernels.config import DEFAULT_LAYERS, AdapterConfig, Method, Method
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
-from .kernel_bench import previous
-from .report import Columns, Plot, Result, Row, table, terminal
-from .samples import DEMO_MODEL, Subject, load, numbers, progress
+from .plots import Plot
+from .recording import Recording, check_writable, progress, recording
+from .report import Columns, Result, Row, table, terminal
+from .samples import DEMO_MODEL, Subject, load, numbers
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -64,7 +68,7 @@ def ablation(
     from caprese_distill.end_to_end import Recipe, default_learning_rate
     from caprese_serve.demo.problems import problems
 
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     chosen = [_one_of("--methods", name.strip(), tuple(DENSITIES)) for name in methods.split(",")]
     _one_of("--stage", stage, STAGES)
     if quick:
@@ -85,23 +89,11 @@ def ablation(
     if grid.recipe:
         settings |= {"learning_rate": rate, "epochs": epochs}
     result = Result("ablation", provenance() | {"settings": settings}, KEYS, MEASURES)
-    earlier = previous(out / "ablation.json", result) if resume else None
-    if earlier is not None:
-        result.rows = earlier.rows
-        result.provenance["command"] = f"{earlier.provenance['command']} && {result.provenance['command']}"
     console = terminal()
-    try:
-        with progress(console) as bar:
-            measure(subject, grid, asked, result, out, bar)
-        result.partial = False
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {len(result.rows)} rows are kept; the same command with --resume goes on")
-        raise
-    finally:
-        path = result.write(out, plots(result))
+    with recording(result, out, plots, resume, console, COLUMNS) as record, progress(console) as bar:
+        measure(subject, grid, asked, record, bar)
     for section, rows in result.sections().items():
         console.print(table(section, rows, COLUMNS))
-    console.print(f"Written: {path}, .csv, .html")
 
 
 @dataclass(frozen=True)
@@ -123,20 +115,16 @@ class Grid:
         return [(case, rank) for case in pairs for rank in self.ranks]
 
 
-def measure(
-    subject: Subject, grid: Grid, asked: dict[Task, list[Problem]], result: Result, out: Path, bar: Progress
-) -> None:
-    """Every cell that `result` lacks, written after each."""
+def measure(subject: Subject, grid: Grid, asked: dict[Task, list[Problem]], record: Recording, bar: Progress) -> None:
+    """Every cell that the record lacks."""
     from caprese_distill.blocks import find_blocks
 
     from .error_moments import run_cases
 
-    present = {result.key(row) for row in result.rows}
     cells = grid.cells()
-    todo = [cell for cell in cells if result.key(_name(grid, *cell)) not in present]
-    if not any(row["section"] == FULL for row in result.rows):
-        result.rows.append({"section": FULL} | grade_all(subject, asked, {}, bar))
-        result.write_json(out)
+    todo = [cell for cell in cells if not record.has(_name(grid, *cell))]
+    if not record.has({"section": FULL}):
+        record.add({"section": FULL} | grade_all(subject, asked, {}, bar))
     sums: Sums = {}
     cases = list(dict.fromkeys(case for case, rank in todo if rank))
     if cases:
@@ -148,11 +136,11 @@ def measure(
     for case, rank in todo:
         by_layer = {i: sums[i][case] for i in layers_of(case, subject)} if rank else {}
         method = Method(case.method, case.density, layers_of(case, subject), rank)  # type: ignore[arg-type]
-        result.rows.append(_name(grid, case, rank) | _cell(subject, method, by_layer, grid.recipe, asked, out, bar))
-        result.write_json(out)
+        folder = record.path.parent
+        record.add(_name(grid, case, rank) | _cell(subject, method, by_layer, grid.recipe, asked, folder, bar))
         bar.advance(line)
     order = [FULL, *TITLES.values()]  # a resumed run may have added densities and ranks
-    result.rows.sort(key=lambda row: (order.index(row["section"]), row.get("density", 0), row.get("rank", 0)))
+    record.result.rows.sort(key=lambda row: (order.index(row["section"]), row.get("density", 0), row.get("rank", 0)))
 
 
 def layers_of(case: Case, subject: Subject) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any

@@ -2,8 +2,7 @@
 
     python -m benchmarks.engine_process   < {"model": DIR, "caprese": {...} or null, "engine": {...}}, then jobs
 
-A job is {"prompts": [[token id]], "max_tokens": N, "n": N, "reset": bool}; its answer {"ttft": [s], "tpot": [s],
-"cached": [tokens]}, for each prompt. All prompts arrive at once.
+Jobs are the functions below with their arguments: {"do": "generate", "prompts": [[token id]], "max_tokens": N, ...}.
 """
 
 from __future__ import annotations
@@ -13,22 +12,27 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from caprese_kernels.errors import CapreseError
 
 ROOT = Path(__file__).parents[1]
+Answer = dict[str, Any]
 
 
 class Engine:
-    """The parent's end."""
+    """The parent's end. The process starts at once; `ready` waits for it, so that several may start side by side."""
 
-    def __init__(self, log: Path, **job: Any):
+    def __init__(self, log: Path, **given: Any):
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ  # GiB; several engines share a machine
-        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        environment |= {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }  # for `report` and `union`
         environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        self.log = log
+        self.log, self.is_ready = log, False
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.engine_process"],
@@ -39,25 +43,58 @@ class Engine:
                 cwd=ROOT,
                 text=True,
             )
-        self.ask(**job)
+        self._say(given)
 
-    def ask(self, **job: Any) -> dict[str, Any]:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        try:
-            stdin.write(json.dumps(job) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise CapreseError("the engine", expected="an answer", found="its end", fix=f"read {self.log}")
-        return dict(json.loads(line))
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ready(self) -> None:
+        """Wait until the engine has started."""
+        if not self.is_ready:
+            self._hear()
+            self.is_ready = True
+
+    def ask(self, do: str = "generate", **job: Any) -> Answer:
+        self.ready()
+        self._say({"do": do} | job)
+        return self._hear()
 
     def close(self) -> None:
+        """End the process; nothing it holds needs an orderly end."""
         self.process.kill()
         self.process.wait()
+
+    def _say(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self._ended()
+
+    def _hear(self) -> Answer:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self._ended()
+        return dict(json.loads(line))
+
+    def _ended(self) -> None:
+        reason = next((line for line in reversed(self.log.read_text().splitlines()) if line.strip()), "no output")
+        raise CapreseError("the engine", expected="an answer", found=f"its end: {reason}", fix=f"read {self.log}")
+
+
+def first_token(answer: Answer) -> list[float]:
+    """Seconds from the arrival of all requests to each one's first token."""
+    return [times[0] for times in answer["times"]]
+
+
+def next_token(answer: Answer) -> list[float]:
+    """Mean seconds from one token of a request to its next, for each request."""
+    return [(times[-1] - times[0]) / max(answer["max_tokens"] - 1, 1) for times in answer["times"]]
 
 
 def main() -> None:
@@ -71,31 +108,82 @@ def main() -> None:
     llm = LLM(given["model"], **options)
     _answer(answers, {"ready": True})
     for line in sys.stdin:
-        _answer(answers, _run(llm, json.loads(line)))
+        job = json.loads(line)
+        _answer(answers, JOBS[job.pop("do")](llm, **job))
 
 
-def _run(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+def generate(llm: Any, prompts: list[list[int]], max_tokens: int, n: int = 1, reset: bool = False) -> Answer:
+    """Answer all prompts, which arrive at once, n samples each; `reset` empties the prefix cache first.
+
+    {"times": seconds since the arrival of every step that brought a request tokens, "cached": its cached prompt tokens}
+    """
+    if reset and not llm.reset_prefix_cache():
+        raise CapreseError("the prefix cache", expected="it to be empty", found="blocks in use", fix="report this bug")
+    engine, begin = llm.llm_engine, time.perf_counter()
+    _add(engine, prompts, max_tokens, n)
+    times: dict[str, list[float]] = {}
+    cached: dict[str, int] = {}
+    while engine.has_unfinished_requests():
+        outputs, now = engine.step(), time.perf_counter() - begin
+        for request in dict.fromkeys(output.request_id for output in outputs):  # samples come as outputs of their own
+            times.setdefault(request, []).append(now)
+        cached |= {output.request_id: output.num_cached_tokens or 0 for output in outputs}
+    order = [str(i) for i in range(len(prompts))]
+    return {"times": [times[i] for i in order], "cached": [cached[i] for i in order], "max_tokens": max_tokens}
+
+
+def report(llm: Any) -> Answer:
+    """{"caprese": what GET /caprese says, or null where no FF block is replaced}, from the worker itself."""
+    return {"caprese": llm.collective_rpc(_report)[0]}
+
+
+def union(llm: Any, prompts: list[list[int]], n: int = 1) -> Answer:
+    """{"union": mean share over layers of neurons that some of these requests keeps, null but for GRIFFIN}."""
+    engine = llm.llm_engine
+    _add(engine, prompts, 8, n)
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        # Every request has made its selection and still holds it.
+        if len({output.request_id for output in outputs}) == len(prompts):
+            break
+    share = llm.collective_rpc(_union)[0]
+    engine.abort_request([str(i) for i in range(len(prompts))])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"union": share}
+
+
+JOBS: dict[str, Callable[..., Answer]] = {"generate": generate, "report": report, "union": union}
+
+
+def _add(engine: Any, prompts: list[list[int]], max_tokens: int, n: int) -> None:
     from vllm import SamplingParams
 
-    if job.get("reset"):
-        assert llm.reset_prefix_cache()
-    n = job.get("n", 1)
-    params = SamplingParams(n=n, temperature=1.0 if n > 1 else 0.0, max_tokens=job["max_tokens"], ignore_eos=True)
-    begin = time.perf_counter()
-    for i, prompt in enumerate(job["prompts"]):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
-    times: dict[str, list[float]] = {}  # of every output that brought tokens
-    cached: dict[str, int] = {}
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            times.setdefault(output.request_id, []).append(time.perf_counter() - begin)
-            cached[output.request_id] = output.num_cached_tokens or 0
-    order = [str(i) for i in range(len(job["prompts"]))]
-    return {
-        "ttft": [times[i][0] for i in order],
-        "tpot": [(times[i][-1] - times[i][0]) / max(job["max_tokens"] - 1, 1) for i in order],
-        "cached": [cached[i] for i in order],
-    }
+    params = SamplingParams(
+        n=n, temperature=1.0 if n > 1 else 0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+    )
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+
+
+def _report(worker: Any) -> Answer | None:
+    from caprese_vllm.ff import merge
+
+    state = _state(worker)
+    return merge([state.report()]) if state else None
+
+
+def _union(worker: Any) -> float | None:
+    state = _state(worker)
+    if state is None or state.method.name != "griffin":
+        return None
+    return float(state.table[:, state.requests.slots_in_use].any(dim=1).float().mean())
+
+
+def _state(worker: Any) -> Any:
+    from caprese_vllm.ff import STATE
+
+    return worker.vllm_config.compilation_config.static_forward_context.get(STATE)
 
 
 def _own_stdout() -> IO[str]:
@@ -105,7 +193,7 @@ def _own_stdout() -> IO[str]:
     return answers
 
 
-def _answer(file: IO[str], value: dict[str, Any]) -> None:
+def _answer(file: IO[str], value: Answer) -> None:
     file.write(json.dumps(value) + "\n")
     file.flush()
 

@@ -5,21 +5,24 @@ Not named kernels.py: transformers imports a package `kernels`, and would find i
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 import hashlib
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
-from .report import Columns, Plot, Result, Row, table, terminal
+from .plots import Plot
+from .recording import check_writable, progress, recording
+from .report import Columns, Result, Row, table, terminal
 
 if TYPE_CHECKING:
     from caprese_kernels.backend import Backend, KernelName
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 KEYS = ["section", "shape", "tokens", "method", "density", "rank", "selection", "overlap"]
 MEASURES = ["time_us", "ratio", "bandwidth_share"]
-SAME = ("git_commit", "source", "hardware", "versions", "settings")  # of the provenance, or rows do not go together
 ROOT = Path(__file__).parents[1]
 NOISY = 0.2
 PROMPT, CPU_PROMPT = 2048, 512  # tokens; a dense block of the larger takes a CPU seconds
@@ -80,67 +82,36 @@ def run(todo: list[Group], settings: Settings, backend: Backend, out: Path, resu
 
     from .kernel_measure import Memory, measure
 
-    _check_writable(out)
+    check_writable(out)
     console = terminal()
     memory = Memory(settings.device)
     result = Result("kernels", _provenance(settings, memory.source), KEYS, MEASURES)
-    if resume:
-        earlier = previous(out / "kernels.json", result)
-        if earlier is not None:
-            result.rows = earlier.rows
-            result.provenance["command"] = f"{earlier.provenance['command']} && {result.provenance['command']}"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-            line = bar.add_task("", total=len(todo))
-            for section, members in groupby(todo, key=lambda group: group.section):
-                shape = None
-                for group in members:
-                    if shape != group.shape:  # compile for its sizes, not for any; as vLLM does for one model
-                        shape = group.shape
-                        torch.compiler.reset()
-                    bar.update(line, description=f"{section} {group.shape.name}, {group.tokens} tokens")
-                    present = [row for row in result.rows if _belongs(row, group)]
-                    if len(present) != len(group.cases) + 1:  # the dense block's is the one more
-                        measured = measure(group, settings, backend, memory)
-                        result.rows = [row for row in result.rows if not _belongs(row, group)] + measured.rows
-                        result.errors += measured.errors
-                        result.write_json(out)
-                        for error in measured.errors:
-                            bar.console.print(f"[red]failed:[/red] {escape(error)}", soft_wrap=True)
-                    bar.advance(line)
-                bar.console.print(table(section, result.sections().get(section, []), COLUMNS))
-        result.partial = False
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {len(result.rows)} rows are kept; the same command with --resume goes on")
-        raise
-    finally:
-        path = result.write(out, PLOTS)
+    with recording(result, out, PLOTS, resume, console, COLUMNS) as record, progress(console) as bar:
+        line = bar.add_task("", total=len(todo))
+        for section, members in groupby(todo, key=lambda group: group.section):
+            shape = None
+            for group in members:
+                if shape != group.shape:  # compile for its sizes, not for any; as vLLM does for one model
+                    shape = group.shape
+                    torch.compiler.reset()
+                bar.update(line, description=f"{section} {group.shape.name}, {group.tokens} tokens")
+                present = [row for row in result.rows if _belongs(row, group)]
+                if len(present) != len(group.cases) + 1:  # the dense block's is the one more
+                    measured = measure(group, settings, backend, memory)
+                    result.rows = [row for row in result.rows if not _belongs(row, group)]
+                    result.errors += measured.errors
+                    record.add(*measured.rows)
+                    for error in measured.errors:
+                        bar.console.print(f"[red]failed:[/red] {escape(error)}", soft_wrap=True)
+                bar.advance(line)
+            bar.console.print(table(section, result.sections().get(section, []), COLUMNS))
     if noisy := sum(row["iqr_us"] > NOISY * row["time_us"] for row in result.rows):
         console.print(
             f"[yellow]{noisy} of {len(result.rows)} times scatter by more than {NOISY:.0%}[/yellow] (interquartile "
             "range by median): is the machine busy?"
         )
-    console.print(f"bandwidth: {memory.source}. Written: {path}, .csv, .html")
+    console.print(f"bandwidth: {memory.source}")
     return result
-
-
-def previous(path: Path, new: Result) -> Result | None:
-    """The result of an earlier run that was made as this one; None if there was no run."""
-    if not path.exists():
-        return None
-    earlier = Result.load(path)
-    for part in SAME:
-        # "-dirty" tells nothing here: results that are committed make it so when they are written anew; see _source.
-        then, now = (str(r.provenance.get(part)).removesuffix("-dirty") for r in (earlier, new))
-        if then != now:
-            raise CapreseError(
-                f"--resume of {path}",
-                expected=f"{part.replace('_', ' ')} as then: {then}",
-                found=now,
-                fix="run without --resume, or with another --out",
-            )
-    return earlier
 
 
 def load_backend(name: str, device: str) -> Backend:
@@ -175,18 +146,6 @@ def _source() -> str:
     for path in sorted(path for path in files if path.suffix in {".py", ".cpp", ".h"}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _check_writable(out: Path) -> None:
-    """Fail before the work, not after it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CapreseError(
-            "--out", expected="a folder that can be written", found=f"{out}: {error.strerror}", fix="give another"
-        ) from None
 
 
 def _device(name: str) -> str:

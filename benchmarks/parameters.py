@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +15,9 @@ from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, resolve_layers
 from caprese_serve.provenance import provenance
 
 from .families import FAMILIES, config
-from .report import Columns, Plot, Result, Row, table, terminal
+from .plots import Plot
+from .recording import recording
+from .report import Columns, Result, Row, table, terminal
 
 KEYS = ["section", "model", "rank", "density"]
 MEASURES = ["added", "added_of_model", "added_of_ff", "cut_griffin", "cut_cats"]
@@ -33,12 +38,11 @@ def parameters(
     counts += [count(path, _config_of(path)) for path in model or []]
     settings = {"rank": rank, "density": density, "quick": quick}
     result = Result("parameters", provenance() | {"settings": settings}, KEYS, MEASURES)
-    result.rows = [row(section, each, rank, density) for section in SECTIONS for each in counts]
-    result.partial = False
+    with recording(result, out, PLOTS, resume=None, console=terminal(), columns=COLUMNS) as record:
+        record.add(*(row(section, each, rank, density) for section in SECTIONS for each in counts))
     console = terminal()
     for section, rows in result.sections().items():
         console.print(table(section, rows, COLUMNS))
-    console.print(f"Written: {result.write(out, PLOTS)}, .csv, .html")
 
 
 def _known(quick: bool) -> list[tuple[str, str]]:

@@ -6,23 +6,37 @@ computing what is not cached; Caprese adds the statistics of these tokens, and r
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 import random
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 
 from caprese_serve.provenance import provenance
 
 from .engine_models import ARCHS, write_arch
-from .engine_process import Engine
-from .report import Columns, Plot, Result, Row, iqr, table, terminal
+from .engine_process import Engine, first_token
+from .plots import Plot
+from .recording import Recording, check_writable, progress, recording
+from .report import Columns, Result, Row, iqr, table, terminal
 
 KEYS = ["section", "arch", "variant"]
 MEASURES = ["ttft_s", "cached_share"]
+Batch = dict[str, Any]  # a job of engine_process
+SECTIONS = (
+    "system prompts, one request at a time",
+    "system prompts, six requests at a time",
+    "conversations",
+    "best of 8",
+)
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "griffin": {"method": "griffin"},
@@ -36,44 +50,49 @@ def prefix(
     quick: Annotated[
         bool, typer.Option("--quick", help="Prompts of a quarter of the length, three rounds at most.")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in --out already.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for prefix.json, .csv and .html.")] = Path("out/bench"),
 ) -> None:
     """Cached tokens and time to first token beside plain vLLM: shared system prompts, conversations, best of 8."""
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     shorter, rounds = (4, min(rounds, 3)) if quick else (1, rounds)
     result = Result("prefix", provenance() | {"settings": {"rounds": rounds, "quick": quick}}, KEYS, MEASURES)
     jobs = loads(random.Random(0), shorter)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = terminal()
-    seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    with TemporaryDirectory() as folder, Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        model = write_arch(arch, Path(folder))
-        line = bar.add_task("starting engines", total=rounds * len(jobs) * len(VARIANTS))
-        engines: dict[str, Engine] = {}
-        try:
-            for name, caprese in VARIANTS.items():
-                engines[name] = Engine(
-                    out / f"prefix-{name}.log", model=str(model), caprese=caprese, engine=ENGINE | {"seed": 0}
-                )
-            for _ in range(rounds):
-                for section, batches in jobs.items():
-                    for name, engine in engines.items():
-                        bar.update(line, description=f"{section}, {name}")
-                        seen.setdefault((section, name), []).append(_measure(engine, batches))
-                        bar.advance(line)
-        finally:
-            for engine in engines.values():
-                engine.close()
-    result.rows = [_row(section, arch, name, runs, seen[section, "plain"]) for (section, name), runs in seen.items()]
-    for name in VARIANTS:
-        (out / f"prefix-{name}.log").unlink()
-    result.partial = False
+    with recording(result, out, PLOTS, resume, console, COLUMNS) as record:
+        names = {
+            section: [{"section": section, "arch": arch, "variant": name} for name in VARIANTS] for section in jobs
+        }
+        todo = {section: each for section, each in jobs.items() if not all(map(record.has, names[section]))}
+        if todo:
+            _measure_all(todo, arch, rounds, record, console)
     for section, rows in result.sections().items():
         console.print(table(section, rows, COLUMNS))
-    console.print(f"Written: {result.write(out, PLOTS)}, .csv, .html")
+
+
+def _measure_all(jobs: Mapping[str, list[Batch]], arch: str, rounds: int, record: Recording, console: Console) -> None:
+    """Section by section, so that what was measured is whole when the run is stopped."""
+    with TemporaryDirectory() as folder, ExitStack() as stack, progress(console) as bar:
+        model = write_arch(arch, Path(folder))
+        line = bar.add_task("starting engines", total=rounds * len(jobs) * len(VARIANTS))
+        engines = {
+            name: stack.enter_context(
+                Engine(record.path.parent / f"prefix-{name}.log", model=str(model), caprese=caprese, engine=ENGINE)
+            )
+            for name, caprese in VARIANTS.items()
+        }
+        for section, batches in jobs.items():
+            seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+            for _ in range(rounds):
+                for name, engine in engines.items():
+                    bar.update(line, description=f"{section}, {name}")
+                    seen[name].append(_measure(engine, batches))
+                    bar.advance(line)
+            record.add(*(_row(section, arch, name, runs, seen["plain"]) for name, runs in seen.items()))
 
 
 ENGINE = {
+    "seed": 0,
     "load_format": "dummy",
     "skip_tokenizer_init": True,
     "enforce_eager": True,
@@ -81,7 +100,6 @@ ENGINE = {
     "max_num_seqs": 16,
     "block_size": 32,
 }
-Batch = dict[str, Any]  # a job of engine_process
 
 
 def loads(rng: random.Random, shorter: int) -> dict[str, list[Batch]]:
@@ -102,19 +120,15 @@ def loads(rng: random.Random, shorter: int) -> dict[str, list[Batch]]:
         for _ in range(5):
             turns.append(job(conversation))
             conversation = conversation + tokens(180)  # an answer and the next question
-    return {
-        "system prompts, one request at a time": singly,
-        "system prompts, six requests at a time": together,
-        "conversations": turns,
-        "best of 8": [job(tokens(900), n=8) for _ in range(2)],
-    }
+    best = [job(tokens(900), n=8) for _ in range(2)]
+    return dict(zip(SECTIONS, (singly, together, turns, best), strict=True))
 
 
 def _measure(engine: Engine, batches: list[Batch]) -> dict[str, Any]:
     """One round of a load: all times to first token, and the tokens cached."""
     answers = [engine.ask(**batch, reset=i == 0) for i, batch in enumerate(batches)]
     return {
-        "ttft": [time for answer in answers for time in answer["ttft"]],
+        "ttft": [time for answer in answers for time in first_token(answer)],
         "cached": sum(sum(answer["cached"]) for answer in answers),
         "prompt": sum(len(prompt) for batch in batches for prompt in batch["prompts"]),
     }
@@ -153,4 +167,7 @@ COLUMNS: Columns = {
     "ratio": ("ratio", "{:.3f}".format),
     "+- ": ("ratio_iqr", "{:.3f}".format),
 }
-PLOTS: list[Plot] = []
+PLOTS = [
+    Plot(section, "variant", "ttft_s", ("variant",), "", "time to first token, s", error="ttft_iqr_s", kind="bar")
+    for section in SECTIONS
+]

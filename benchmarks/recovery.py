@@ -7,6 +7,9 @@ greedy, of `hf_decode`. Share recovered: (correction - method) / (Full - method)
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 import hashlib
 import json
 import os
@@ -25,7 +28,9 @@ from caprese_serve.demo.results import Score
 from caprese_serve.provenance import git_commit, provenance
 
 from .demo_adapters import DEMO, RANK, SETTINGS
-from .report import Columns, Plot, Result, Row, table, terminal
+from .plots import Plot
+from .recording import recording
+from .report import Columns, Result, Row, table, terminal
 
 if TYPE_CHECKING:
     from .recovery_adapters import Correction, Maker
@@ -77,30 +82,32 @@ def recovery(
     settings = {"problems": count, "samples": samples, "seed": seed, "dtype": str(model.dtype), "quick": quick}
     result = Result("recovery", provenance() | {"settings": settings | {"distillation": told}}, KEYS, MEASURES)
     examiner = Examiner(model, tokenizer, encoded, asked, folder, console)
-    full = examiner.examine("full")
-    for name, chosen in SETTINGS.items():
-        info, method = plan(config, "caprese-demo", name, chosen.density, RANK, chosen.layers)
-        section = f"{LABELS[name]}, density {method.density:g}, layers {', '.join(map(str, method.layers))}"
-        maker = Maker(model, encoded, info, method, chosen, folder, adapters, console, quick)
-        plain = examiner.examine(f"{name}-plain", maker, maker.plain())
-        result.rows += [row(section, "Full", full, None, full), row(section, LABELS[name], plain, None, full)]
-        for stage, label in STAGES.items():
-            found = examiner.examine(f"{name}-{stage}", maker, maker.make(stage))
-            result.rows.append(row(section, label, found, plain, full))
-            result.write_json(out)
-        result.provenance["settings"]["rank"] = {"L, R": RANK, "LoRA": lora_rank(info, RANK)}
-    result.partial = False
+    with recording(result, out, plots, resume=None, console=console, columns=COLUMNS) as record:
+        full = examiner.examine("full")
+        for name, chosen in SETTINGS.items():
+            info, method = plan(config, "caprese-demo", name, chosen.density, RANK, chosen.layers)
+            section = f"{LABELS[name]}, density {method.density:g}, layers {', '.join(map(str, method.layers))}"
+            maker = Maker(model, encoded, info, method, chosen, folder, adapters, console, quick)
+            plain = examiner.examine(f"{name}-plain", maker, maker.plain())
+            record.add(row(section, "Full", full, None, full), row(section, LABELS[name], plain, None, full))
+            for stage, label in STAGES.items():
+                found = examiner.examine(f"{name}-{stage}", maker, maker.make(stage))
+                record.add(row(section, label, found, plain, full))
+            result.provenance["settings"]["rank"] = {"L, R": RANK, "LoRA": lora_rank(info, RANK)}
     for section, part in result.sections().items():
         console.print(table(section, part, COLUMNS))
         for remark in remarks(part):
             console.print(remark)
+
+
+def plots(result: Result) -> list[Plot]:
+    """Accuracy against the error that training makes small."""
     error = "held-out error of the last hidden state, eq. 8"
-    plots = [
-        Plot(section, "hidden_error", task, ("variant",), error, f"{task} accuracy")
+    return [
+        Plot(section, "hidden_error", task, ("variant",), error, f"{task} accuracy", error=f"{task}_stderr")
         for section in result.sections()
         for task in TASKS
     ]
-    console.print(f"Written: {result.write(out, plots)}, .csv, .html")
 
 
 @dataclass

@@ -8,10 +8,8 @@ from __future__ import annotations
 import csv
 import html
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -21,7 +19,8 @@ from rich.table import Table
 
 from caprese_kernels.errors import CapreseError
 
-Row = dict[str, Any]
+from .plots import Plot, Row, svg
+
 # Header of a column, what it shows, and how.
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
 
@@ -29,26 +28,11 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 88em; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .15em .6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-td.text { text-align: left; }
+th:first-child, td:first-child { text-align: left; } h2 { margin-top: 2em; } details { margin: .5em 0; }
 .side { display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start; }
 .side svg { max-width: 100%; height: auto; } .rows { max-height: 70vh; overflow: auto; max-width: 100%; }
 pre { background: #f6f6f6; padding: 1em; overflow: auto; } .warn { color: #a40000; font-weight: bold; }
 """
-
-
-@dataclass
-class Plot:
-    """y against x for the rows of one section: one line for each value of `by`, one panel for each value of `panel`."""
-
-    section: str
-    x: str
-    y: str
-    by: tuple[str, ...]
-    xlabel: str
-    ylabel: str
-    panel: str | None = None
-    log2_x: bool = False
-    level: float | None = None  # a horizontal line: where two things are equal, or a target
 
 
 @dataclass
@@ -98,14 +82,14 @@ class Result:
         new.replace(path)
         return path
 
-    def write(self, folder: Path, plots: Sequence[Plot] = ()) -> Path:
+    def write(self, folder: Path, plots: Sequence[Plot] = (), columns: Columns | None = None) -> Path:
         """`<name>.json`, `.csv` and `.html` in `folder`; returns the JSON's path."""
         path = self.write_json(folder)
         with path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns_of(self.rows), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        path.with_suffix(".html").write_text(page(self, plots))
+        path.with_suffix(".html").write_text(page(self, plots, columns))
         return path
 
 
@@ -145,69 +129,67 @@ def terminal() -> Console:
     return console
 
 
-def page(result: Result, plots: Sequence[Plot]) -> str:
+BODY = "<!-- body -->"  # what `body_of` takes out of a page stands between two of these
+
+
+def page(result: Result, plots: Sequence[Plot], columns: Columns | None = None) -> str:
     """One HTML page that needs nothing else: no script, no style sheet, no picture from elsewhere."""
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(result.name)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(result.name)}</h1>"
-    ]
+    parts = [f"<h1>{html.escape(result.name)}</h1><p>{html.escape(origin(result.provenance))}</p>"]
     if result.partial:
         parts.append('<p class="warn">Partial: the run was stopped before its end.</p>')
     parts += [f'<p class="warn">Failed: {html.escape(error)}</p>' for error in result.errors]
     for section, rows in result.sections().items():
-        parts.append(f'<h2>{html.escape(section)}</h2><div class="side"><div>')
-        parts += [_svg(plot, rows) for plot in plots if plot.section == section]
-        parts.append(f'</div><div class="rows">{_html_table(rows)}</div></div>')
+        parts.append(f"<h2>{html.escape(section)}</h2>")
+        parts.append('<div class="side">' + "".join(svg(plot, rows) for plot in plots if plot.section == section))
+        parts.append("</div>" + (_columns_table(rows, columns) if columns else ""))
+        raw = _table(columns_of(rows), [[_shown(row.get(column)) for column in columns_of(rows)] for row in rows])
+        parts.append(f"<details{'' if columns else ' open'}><summary>all figures</summary>{raw}</details>")
     source = html.escape(json.dumps(result.provenance, indent=2))
-    parts.append(f"<h2>Where this comes from</h2><pre>{source}</pre></html>\n")
-    return "\n".join(parts)
+    parts.append(f"<details><summary>where {result.name} comes from</summary><pre>{source}</pre></details>")
+    return document(result.name, "\n".join(parts))
 
 
-def _html_table(rows: list[Row]) -> str:
-    columns = [column for column in columns_of(rows) if column != "section"]
+def document(title: str, body: str) -> str:
+    """A page of its own."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style>{BODY}{body}{BODY}</html>\n"
+    )
 
-    def line(tag: str, values: list[Any]) -> str:
-        left = [" class=text" if isinstance(value, str) and tag == "td" else "" for value in values]
-        cells = zip(left, (html.escape(_shown(value)) for value in values), strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in cells) + "</tr>"
 
-    body = [line("td", [row.get(column) for column in columns]) for row in rows]
-    return "<table>" + "\n".join([line("th", list(columns)), *body]) + "</table>"
+def body_of(page: str) -> str:
+    """What `document` was given, for a page that holds several."""
+    return page.split(BODY)[1]
+
+
+def origin(provenance: dict[str, Any]) -> str:
+    """Command, hardware, date, versions and commit in a line."""
+    hardware, versions = provenance["hardware"], provenance["versions"]
+    gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions.get(name))
+    where, day, commit = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10], provenance["git_commit"]
+    return f"{provenance['command']} on {where}, {day}, {told}, commit {str(commit)[:12]}"
+
+
+def cpu_name(hardware: dict[str, Any]) -> str:
+    return f"{hardware['cpu']['model']} ({hardware['cpu']['cores']} cores, no GPU)"
+
+
+def _columns_table(rows: list[Row], columns: Columns) -> str:
+    filled = {
+        header: column for header, column in columns.items() if any(row.get(column[0]) is not None for row in rows)
+    }
+    cells = [["" if row.get(key) is None else show(row[key]) for key, show in filled.values()] for row in rows]
+    return _table([header.strip() for header in filled], cells)
+
+
+def _table(headers: list[str], cells: list[list[str]]) -> str:
+    def line(tag: str, values: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
+
+    body = [line("td", row) for row in cells]
+    return '<div class="rows"><table>' + "\n".join([line("th", headers), *body]) + "</table></div>"
 
 
 def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _svg(plot: Plot, rows: list[Row]) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.get(plot.x) is not None and row.get(plot.y) is not None]
-    panels = list(dict.fromkeys(row.get(plot.panel) if plot.panel else None for row in rows)) or [None]
-    lines = (len(panels) + 1) // 2 if len(panels) > 1 else 1
-    figure = Figure(figsize=(5.2 * min(2, len(panels)), 3.4 * lines), layout="constrained")
-    axes = figure.subplots(lines, min(2, len(panels)), squeeze=False, sharey=True).flat
-    for panel, ax in zip(panels, axes, strict=False):
-        here = [row for row in rows if plot.panel is None or row.get(plot.panel) == panel]
-        for name in dict.fromkeys(tuple(row.get(column) for column in plot.by) for row in here):
-            points = [(r[plot.x], r[plot.y]) for r in here if tuple(r.get(column) for column in plot.by) == name]
-            words = isinstance(points[0][0], str)  # no line between things that have no order
-            named = ((v, k) for k, v in zip(plot.by, name, strict=True) if v is not None)
-            label = ", ".join(v if isinstance(v, str) else f"{k} {v:g}" for v, k in named)
-            ax.plot(*zip(*points, strict=True), "o" if words else "o-", label=label, markersize=4)
-            ax.tick_params(axis="x", labelrotation=20 if words else 0)
-        if plot.level is not None:
-            ax.axhline(plot.level, color="0.5", linewidth=1, linestyle="--")
-        if plot.log2_x:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(xlabel=plot.xlabel, ylabel=plot.ylabel, title=panel, ylim=(0, None))
-        ax.legend(fontsize="small")
-    for ax in list(figure.axes)[len(panels) :]:
-        ax.set_visible(False)
-    text, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # Text stays text: smaller, and it can be searched. The salt makes the same rows the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "caprese"}):
-        figure.savefig(text, format="svg", metadata=nothing)
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)

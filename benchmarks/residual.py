@@ -11,6 +11,9 @@ then the mean over layers. The correction C of rank r is
 
 from __future__ import annotations
 
+if not __package__:
+    import as_script  # type: ignore[import-not-found]  # noqa: F401
+
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +22,10 @@ import typer
 
 from caprese_serve.provenance import provenance
 
-from .report import Columns, Plot, Result, Row, table, terminal
-from .samples import DEMO_MODEL, load, numbers, progress
+from .plots import Plot
+from .recording import check_writable, progress, recording
+from .report import Columns, Result, Row, table, terminal
+from .samples import DEMO_MODEL, load, numbers
 
 if TYPE_CHECKING:
     from .error_moments import Case, CaseMethod, CaseSums
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 KEYS = ["section", "correction", "density", "rank"]
 MEASURES = ["error"]
 DENSITIES, QUICK_DENSITIES = "0.05,0.1,0.2,0.3,0.5,0.7,0.9", "0.1,0.5"
+CORRECTIONS = ("oracle", "trained")
 SECTIONS: dict[CaseMethod, str] = {"top-k": "oracle top-k of |z|", "griffin": "GRIFFIN", "cats": "CATS"}
 
 
@@ -43,6 +49,7 @@ def residual(
         str | None, typer.Option(help="Indices as 0,1,2; default all. A few at a time for large models.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="200 samples, two densities.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in --out already.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for residual.json, .csv and .html.")] = Path("out/bench"),
 ) -> None:
     """Relative FF output error over density and rank: oracle top-k, GRIFFIN and CATS, with oracle and trained L, R."""
@@ -50,7 +57,7 @@ def residual(
 
     from .error_moments import Case, run_cases
 
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     subject = load(model, data, min(samples, 200) if quick else samples)
     depth = subject.info.hidden_size
     chosen = [int(rank) for rank in numbers("--ranks", ranks, 0, depth)] if ranks else default_ranks(depth)
@@ -66,24 +73,34 @@ def residual(
     result = Result("residual", provenance() | {"settings": settings | {"layers": list(blocks)}}, KEYS, MEASURES)
     console = terminal()
     cases = [Case(method, density) for method in SECTIONS for density in kept]
-    with progress(console) as bar:
-        line = bar.add_task("tokens", total=subject.tokens)
-        sums = run_cases(subject.model, blocks, subject.samples, cases, True, lambda tokens: bar.advance(line, tokens))
-        held_out = next(iter(sums[wanted[0]].values())).held_out  # every layer and case sees the same tokens
-        result.provenance["settings"]["tokens_held_out"] = int(held_out.rows)
-        line = bar.add_task("solutions", total=len(cases))
-        for case in cases:
-            result.rows += rows(case, [by_case[case] for by_case in sums.values()], chosen)
+    with recording(result, out, PLOTS, resume, console, COLUMNS) as record, progress(console) as bar:
+        todo = [case for case in cases if not all(map(record.has, names(case, chosen)))]
+        if todo:
+            line = bar.add_task("tokens", total=subject.tokens)
+            sums = run_cases(subject.model, blocks, subject.samples, todo, True, lambda n: bar.advance(line, n))
+            held_out = next(iter(sums[wanted[0]].values())).held_out  # every layer and case sees the same tokens
+            result.provenance["tokens_held_out"] = int(held_out.rows)
+        line = bar.add_task("solutions", total=len(todo))
+        for case in todo:
+            record.add(*rows(case, [by_case[case] for by_case in sums.values()], chosen))
             bar.advance(line)
-    result.partial = False
     for section, found in result.sections().items():
         console.print(table(section, found, COLUMNS))
-    console.print(f"Written: {result.write(out, PLOTS)}, .csv, .html")
 
 
 def default_ranks(depth: int) -> list[int]:
     """0, and the powers of two up to D."""
     return [0, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)]
+
+
+def names(case: Case, ranks: list[int]) -> list[Row]:
+    """The keys of the case's rows."""
+    section, density = SECTIONS[case.method], case.density
+    return [
+        {"section": section, "correction": correction, "density": density, "rank": rank}
+        for correction in CORRECTIONS
+        for rank in ranks
+    ]
 
 
 def rows(case: Case, layers: list[CaseSums], ranks: list[int]) -> list[Row]:
@@ -95,20 +112,20 @@ def rows(case: Case, layers: list[CaseSums], ranks: list[int]) -> list[Row]:
         spectrum = sums.spectrum()
         fitted = fit_ranks(sums.fit, sums.held_out, ranks)
         for rank in ranks:
-            for correction, error in (("oracle", float(spectrum[rank:].sum())), ("trained", fitted[rank].error)):
+            for correction, error in zip(CORRECTIONS, (float(spectrum[rank:].sum()), fitted[rank].error), strict=True):
                 errors.setdefault((correction, rank), []).append(sqrt(error / float(sums.held_out.yy)))
-    return [
-        {
-            "section": SECTIONS[case.method],
-            "correction": correction,
-            "density": case.density,
-            "rank": rank,
-            "error": sum(found) / len(found),
-            "error_best_layer": min(found),
-            "error_worst_layer": max(found),
-        }
-        for (correction, rank), found in sorted(errors.items())
-    ]
+    made = []
+    for name in names(case, ranks):
+        found = errors[name["correction"], name["rank"]]
+        made.append(
+            name
+            | {
+                "error": sum(found) / len(found),
+                "error_best_layer": min(found),
+                "error_worst_layer": max(found),
+            }
+        )
+    return made
 
 
 COLUMNS: Columns = {

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from caprese_kernels.errors import CapreseError
 
 if TYPE_CHECKING:
@@ -70,9 +68,3 @@ def numbers(option: str, text: str, low: float, high: float) -> list[float]:
     raise CapreseError(
         option, expected=f"comma-separated numbers from {low:g} to {high:g}", found=repr(text), fix="correct it"
     )
-
-
-def progress(console: Any) -> Progress:
-    """A bar with counts and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -143,6 +143,11 @@ class RequestTable:
         rows, slots = self._tensor(sparse_rows), self._tensor(sparse_slots)
         return Step(row, chunks, rows, slots, self._tensor(dense_rows), self._tensor(off_rows), parked, restored)
 
+    @property
+    def slots_in_use(self) -> list[int]:
+        """The slots that hold a live request's selection."""
+        return sorted(self._holders)
+
     def finish(self, request_id: str) -> int | None:
         """Forget the request, free its slot, and return its key; None for a request that never ran."""
         request = self._requests.pop(request_id, None)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, kernel_bench, kernel_cases, kernel_dense, kernel_measure, kernel_timing
+from benchmarks import compare, kernel_bench, kernel_cases, kernel_dense, kernel_measure, kernel_timing, recording
 from benchmarks.kernel_cases import Case, Shape
 from benchmarks.report import Columns, Result, table, terminal
 from caprese_kernels import reference
@@ -22,6 +22,8 @@ from caprese_kernels.packed import PackedFF
 from caprese_serve import cli
 
 TINY = Shape("tiny", 32, 96)
+CPU: dict[str, Any] = {"cpu": {"model": "EPYC", "cores": 2}}
+H200 = {"name": "NVIDIA H200"}
 SETTINGS = kernel_measure.Settings("cpu", "reference", repeats=3, quick=True, seconds=5)
 FUNCTIONS = ("dense_ff", "griffin_ff", "cats_ff", "griffin_observe", "griffin_select", "cats_observe", "cats_threshold")
 
@@ -216,8 +218,8 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert [float(row["time_us"]) for row in csv.DictReader(file)] == [row["time_us"] for row in result.rows]
     page = (tmp_path / "kernels.html").read_text()
     assert page.count("<svg") == len(kernel_bench.PLOTS)
-    assert page.count("<table>") == 5
-    assert page.count("<tr>") == len(result.rows) + 5
+    assert page.count("<table>") == 2 * 5  # what the terminal shows, and all figures
+    assert page.count("<tr>") == 2 * (len(result.rows) + 5)
     assert result.provenance["source"] in page
     assert not re.search(r"""<script|<link|<img|@import|(?:src|href)=(?!["']?#)|url\((?!#)""", page)
     printed = capsys.readouterr().out
@@ -284,7 +286,7 @@ def test_interrupted_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for part in ("git_commit", "source", "hardware", "versions"):
         other = replace(whole, provenance=whole.provenance | {part: "another"})
         with pytest.raises(CapreseError, match=f"{part.replace('_', ' ')} as then"):
-            kernel_bench.previous(tmp_path / "kernels.json", other)
+            recording.previous(tmp_path / "kernels.json", other)
     with pytest.raises(CapreseError, match="settings as then"):
         kernel_bench.run(todo, replace(SETTINGS, repeats=4), backend(), tmp_path, resume=True)
     kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: anew
@@ -314,7 +316,14 @@ def made(tmp_path: Path, name: str, **changes: Any) -> Path:
         {"section": "shapes", "shape": "tiny", "hidden_size": 8, "method": "dense", "time_us": 4.0, "ratio": 1.0},
         {"section": "shapes", "shape": "tiny", "hidden_size": 8, "method": "griffin", "time_us": 2.0, "ratio": 0.5},
     ]
-    provenance = {"git_commit": "abc", "hardware": {"gpus": []}, "versions": {"torch": "2.13"}, "settings": {}}
+    provenance = {
+        "command": "caprese bench kernels",
+        "git_commit": "abc",
+        "time": "2026-11-20T10:00:00+00:00",
+        "hardware": CPU | {"gpus": []},
+        "versions": {"torch": "2.13"},
+        "settings": {},
+    }
     parts = {"rows": rows, "partial": False} | {key: changes.pop(key) for key in ("rows", "partial") if key in changes}
     keys, measures = ["section", "shape", "method"], ["time_us", "ratio"]
     result = Result(changes.pop("benchmark", "kernels"), provenance | changes, keys, measures, **parts)
@@ -343,7 +352,7 @@ def test_compare_sets_cases_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     [
         ({"git_commit": "abc-dirty"}, "B was measured on uncommitted changes"),
         ({"git_commit": None}, "B does not know its commit"),
-        ({"hardware": {"gpus": ["H200"]}}, "other hardware.gpus: [] and ['H200']"),
+        ({"hardware": CPU | {"gpus": [H200]}}, "other hardware.gpus: [] and [{'name': 'NVIDIA H200'}]"),
         ({"versions": {"torch": "2.11"}}, "other versions.torch: 2.13 and 2.11"),
         ({"settings": {"repeats": 3}}, "other settings.repeats: None and 3"),
         ({"partial": True}, "B is partial"),

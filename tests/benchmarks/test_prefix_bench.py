@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from benchmarks.engine_models import ARCHS, write_arch
-from benchmarks.engine_process import Engine
+from benchmarks.engine_process import Engine, first_token, next_token
 from benchmarks.prefix_bench import _row, loads
 from caprese_kernels.errors import CapreseError
 
@@ -45,17 +46,23 @@ def test_archs(tmp_path: Path) -> None:
 
 def test_an_engine_in_a_process(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 8}
-    engine = Engine(tmp_path / "log", model=str(model_dir("llama")), caprese={"method": "griffin"}, engine=options)
-    try:
+    model, caprese = str(model_dir("llama")), {"method": "griffin", "density": 0.25, "layers": "all"}
+    with Engine(tmp_path / "log", model=model, caprese=caprese, engine=options) as engine:
         prompts = [list(range(10, 110)), list(range(100, 107))]
         for reset, cached in ((False, [0, 0]), (False, [96, 0]), (True, [0, 0])):
             answer = engine.ask(prompts=prompts, max_tokens=3, reset=reset)
             assert answer["cached"] == cached
-            assert len(answer["ttft"]) == len(answer["tpot"]) == 2
-            assert min(answer["ttft"] + answer["tpot"]) > 0
-        engine.process.kill()
-        engine.process.wait()
+            assert [len(times) for times in answer["times"]] == [3, 3]
+            assert all(a < b for times in answer["times"] for a, b in pairwise([0.0, *times]))
+        assert first_token(answer) == [times[0] for times in answer["times"]]
+        assert next_token(answer)[0] == pytest.approx((answer["times"][0][2] - answer["times"][0][0]) / 2)
+        # Two tokens of each answer are generated; the first is the prompt's. A union of two differs from each.
+        said = engine.ask("report")["caprese"]
+        assert (said["generated_tokens"], said["ff_weights_read"]) == (3 * 2 * 2, pytest.approx(0.25, abs=0.01))
+        assert engine.ask("union", prompts=prompts[:1])["union"] == pytest.approx(0.25, abs=0.01)
+        assert 0.26 < engine.ask("union", prompts=prompts)["union"] < 0.5
+        assert engine.ask("union", prompts=prompts[:1], n=3)["union"] == pytest.approx(0.25, abs=0.01)
+        assert len(engine.ask(prompts=prompts[:1], max_tokens=4, n=3)["times"][0]) == 4  # all samples at once
+        engine.close()
         with pytest.raises(CapreseError, match=f"read {tmp_path / 'log'}"):
             engine.ask(prompts=prompts, max_tokens=3)
-    finally:
-        engine.close()

@@ -42,8 +42,9 @@ def test_own_data_and_layers(tmp_path: Path) -> None:
     rows = run(tmp_path, data=str(data), ranks="0,4", layers="1,3")
     assert {row["rank"] for row in rows} == {0, 4}
     held_out = split(load(str(DEMO_MODEL), str(data), 40).samples)[1]
-    settings = json.loads((tmp_path / "residual.json").read_text())["provenance"]["settings"]
-    assert settings["tokens_held_out"] == sum(sample.num_rows for sample in held_out)
+    provenance = json.loads((tmp_path / "residual.json").read_text())["provenance"]
+    settings = provenance["settings"]
+    assert provenance["tokens_held_out"] == sum(sample.num_rows for sample in held_out)
     assert (settings["model"], settings["data"]) == ("demo", "own.jsonl")
     assert settings["layers"] == [1, 3]
 

@@ -1,0 +1,132 @@
+"""Plots of a result's rows, as SVG that an HTML page holds: lines with error bars, or groups of bars."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any, Literal
+
+Row = dict[str, Any]
+# What is shown in several benchmarks has one colour in all of them.
+COLOURS = {
+    "Full": "#333333",
+    "GRIFFIN": "#e08214",
+    "LoRA": "#8073ac",
+    "Caprese (GRIFFIN)": "#1f78b4",
+    "CATS": "#b2a429",
+    "Caprese (CATS)": "#1b9e77",
+}
+OTHERS = ("#1f78b4", "#e08214", "#1b9e77", "#8073ac", "#d7301f", "#b2a429", "#666666", "#e7298a", "#a6761d")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
+    "svg.hashsalt": "caprese",  # the same rows make the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+}
+
+
+@dataclass
+class Plot:
+    """y against x for the rows of one section: a line or a colour of bars for each value of `by`, a panel for each of
+    `panel`. `error` names the column of a half width; `level` is a horizontal line: a target, or equality.
+    """
+
+    section: str
+    x: str
+    y: str
+    by: tuple[str, ...]
+    xlabel: str
+    ylabel: str
+    panel: str | None = None
+    log2_x: bool = False
+    level: float | None = None
+    error: str | None = None
+    kind: Literal["line", "bar"] = "line"
+    from_zero: bool = True
+    show: Callable[[float], str] | None = None  # what is written on a bar
+
+
+def svg(plot: Plot, rows: Sequence[Row]) -> str:
+    """One figure, without an XML header; panels side by side, two a line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.get(plot.x) is not None and row.get(plot.y) is not None]
+    panels = list(dict.fromkeys(row.get(plot.panel) if plot.panel else None for row in rows)) or [None]
+    names = list(dict.fromkeys(_series(plot, row) for row in rows))
+    free = (colour for colour in OTHERS * len(names) if colour not in [COLOURS.get(name) for name in names])
+    colours = {name: COLOURS.get(name) or next(free) for name in names}
+    text, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        lines, across = -(-len(panels) // 2), min(2, len(panels))
+        figure = Figure(figsize=(5.6 * across, 3.6 * lines), layout="constrained")
+        axes = figure.subplots(lines, across, squeeze=False, sharey=True).flat
+        for panel, ax in zip(panels, axes, strict=False):
+            here = [row for row in rows if plot.panel is None or row.get(plot.panel) == panel]
+            (_bars if plot.kind == "bar" else _lines)(ax, plot, here, colours)
+            if plot.level is not None:
+                ax.axhline(plot.level, color="0.5", linewidth=1, linestyle="--")
+            ax.set(xlabel=plot.xlabel, ylabel=plot.ylabel, title=panel)
+            if plot.from_zero:
+                ax.set_ylim(0, None)
+            if len(names) > 1:
+                ax.legend(fontsize="small", ncols=2 if len(names) > 4 else 1)
+        for ax in list(figure.axes)[len(panels) :]:
+            ax.set_visible(False)
+        figure.savefig(text, format="svg", metadata=nothing)
+    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
+
+
+def _series(plot: Plot, row: Row) -> str:
+    """The name of the row's line: values of `by`, numbers with their column's name."""
+    named = ((row.get(column), column) for column in plot.by if row.get(column) is not None)
+    return ", ".join(value if isinstance(value, str) else f"{column} {value:g}" for value, column in named)
+
+
+def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    words = any(isinstance(row[plot.x], str) for row in rows)  # no line between things that have no order
+    for name in dict.fromkeys(_series(plot, row) for row in rows):
+        mine = [row for row in rows if _series(plot, row) == name]
+        x, y = ([row[column] for row in mine] for column in (plot.x, plot.y))
+        style = {"color": colours[name], "marker": "o", "markersize": 4, "linestyle": "" if words else "-"}
+        ax.errorbar(x, y, _errors(plot, mine), label=name, capsize=2, elinewidth=1, **style)
+    ax.tick_params(axis="x", labelrotation=20 if words else 0)
+    if plot.log2_x:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+
+
+def _bars(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    groups = list(dict.fromkeys(str(row[plot.x]) for row in rows))
+    names = list(dict.fromkeys(_series(plot, row) for row in rows))
+    width = 0.84 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if _series(plot, row) == name]
+        at = [groups.index(str(row[plot.x])) + (i - (len(names) - 1) / 2) * width for row in mine]
+        bars = ax.bar(at, [row[plot.y] for row in mine], width * 0.92, color=colours[name], label=name)
+        if plot.error:
+            ax.errorbar(
+                at,
+                [row[plot.y] for row in mine],
+                _errors(plot, mine),
+                fmt="none",
+                ecolor="0.3",
+                capsize=2,
+                elinewidth=1,
+            )
+        if plot.show:
+            ax.bar_label(bars, [plot.show(row[plot.y]) for row in mine], fontsize=7, padding=3)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.grid(axis="x", visible=False)
+
+
+def _errors(plot: Plot, rows: Sequence[Row]) -> list[float] | None:
+    return [row.get(plot.error) or 0.0 for row in rows] if plot.error else None
