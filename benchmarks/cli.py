@@ -11,9 +11,10 @@ from .parameters import parameters
 from .prefix_bench import prefix
 from .recovery import recovery
 from .residual import residual
+from .validate import validate
 
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, parameters, residual, ablation, recovery, compare):
+for verb in (kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
     app.command()(verb)

@@ -1,0 +1,250 @@
+"""The format of every result file: what each column of each benchmark's rows holds, and in which unit.
+
+`caprese bench validate FILE...` holds files to it, and `json_schema(name)` is the same as a JSON Schema.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from caprese_kernels.errors import CapreseError
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Difference = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Some = Annotated[int, Field(ge=1)]
+
+
+class Row(BaseModel):
+    """One case of a benchmark."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Kernels(Row):
+    """FF kernels; `time_us` is the median of interleaved samples, `ratio` is to the dense block of the same group."""
+
+    section: Literal["shapes", "batch", "density", "overlap", "statistics"]
+    shape: str
+    hidden_size: Some
+    neurons: Some
+    tokens: Some
+    method: Literal["dense", "griffin", "cats"]
+    kernel: str
+    candidates: str | None = Field(None, description="dense: every implementation that was tried, with its time")
+    density: Share | None = None
+    rank: Count | None = None
+    selection: Literal["independent", "shared", "overlap"] | None = None
+    overlap: Share | None = Field(None, description="neurons common to all selections, of those a selection keeps")
+    mean_overlap: Share | None = Field(None, description="mean over pairs of selections")
+    kept_share: Share | None = Field(None, description="neurons kept by a token, of all")
+    union: Count | None = Field(None, description="neurons that some token of the batch keeps")
+    required_mb: Positive = Field(description="10^6 bytes of weights that the batch needs")
+    error: Amount = Field(description="largest relative difference of a token's output from the reference")
+    time_us: Positive
+    min_us: Positive
+    iqr_us: Amount
+    gb_s: Positive = Field(description="required bytes by median time")
+    bandwidth_gb_s: Positive = Field(description="the memory's pace, measured among the samples")
+    bandwidth_share: Positive
+    ratio: Positive
+    samples: Some
+
+
+class Prefix(Row):
+    """Prefix caching; times are medians over rounds of the mean over requests, `ratio` is to plain vLLM."""
+
+    section: str
+    arch: str
+    variant: Literal["plain", "griffin", "cats"]
+    requests: Some
+    prompt_tokens: Some
+    cached_tokens: Count
+    cached_share: Amount | None = Field(description="cached tokens by plain vLLM's")
+    ttft_s: Positive
+    ttft_iqr_s: Amount
+    ratio: Positive
+    ratio_iqr: Amount
+    rounds: Some
+
+
+class Parameters(Row):
+    """Figure 6: `added` are the values of all L and R, `cut_*` active parameters spared, net of them, of the model."""
+
+    section: str
+    family: str
+    model: str
+    rank: Some
+    density: Share
+    parameters: Some
+    parameters_b: Positive = Field(description="10^9")
+    ff_parameters: Some
+    added: Some
+    added_of_model: Share
+    added_of_ff: Share
+    cut_griffin: Difference
+    cut_cats: Difference
+
+
+class Residual(Row):
+    """Figure 2: ||error|| / ||FF(X)|| of generated tokens, mean over layers."""
+
+    section: str
+    correction: Literal["oracle", "trained"]
+    density: Share
+    rank: Count
+    error: Amount
+    error_best_layer: Amount
+    error_worst_layer: Amount
+
+
+class Ablation(Row):
+    """Figure 5: accuracy with one standard error, and mean tokens of a response; rank 0 is the plain method."""
+
+    section: str
+    stage: Literal["layer-wise", "end-to-end"] | None = None
+    density: Share | None = None
+    rank: Count | None = None
+    remaining: Amount | None = Field(None, description="error's energy that L, R leave, mean over layers (eq. 7)")
+    hidden_error_before: Amount | None = Field(None, description="relative squared error of eq. 8 on held-out samples")
+    hidden_error: Amount | None = None
+    math: Share
+    math_stderr: Amount
+    math_tokens: Amount
+    reading: Share
+    reading_stderr: Amount
+    reading_tokens: Amount
+
+
+class Recovery(Row):
+    """Tables 1 and 5 on the demo model. `*_recovered` is a share of the loss, None where no loss shows."""
+
+    section: str
+    variant: str
+    problems: Some
+    parameters: Count
+    seconds: Amount = Field(description="of training, all stages")
+    ff_error: Amount = Field(description="relative squared error of eq. 7 on held-out samples, mean over layers")
+    hidden_error: Amount = Field(description="that of eq. 8")
+    math: Share
+    math_stderr: Amount
+    math_below_full: Difference
+    math_below_full_stderr: Amount
+    math_recovered: Difference | None
+    math_recovered_stderr: Amount | None
+    reading: Share
+    reading_stderr: Amount
+    reading_below_full: Difference
+    reading_below_full_stderr: Amount
+    reading_recovered: Difference | None
+    reading_recovered_stderr: Amount | None
+
+
+class Check(Row):
+    """A step of `make gpu-check`."""
+
+    step: str
+    status: Literal["passed", "failed", "out of time", "no tests", "skipped"]
+    seconds: Amount
+    given_seconds: float | None = None
+    returncode: int | None = None
+    command: str | None = None
+    output: str | None = Field(None, description="its end")
+
+
+ROWS: dict[str, type[Row]] = {
+    "kernels": Kernels,
+    "prefix": Prefix,
+    "parameters": Parameters,
+    "residual": Residual,
+    "ablation": Ablation,
+    "recovery": Recovery,
+    "check": Check,
+}
+
+
+class Provenance(BaseModel):
+    """Where figures come from; benchmarks add what is theirs."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    command: str
+    git_commit: str | None
+    time: str = Field(description="ISO 8601, UTC")
+    hardware: dict[str, Any]
+    versions: dict[str, str | None]
+    settings: dict[str, Any] = Field(default_factory=dict, description="what holds for all rows")
+    note: str | None = Field(None, description="written by hand: what whoever measured noticed")
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class ResultFile(BaseModel, Generic[AnyRow]):
+    """NAME.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    provenance: Provenance
+    keys: list[str] = Field(description="columns that name a case")
+    measures: list[str] = Field(description="columns that `caprese bench compare` sets side by side")
+    rows: list[AnyRow]
+    errors: list[str] = Field(description="cases that failed, which have no row")
+    partial: bool = Field(description="the run was stopped before its end")
+
+
+def file_model(name: str) -> type[ResultFile[Any]]:
+    """The format of NAME.json; CapreseError for an unknown benchmark."""
+    if name not in ROWS:
+        raise CapreseError("benchmark", expected=f"one of {', '.join(ROWS)}", found=repr(name), fix="correct it")
+    return ResultFile[ROWS[name]]  # type: ignore[valid-type]
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The same as a JSON Schema."""
+    return file_model(name).model_json_schema()
+
+
+def check(path: Path) -> int:
+    """The number of rows in a result's file; CapreseError with the first thing that is not as it should be."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CapreseError(
+            f"result {path}", expected="a JSON file that a benchmark wrote", found=reason, fix="correct the path"
+        ) from None
+    if isinstance(found, dict) and "name" not in found:
+        from caprese_serve.demo.results import DemoReport
+
+        return len(_parse(DemoReport, found, path).rows)
+    result = _parse(file_model(found["name"] if isinstance(found, dict) else ""), found, path)
+    columns = set(ROWS[result.name].model_fields)
+    if unknown := [column for column in (*result.keys, *result.measures) if column not in columns]:
+        raise CapreseError(
+            str(path), expected="keys and measures among the columns", found=unknown[0], fix="correct it"
+        )
+    cases = [tuple(getattr(row, key) for key in result.keys) for row in result.rows]
+    if len(set(cases)) < len(cases):
+        twice = next(case for case in cases if cases.count(case) > 1)
+        raise CapreseError(str(path), expected="a row for each case", found=f"two for {twice}", fix="measure it anew")
+    return len(cases)
+
+
+def _parse(schema: type[Schema], found: Any, path: Path) -> Schema:
+    try:
+        return schema.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CapreseError(
+            f"{path}: {'.'.join(map(str, first['loc']))}",
+            expected=first["msg"][0].lower() + first["msg"][1:],
+            found="nothing" if first["type"] == "missing" else repr(first["input"]),
+            fix="measure it anew",
+        ) from None
