@@ -7,6 +7,7 @@ import typer
 from .ablation import ablation
 from .compare import compare
 from .kernel_bench import kernels
+from .latency import latency
 from .parameters import parameters
 from .prefix_bench import prefix
 from .recovery import recovery
@@ -16,5 +17,5 @@ from .validate import validate
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
+for verb in (latency, kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
     app.command()(verb)

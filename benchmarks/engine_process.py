@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from caprese_kernels.errors import CapreseError
@@ -25,13 +26,11 @@ Answer = dict[str, Any]
 class Engine:
     """The parent's end. The process starts at once; `ready` waits for it, so that several may start side by side."""
 
-    def __init__(self, log: Path, **given: Any):
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ  # GiB; several engines share a machine
-        environment |= {
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        }  # for `report` and `union`
-        environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    def __init__(self, log: Path, variables: Mapping[str, str] = MappingProxyType({}), **given: Any):
+        """Output goes to `log`; `variables` are added to the environment."""
+        environment = {**os.environ, **variables, "VLLM_NO_USAGE_STATS": "1"}
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `report` and `union` send functions to workers
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.log, self.is_ready = log, False
         with log.open("w") as errors:
             self.process = subprocess.Popen(

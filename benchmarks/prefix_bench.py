@@ -77,7 +77,7 @@ def _measure_all(jobs: Mapping[str, list[Batch]], arch: str, rounds: int, record
         line = bar.add_task("starting engines", total=rounds * len(jobs) * len(VARIANTS))
         engines = {
             name: stack.enter_context(
-                Engine(record.path.parent / f"prefix-{name}.log", model=str(model), caprese=caprese, engine=ENGINE)
+                Engine(record.path.parent / f"prefix-{name}.log", CPU, model=str(model), caprese=caprese, engine=ENGINE)
             )
             for name, caprese in VARIANTS.items()
         }
@@ -91,6 +91,8 @@ def _measure_all(jobs: Mapping[str, list[Batch]], arch: str, rounds: int, record
             record.add(*(_row(section, arch, name, runs, seen["plain"]) for name, runs in seen.items()))
 
 
+# On a CPU: engines share the machine, and each runs in the process that asks it.
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ENGINE = {
     "seed": 0,
     "load_format": "dummy",

@@ -57,6 +57,40 @@ class Kernels(Row):
     samples: Some
 
 
+class Latency(Row):
+    """Table 4. Times are medians over rounds; `ratio` is of times to next token, to Full's in the same round."""
+
+    section: Literal["one request", "distinct prompts", "samples of one prompt"]
+    arch: str
+    setup: Annotated[str, Field(pattern=r"^[1-9]\d*\+[1-9]\d*$", description="prompt + generated tokens")]
+    batch: Some = Field(description="different prompts at once")
+    samples: Some = Field(description="answers to each prompt")
+    variant: str
+    rounds: Some
+    e2e_s: Positive = Field(description="from the arrival of all requests to the last answer's end")
+    e2e_iqr_s: Amount
+    ttft_s: Positive = Field(description="to the first token, mean over requests")
+    ttft_iqr_s: Amount
+    tpot_ms: Positive = Field(description="to the next token, mean over tokens and requests")
+    tpot_iqr_ms: Amount
+    tpot_p50_ms: Positive = Field(description="over all tokens of all rounds")
+    tpot_p99_ms: Positive
+    tokens_per_s: Positive = Field(description="of all requests, while they generate")
+    ratio: Positive
+    ratio_iqr: Amount
+    predicted_ratio: Positive = Field(description="of the bytes of a step to Full's")
+    e2e_ratio: Positive
+    full_tpot_ms: Positive = Field(description="Full's, in the same rounds")
+    mb_a_step: Positive = Field(description="10^6 bytes that a step must read, KV cache included")
+    gb_s: Positive = Field(description="these bytes by the time to next token")
+    bandwidth_share: Positive = Field(description="of the pace in the provenance")
+    union_share: Share | None = Field(description="neurons that some request keeps; CATS: as if independent")
+    sparse_tokens: Count | None = Field(None, description="that the engine counted in sparse FF blocks")
+    ff_weights_read: Share | None = Field(None, description="by the engine's count, of a token")
+    kept_share: Share | None = Field(None, description="neurons of a sparse layer that a token keeps, by that count")
+    kernel: str | None = None
+
+
 class Prefix(Row):
     """Prefix caching; times are medians over rounds of the mean over requests, `ratio` is to plain vLLM."""
 
@@ -160,6 +194,7 @@ class Check(Row):
 
 ROWS: dict[str, type[Row]] = {
     "kernels": Kernels,
+    "latency": Latency,
     "prefix": Prefix,
     "parameters": Parameters,
     "residual": Residual,

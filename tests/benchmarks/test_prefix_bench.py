@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.engine_models import ARCHS, write_arch
 from benchmarks.engine_process import Engine, first_token, next_token
-from benchmarks.prefix_bench import _row, loads
+from benchmarks.prefix_bench import CPU, _row, loads
 from caprese_kernels.errors import CapreseError
 
 
@@ -47,7 +47,7 @@ def test_archs(tmp_path: Path) -> None:
 def test_an_engine_in_a_process(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32, "max_num_seqs": 8}
     model, caprese = str(model_dir("llama")), {"method": "griffin", "density": 0.25, "layers": "all"}
-    with Engine(tmp_path / "log", model=model, caprese=caprese, engine=options) as engine:
+    with Engine(tmp_path / "log", CPU, model=model, caprese=caprese, engine=options) as engine:
         prompts = [list(range(10, 110)), list(range(100, 107))]
         for reset, cached in ((False, [0, 0]), (False, [96, 0]), (True, [0, 0])):
             answer = engine.ask(prompts=prompts, max_tokens=3, reset=reset)
