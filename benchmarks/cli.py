@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .ablation import ablation
+from .all import all_benchmarks
 from .compare import compare
 from .kernel_bench import kernels
 from .latency import latency
@@ -19,3 +20,4 @@ app = typer.Typer(
 )
 for verb in (latency, kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
     app.command()(verb)
+app.command("all")(all_benchmarks)
