@@ -99,7 +99,7 @@ def _colours(plot: Plot, rows: Sequence[Row]) -> dict[str, Any]:
 
     names = list(dict.fromkeys(_series(plot, row) for row in rows))
     if len(names) > 2 and all(isinstance(row.get(column), int | float) for row in rows for column in plot.by):
-        return dict(zip(names, matplotlib.colormaps["viridis"].resampled(len(names) + 1).colors, strict=False))
+        return {name: matplotlib.colormaps["viridis"](i / len(names)) for i, name in enumerate(names)}
     free = (colour for colour in OTHERS * len(names) if colour not in [COLOURS.get(name) for name in names])
     return {name: COLOURS.get(name) or next(free) for name in names}
 
