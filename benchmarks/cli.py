@@ -7,6 +7,7 @@ import typer
 from .ablation import ablation
 from .all import all_benchmarks
 from .compare import compare
+from .exactness import exactness
 from .kernel_bench import kernels
 from .latency import latency
 from .parameters import parameters
@@ -18,6 +19,6 @@ from .validate import validate
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (latency, kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
+for verb in (latency, exactness, kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
     app.command()(verb)
 app.command("all")(all_benchmarks)

@@ -91,6 +91,23 @@ class Latency(Row):
     kernel: str | None = None
 
 
+class Exactness(Row):
+    """The demo model through vLLM: answers equal to Hugging Face's in float32; accuracies in bfloat16."""
+
+    section: Literal["float32, token by token", "bfloat16, graded"]
+    variant: str
+    kernel: str
+    problems: Some
+    tokens: Count = Field(description="of all answers")
+    equal: Count | None = Field(None, description="answers with Hugging Face's tokens")
+    math: Share | None = None
+    math_stderr: Amount | None = None
+    reading: Share | None = None
+    reading_stderr: Amount | None = None
+    sparse_tokens: Count | None = Field(None, description="that the engine counted in sparse FF blocks")
+    ff_weights_read: Share | None = Field(None, description="by the engine's count, of a token")
+
+
 class Prefix(Row):
     """Prefix caching; times are medians over rounds of the mean over requests, `ratio` is to plain vLLM."""
 
@@ -195,6 +212,7 @@ class Check(Row):
 ROWS: dict[str, type[Row]] = {
     "kernels": Kernels,
     "latency": Latency,
+    "exactness": Exactness,
     "prefix": Prefix,
     "parameters": Parameters,
     "residual": Residual,
