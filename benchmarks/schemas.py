@@ -197,6 +197,21 @@ class Recovery(Row):
     reading_recovered_stderr: Amount | None
 
 
+class DistillSpeed(Row):
+    """Pace of distillation, random weights and samples."""
+
+    arch: str
+    method: Literal["griffin", "cats"]
+    stage: Literal["layer-wise, closed form", "end to end"]
+    samples: Some
+    tokens: Some
+    seconds: Positive
+    tokens_per_s: Positive
+    samples_per_s: Positive
+    paper_hours: Positive = Field(description="of 20,000 such samples, three epochs of them end to end")
+    peak_gib: Positive = Field(description="of the GPU's tensors, or on a CPU of the process until then")
+
+
 class Check(Row):
     """A step of `make gpu-check`."""
 
@@ -218,6 +233,7 @@ ROWS: dict[str, type[Row]] = {
     "residual": Residual,
     "ablation": Ablation,
     "recovery": Recovery,
+    "distill-speed": DistillSpeed,
     "check": Check,
 }
 
