@@ -207,7 +207,7 @@ def _forward(
     else:
         g, z = reference.activations(x, ff)
         tau, slots = cases.thresholds(g, case.density), torch.arange(len(x), device=x.device)
-        error = _check_cats(backend.cats_ff(x, ff, tau, slots), reference.cats_ff(x, ff, tau, slots), g, z, tau, ff)
+        error = check_cats(backend.cats_ff(x, ff, tau, slots), reference.cats_ff(x, ff, tau, slots), g, z, tau, ff)
         mask = g.abs().float() >= tau[:, None]
         union = int(mask.any(dim=0).sum())
         needed = cases.cats_bytes(shape.hidden_size, shape.neurons, union, case.rank, ITEMSIZE)
@@ -267,7 +267,7 @@ def check(y: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> float:
     return worst
 
 
-def _check_cats(
+def check_cats(
     found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], g: Tensor, z: Tensor, tau: Tensor, ff: PackedFF
 ) -> float:
     """As `check`, but a neuron with |g| within 2^-7 of tau, one step of bfloat16, may be kept or not."""

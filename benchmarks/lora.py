@@ -24,6 +24,7 @@ from caprese_distill.end_to_end import Recipe, Trainer, identify, train
 from caprese_distill.student import frozen
 from caprese_kernels.config import BaseModelInfo, Method
 
+from .served_lora.kernels import equal_rank
 from .students import EndToEnd, LayerWise
 
 
@@ -58,12 +59,7 @@ class Lora(nn.Module):
 
 def lora_rank(info: BaseModelInfo, rank: int) -> int:
     """The r' whose 3 r' (D + F) parameters come nearest to the 2 D r of L and R; at least 1."""
-    return count_rank(info.hidden_size, info.intermediate_size, rank)
-
-
-def count_rank(depth: int, neurons: int, rank: int) -> int:
-    """The same for D and F."""
-    return max(1, round(2 * depth * rank / (3 * (depth + neurons))))
+    return equal_rank(info.hidden_size, info.intermediate_size, rank)
 
 
 def begin(info: BaseModelInfo, method: Method, seed: int, device: torch.device) -> dict[int, Lora]:

@@ -91,6 +91,28 @@ class Latency(Row):
     kernel: str | None = None
 
 
+class Decode(Row):
+    """A decode step without vLLM; `time_ms` is the median of interleaved samples, `error` that of its FF blocks."""
+
+    section: Literal["decode"]
+    arch: str
+    context: Some = Field(description="tokens in a request's KV cache")
+    batch: Some
+    variant: str
+    kernel: str
+    error: Amount = Field(description="largest relative difference of a token's FF output from the reference")
+    time_ms: Positive
+    iqr_ms: Amount
+    ratio: Positive = Field(description="to Full")
+    predicted_ratio: Positive = Field(description="of the bytes of a step to Full's")
+    mb_a_step: Positive = Field(description="10^6 bytes that a step must read, KV cache included")
+    gb_s: Positive
+    bandwidth: str = Field(description="what measured the memory's pace, among the samples")
+    bandwidth_gb_s: Positive
+    bandwidth_share: Positive
+    samples: Some
+
+
 class Exactness(Row):
     """The demo model through vLLM: answers equal to Hugging Face's in float32; accuracies in bfloat16."""
 
@@ -228,6 +250,7 @@ class Check(Row):
 ROWS: dict[str, type[Row]] = {
     "kernels": Kernels,
     "latency": Latency,
+    "decode": Decode,
     "exactness": Exactness,
     "prefix": Prefix,
     "parameters": Parameters,

@@ -101,11 +101,9 @@ class LoraKernels:
 
 def draw(blocks: dict[int, PackedFF], rank: int) -> dict[int, Lora]:
     """Random A and B for each layer's block, of as many parameters as L and R of `rank`."""
-    from ..lora import count_rank
-
     made = {}
     for layer, ff in blocks.items():
-        r = count_rank(ff.hidden_size, ff.num_neurons, rank)
+        r = kernels.equal_rank(ff.hidden_size, ff.num_neurons, rank)
         shapes = {"gate": (ff.hidden_size, ff.num_neurons), "up": (ff.hidden_size, ff.num_neurons)}
         shapes["down"] = (ff.num_neurons, ff.hidden_size)
         generator = torch.Generator().manual_seed(layer)

@@ -49,6 +49,11 @@ def check(ff: PackedFF) -> None:
         )
 
 
+def equal_rank(depth: int, neurons: int, rank: int) -> int:
+    """The r' whose 3 r' (D + F) parameters come nearest to the 2 D r of L and R; at least 1."""
+    return max(1, round(2 * depth * rank / (3 * (depth + neurons))))
+
+
 class Reference:
     """Every weight is read."""
 

@@ -108,13 +108,13 @@ def distill(context: typer.Context) -> None:
 def bench(context: typer.Context) -> None:
     """Measure this checkout: `caprese bench --help`."""
     with _needs("bench"):
-        _benchmarks_of_checkout()
+        find_benchmarks()
         from benchmarks import cli
 
-        cli.app(context.args, prog_name="caprese bench")
+        cli.app(context.args)(context.args, prog_name="caprese bench")
 
 
-def _benchmarks_of_checkout() -> None:
+def find_benchmarks() -> None:
     """Makes the folder `benchmarks` beside this package importable: a checkout has it, an installation does not."""
     folder = Path(__file__).parents[2] / "benchmarks"
     if not (folder / "kernel_bench.py").is_file():

@@ -390,4 +390,4 @@ def test_the_command_finds_the_checkout_or_says_so(tmp_path: Path, monkeypatch: 
     assert (done.returncode, "compare" in done.stdout) == (0, True), done.stderr
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/caprese_serve/cli.py"))
     with pytest.raises(CapreseError, match="expected a checkout"):
-        cli._benchmarks_of_checkout()
+        cli.find_benchmarks()
