@@ -41,6 +41,7 @@ MEASURES = ["math", "reading"]
 STAGES = ("layer-wise", "end-to-end")
 # Where the demo model goes from nearly all lost to hardly anything; CATS needs far fewer neurons than GRIFFIN.
 DENSITIES: dict[MethodName, str] = {"griffin": "0.4,0.5,0.6,0.75", "cats": "0.02,0.05,0.1,0.25"}
+QUICK: dict[MethodName, str] = {"griffin": "0.5,0.75", "cats": "0.05,0.25"}
 TITLES: dict[MethodName, str] = {"griffin": "GRIFFIN", "cats": "CATS"}
 FULL = "Full"
 
@@ -60,7 +61,7 @@ def ablation(
     samples: Annotated[int, typer.Option(min=20, help="Training problems.")] = 2000,
     math: Annotated[int, typer.Option(min=1, help="Held-out word problems.")] = 1000,
     reading: Annotated[int, typer.Option(min=1, help="Held-out reading questions.")] = 500,
-    quick: Annotated[bool, typer.Option("--quick", help="One density, two ranks, few problems.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two densities and ranks, few problems.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in --out already.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for ablation.json, .csv and .html.")] = Path("out/bench"),
 ) -> None:
@@ -72,7 +73,7 @@ def ablation(
     chosen = [_one_of("--methods", name.strip(), tuple(DENSITIES)) for name in methods.split(",")]
     _one_of("--stage", stage, STAGES)
     if quick:
-        densities, ranks, samples, math, reading = densities or "0.5", "0,32", min(samples, 400), 40, 20
+        ranks, samples, math, reading = "0,32", min(samples, 400), 40, 20
     subject = load(model, None, samples)
     asked: dict[Task, list[Problem]] = {
         "math": list(problems("math", "test", math)),
@@ -80,7 +81,7 @@ def ablation(
     }
     rate = learning_rate or default_learning_rate(subject.info.hidden_size)
     grid = Grid(
-        {name: numbers("--densities", densities or DENSITIES[name], 0.001, 1) for name in chosen},
+        {name: numbers("--densities", densities or (QUICK if quick else DENSITIES)[name], 0.001, 1) for name in chosen},
         [int(rank) for rank in numbers("--ranks", ranks, 0, subject.info.hidden_size)],
         Recipe(rate, epochs=epochs, gradient_checkpointing=False) if stage == "end-to-end" else None,
     )
@@ -228,7 +229,17 @@ def plots(result: Result) -> list[Plot]:
     """Both tasks over density, a line a rank; the level is the original model's."""
     full = next((row for row in result.rows if row["section"] == FULL), None)
     made = [
-        Plot(title, "density", task, ("rank",), "density", f"accuracy, {task}", log2_x=True)
+        Plot(
+            title,
+            "density",
+            task,
+            ("rank",),
+            "density",
+            f"accuracy, {task}",
+            log2_x=True,
+            error=f"{task}_stderr",
+            percent=True,
+        )
         for title in TITLES.values()
         for task in MEASURES
     ]

@@ -6,7 +6,11 @@ The importing file goes no further: this import ends with the command.
 import sys
 from pathlib import Path
 
-VERBS = {"kernel_bench": "kernels", "prefix_bench": "prefix"}  # files that are not named as their verb
+VERBS = {
+    "kernel_bench": "kernels",
+    "prefix_bench": "prefix",
+    "distill_speed": "distill-speed",
+}  # files that are not named as their verb
 HERE = Path(__file__).resolve().parent
 
 # This folder, which Python put first, would hide other packages: `coverage`, for example.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import typer
 
 from .ablation import ablation
+from .all import all_benchmarks
 from .compare import compare
+from .distill_speed import distill_speed
+from .exactness import exactness
 from .kernel_bench import kernels
 from .latency import latency
 from .parameters import parameters
@@ -17,5 +20,18 @@ from .validate import validate
 app = typer.Typer(
     help="Measure this checkout.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for verb in (latency, kernels, prefix, parameters, residual, ablation, recovery, compare, validate):
+for verb in (
+    latency,
+    exactness,
+    kernels,
+    prefix,
+    distill_speed,
+    parameters,
+    residual,
+    ablation,
+    recovery,
+    compare,
+    validate,
+):
     app.command()(verb)
+app.command("all")(all_benchmarks)

@@ -131,6 +131,28 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int, n: int = 1, re
     return {"times": [times[i] for i in order], "cached": [cached[i] for i in order], "max_tokens": max_tokens}
 
 
+def answer(llm: Any, prompts: list[list[int]], max_tokens: int, stop: int) -> Answer:
+    """{"ids": the greedy answers' tokens, without the token `stop` that ended them}; all prompts arrive at once."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        stop_token_ids=[stop],
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    engine = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    found: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        found |= {output.request_id: list(output.outputs[0].token_ids) for output in engine.step()}
+    answers = [found[str(i)] for i in range(len(prompts))]
+    return {"ids": [ids[:-1] if ids[-1:] == [stop] else ids for ids in answers]}
+
+
 def report(llm: Any) -> Answer:
     """{"caprese": what GET /caprese says, or null where no FF block is replaced}, from the worker itself."""
     return {"caprese": llm.collective_rpc(_report)[0]}
@@ -152,7 +174,7 @@ def union(llm: Any, prompts: list[list[int]], n: int = 1) -> Answer:
     return {"union": share}
 
 
-JOBS: dict[str, Callable[..., Answer]] = {"generate": generate, "report": report, "union": union}
+JOBS: dict[str, Callable[..., Answer]] = {"generate": generate, "answer": answer, "report": report, "union": union}
 
 
 def _add(engine: Any, prompts: list[list[int]], max_tokens: int, n: int) -> None:

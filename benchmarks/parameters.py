@@ -138,7 +138,25 @@ PLOTS = [
     plot
     for section in SECTIONS
     for plot in (
-        Plot(section, "parameters_b", "added_of_model", ("family",), BILLIONS, "new / all parameters", log2_x=True),
-        Plot(section, "parameters_b", "added_of_ff", ("family",), BILLIONS, "new / FF parameters", log2_x=True),
+        Plot(
+            section,
+            "parameters_b",
+            "added_of_model",
+            ("family",),
+            BILLIONS,
+            "new / all parameters",
+            log2_x=True,
+            percent=True,
+        ),
+        Plot(
+            section,
+            "parameters_b",
+            "added_of_ff",
+            ("family",),
+            BILLIONS,
+            "new / FF parameters",
+            log2_x=True,
+            percent=True,
+        ),
     )
 ]

@@ -51,6 +51,7 @@ class Plot:
     error: str | None = None
     kind: Literal["line", "bar"] = "line"
     from_zero: bool = True
+    percent: bool = False  # y is a share
     show: Callable[[float], str] | None = None  # what is written on a bar
 
 
@@ -58,12 +59,11 @@ def svg(plot: Plot, rows: Sequence[Row]) -> str:
     """One figure, without an XML header; panels side by side, two a line."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     rows = [row for row in rows if row.get(plot.x) is not None and row.get(plot.y) is not None]
     panels = list(dict.fromkeys(row.get(plot.panel) if plot.panel else None for row in rows)) or [None]
-    names = list(dict.fromkeys(_series(plot, row) for row in rows))
-    free = (colour for colour in OTHERS * len(names) if colour not in [COLOURS.get(name) for name in names])
-    colours = {name: COLOURS.get(name) or next(free) for name in names}
+    colours = _colours(plot, rows)
     text, nothing = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE):
         lines, across = -(-len(panels) // 2), min(2, len(panels))
@@ -77,8 +77,10 @@ def svg(plot: Plot, rows: Sequence[Row]) -> str:
             ax.set(xlabel=plot.xlabel, ylabel=plot.ylabel, title=panel)
             if plot.from_zero:
                 ax.set_ylim(0, None)
-            if len(names) > 1:
-                ax.legend(fontsize="small", ncols=2 if len(names) > 4 else 1)
+            if plot.percent:
+                ax.yaxis.set_major_formatter(PercentFormatter(1))
+            if len(colours) > 1:
+                ax.legend(fontsize="small", ncols=2 if len(colours) > 4 else 1)
         for ax in list(figure.axes)[len(panels) :]:
             ax.set_visible(False)
         figure.savefig(text, format="svg", metadata=nothing)
@@ -91,7 +93,18 @@ def _series(plot: Plot, row: Row) -> str:
     return ", ".join(value if isinstance(value, str) else f"{column} {value:g}" for value, column in named)
 
 
-def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _colours(plot: Plot, rows: Sequence[Row]) -> dict[str, Any]:
+    """Of each line: names have their own, numbers go from dark to light."""
+    import matplotlib
+
+    names = list(dict.fromkeys(_series(plot, row) for row in rows))
+    if len(names) > 2 and all(isinstance(row.get(column), int | float) for row in rows for column in plot.by):
+        return {name: matplotlib.colormaps["viridis"](i / len(names)) for i, name in enumerate(names)}
+    free = (colour for colour in OTHERS * len(names) if colour not in [COLOURS.get(name) for name in names])
+    return {name: COLOURS.get(name) or next(free) for name in names}
+
+
+def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     words = any(isinstance(row[plot.x], str) for row in rows)  # no line between things that have no order
     for name in dict.fromkeys(_series(plot, row) for row in rows):
         mine = [row for row in rows if _series(plot, row) == name]
@@ -104,7 +117,7 @@ def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, str]) ->
         ax.xaxis.set_major_formatter("{x:g}")
 
 
-def _bars(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, str]) -> None:
+def _bars(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) -> None:
     groups = list(dict.fromkeys(str(row[plot.x]) for row in rows))
     names = list(dict.fromkeys(_series(plot, row) for row in rows))
     width = 0.84 / len(names)

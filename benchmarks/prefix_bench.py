@@ -89,6 +89,8 @@ def _measure_all(jobs: Mapping[str, list[Batch]], arch: str, rounds: int, record
                     seen[name].append(_measure(engine, batches))
                     bar.advance(line)
             record.add(*(_row(section, arch, name, runs, seen["plain"]) for name, runs in seen.items()))
+    for name in VARIANTS:  # of engines that ended well
+        (record.path.parent / f"prefix-{name}.log").unlink()
 
 
 # On a CPU: engines share the machine, and each runs in the process that asks it.

@@ -104,7 +104,9 @@ def plots(result: Result) -> list[Plot]:
     """Accuracy against the error that training makes small."""
     error = "held-out error of the last hidden state, eq. 8"
     return [
-        Plot(section, "hidden_error", task, ("variant",), error, f"{task} accuracy", error=f"{task}_stderr")
+        Plot(
+            section, "hidden_error", task, ("variant",), error, f"{task} accuracy", error=f"{task}_stderr", percent=True
+        )
         for section in result.sections()
         for task in TASKS
     ]

@@ -28,7 +28,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 88em; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .15em .6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } h2 { margin-top: 2em; } details { margin: .5em 0; }
+th:first-child, td:first-child { text-align: left; } h2 { margin-top: 2em; }
+.origin { color: #666; font-size: 13px; } details { margin: .5em 0; }
 .side { display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start; }
 .side svg { max-width: 100%; height: auto; } .rows { max-height: 70vh; overflow: auto; max-width: 100%; }
 pre { background: #f6f6f6; padding: 1em; overflow: auto; } .warn { color: #a40000; font-weight: bold; }
@@ -134,7 +135,8 @@ BODY = "<!-- body -->"  # what `body_of` takes out of a page stands between two 
 
 def page(result: Result, plots: Sequence[Plot], columns: Columns | None = None) -> str:
     """One HTML page that needs nothing else: no script, no style sheet, no picture from elsewhere."""
-    parts = [f"<h1>{html.escape(result.name)}</h1><p>{html.escape(origin(result.provenance))}</p>"]
+    parts = [f"<h1>{html.escape(result.name)}</h1>"]
+    parts.append(f'<p class="origin">{html.escape(origin(result.provenance))}</p>')
     if result.partial:
         parts.append('<p class="warn">Partial: the run was stopped before its end.</p>')
     parts += [f'<p class="warn">Failed: {html.escape(error)}</p>' for error in result.errors]
@@ -167,8 +169,13 @@ def origin(provenance: dict[str, Any]) -> str:
     hardware, versions = provenance["hardware"], provenance["versions"]
     gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
     told = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions.get(name))
-    where, day, commit = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10], provenance["git_commit"]
-    return f"{provenance['command']} on {where}, {day}, {told}, commit {str(commit)[:12]}"
+    where, day = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10]
+    return f"{provenance['command']} on {where}, {day}, {told}, commit {short(provenance['git_commit'])}"
+
+
+def short(commit: str | None) -> str:
+    """12 digits, and whether the checkout had changes."""
+    return "unknown" if commit is None else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def cpu_name(hardware: dict[str, Any]) -> str:

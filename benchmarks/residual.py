@@ -137,6 +137,6 @@ COLUMNS: Columns = {
     "worst layer": ("error_worst_layer", "{:.1%}".format),
 }
 PLOTS = [
-    Plot(section, "density", "error", ("rank",), "density", "relative FF output error", "correction")
+    Plot(section, "density", "error", ("rank",), "density", "relative FF output error", "correction", percent=True)
     for section in SECTIONS.values()
 ]

@@ -91,6 +91,23 @@ class Latency(Row):
     kernel: str | None = None
 
 
+class Exactness(Row):
+    """The demo model through vLLM: answers equal to Hugging Face's in float32; accuracies in bfloat16."""
+
+    section: Literal["float32, token by token", "bfloat16, graded"]
+    variant: str
+    kernel: str
+    problems: Some
+    tokens: Count = Field(description="of all answers")
+    equal: Count | None = Field(None, description="answers with Hugging Face's tokens")
+    math: Share | None = None
+    math_stderr: Amount | None = None
+    reading: Share | None = None
+    reading_stderr: Amount | None = None
+    sparse_tokens: Count | None = Field(None, description="that the engine counted in sparse FF blocks")
+    ff_weights_read: Share | None = Field(None, description="by the engine's count, of a token")
+
+
 class Prefix(Row):
     """Prefix caching; times are medians over rounds of the mean over requests, `ratio` is to plain vLLM."""
 
@@ -180,6 +197,21 @@ class Recovery(Row):
     reading_recovered_stderr: Amount | None
 
 
+class DistillSpeed(Row):
+    """Pace of distillation, random weights and samples."""
+
+    arch: str
+    method: Literal["griffin", "cats"]
+    stage: Literal["layer-wise, closed form", "end to end"]
+    samples: Some
+    tokens: Some
+    seconds: Positive
+    tokens_per_s: Positive
+    samples_per_s: Positive
+    paper_hours: Positive = Field(description="of 20,000 such samples, three epochs of them end to end")
+    peak_gib: Positive = Field(description="of the GPU's tensors, or on a CPU of the process until then")
+
+
 class Check(Row):
     """A step of `make gpu-check`."""
 
@@ -195,11 +227,13 @@ class Check(Row):
 ROWS: dict[str, type[Row]] = {
     "kernels": Kernels,
     "latency": Latency,
+    "exactness": Exactness,
     "prefix": Prefix,
     "parameters": Parameters,
     "residual": Residual,
     "ablation": Ablation,
     "recovery": Recovery,
+    "distill-speed": DistillSpeed,
     "check": Check,
 }
 

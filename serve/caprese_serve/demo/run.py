@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from openai import OpenAIError
@@ -46,15 +46,23 @@ class Variant:
     method: Literal["griffin", "cats"] | None = None
     adapter: bool = False
 
-    def flags(self) -> tuple[str, ...]:
-        """What it adds to `vllm serve`. A plain method gets the density and layers of the adapter it stands beside."""
+    def settings(self) -> dict[str, Any] | None:
+        """Its Caprese configuration. A plain method gets the density and layers of the adapter it stands beside."""
         if self.method is None:
-            return ()
+            return None
         if self.adapter:
-            return ("--caprese-weights", str(ADAPTERS[self.method]))
+            return {"weights": str(ADAPTERS[self.method])}
         config = read_config(ADAPTERS[self.method])
-        settings = {"method": self.method, "density": config.density, "layers": config.layers}
-        return ("--caprese-config", json.dumps(settings))
+        return {"method": self.method, "density": config.density, "layers": config.layers}
+
+    def flags(self) -> tuple[str, ...]:
+        """What it adds to `vllm serve`."""
+        settings = self.settings()
+        if settings is None:
+            return ()
+        return (
+            ("--caprese-weights", settings["weights"]) if self.adapter else ("--caprese-config", json.dumps(settings))
+        )
 
 
 VARIANTS = (
