@@ -5,12 +5,15 @@ from __future__ import annotations
 import typer
 
 from .ablation import ablation
+from .accuracy import accuracy
 from .all import all_benchmarks
 from .compare import compare
+from .coverage import coverage
 from .distill_speed import distill_speed
 from .exactness import exactness
 from .kernel_bench import kernels
 from .latency import latency
+from .length import length
 from .parameters import parameters
 from .prefix_bench import prefix
 from .recovery import recovery
@@ -30,6 +33,9 @@ for verb in (
     residual,
     ablation,
     recovery,
+    accuracy,
+    coverage,
+    length,
     compare,
     validate,
 ):

@@ -36,7 +36,8 @@ STYLE: dict[Any, Any] = {
 @dataclass
 class Plot:
     """y against x for the rows of one section: a line or a colour of bars for each value of `by`, a panel for each of
-    `panel`. `error` names the column of a half width; `level` is a horizontal line: a target, or equality.
+    `panel`. `error` names the column of a half width; of kind "band" it is the shade around a line of many points.
+    `level` is a horizontal line: a target, or equality.
     """
 
     section: str
@@ -49,7 +50,7 @@ class Plot:
     log2_x: bool = False
     level: float | None = None
     error: str | None = None
-    kind: Literal["line", "bar"] = "line"
+    kind: Literal["line", "band", "bar"] = "line"
     from_zero: bool = True
     percent: bool = False  # y is a share
     show: Callable[[float], str] | None = None  # what is written on a bar
@@ -109,6 +110,12 @@ def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) ->
     for name in dict.fromkeys(_series(plot, row) for row in rows):
         mine = [row for row in rows if _series(plot, row) == name]
         x, y = ([row[column] for row in mine] for column in (plot.x, plot.y))
+        if plot.kind == "band":
+            half = _errors(plot, mine) or [0.0] * len(y)
+            ax.plot(x, y, color=colours[name], label=name)
+            low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
+            ax.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
+            continue
         style = {"color": colours[name], "marker": "o", "markersize": 4, "linestyle": "" if words else "-"}
         ax.errorbar(x, y, _errors(plot, mine), label=name, capsize=2, elinewidth=1, **style)
     ax.tick_params(axis="x", labelrotation=20 if words else 0)

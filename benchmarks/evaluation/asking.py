@@ -177,7 +177,7 @@ class Work:
                             f"{self.variant.label}, {self.sitting.task.title}, problem {request.id}",
                             expected="a response",
                             found=f"{type(error).__name__}: {error}",
-                            fix=endpoint.log,
+                            fix=f"{endpoint.log}; --resume goes on",
                         ) from None
                     self.store.add(
                         Response(

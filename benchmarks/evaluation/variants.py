@@ -20,6 +20,8 @@ from caprese_serve.demo import run as demo
 from caprese_serve.demo.results import Served
 from caprese_serve.server import VllmServer, get_json
 
+from ..families import model_config
+
 LABELS = {"griffin": "GRIFFIN", "cats": "CATS"}
 OFF = {"vllm_xargs": {"caprese": "off"}}
 
@@ -146,19 +148,6 @@ def _chosen(available: Sequence[Variant], ids: str) -> list[Variant]:
             fix = "correct the list, or give the adapter with --weights"
             raise CapreseError("--variants", expected=f"of {','.join(known)}", found=repr(id), fix=fix)
     return [variant for id, variant in known.items() if id in wanted]
-
-
-def model_config(model: str) -> Any:
-    """The transformers configuration of a directory or Hub id."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        found = str(error).split("\n")[0]
-        raise CapreseError(
-            f"--model {model}", expected="a directory or Hub id with a config.json", found=found, fix="correct it"
-        ) from None
 
 
 def _variants(model: str, adapters: Sequence[Path]) -> list[Variant]:
