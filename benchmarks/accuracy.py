@@ -64,6 +64,8 @@ def accuracy(
             if answers.variant.method is None:
                 full[answers.sitting.task.name] = scores
             record.add(row(bench.name, answers, scores, full.get(answers.sitting.task.name)))
+        titles = [task.title for task in wanted]
+        result.rows.sort(key=lambda row: titles.index(row["task"]))  # variants of a task one below another
     for section, rows in result.sections().items():
         console.print(table(section, rows, COLUMNS))
 

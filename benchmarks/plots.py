@@ -81,7 +81,9 @@ def svg(plot: Plot, rows: Sequence[Row]) -> str:
             if plot.percent:
                 ax.yaxis.set_major_formatter(PercentFormatter(1))
             if len(colours) > 1:
-                ax.legend(fontsize="small", ncols=2 if len(colours) > 4 else 1)
+                above = plot.kind == "bar" and panel is None  # else bars leave no room
+                place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+                ax.legend(fontsize="small", **(place if above else {"ncols": 2 if len(colours) > 4 else 1}))
         for ax in list(figure.axes)[len(panels) :]:
             ax.set_visible(False)
         figure.savefig(text, format="svg", metadata=nothing)
@@ -131,17 +133,9 @@ def _bars(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) -> 
     for i, name in enumerate(names):
         mine = [row for row in rows if _series(plot, row) == name]
         at = [groups.index(str(row[plot.x])) + (i - (len(names) - 1) / 2) * width for row in mine]
-        bars = ax.bar(at, [row[plot.y] for row in mine], width * 0.92, color=colours[name], label=name)
-        if plot.error:
-            ax.errorbar(
-                at,
-                [row[plot.y] for row in mine],
-                _errors(plot, mine),
-                fmt="none",
-                ecolor="0.3",
-                capsize=2,
-                elinewidth=1,
-            )
+        style = {"color": colours[name], "error_kw": {"ecolor": "0.3", "capsize": 2, "elinewidth": 1}}
+        heights = [row[plot.y] for row in mine]
+        bars = ax.bar(at, heights, width * 0.92, yerr=_errors(plot, mine), label=name, **style)
         if plot.show:
             ax.bar_label(bars, [plot.show(row[plot.y]) for row in mine], fontsize=7, padding=3)
     ax.set_xticks(range(len(groups)), groups)
