@@ -357,8 +357,8 @@ def check(path: Path) -> int:
     if isinstance(found, dict) and "name" not in found:
         from caprese_serve.demo.results import DemoReport
 
-        return len(_parse(DemoReport, found, path).rows)
-    result = _parse(file_model(found["name"] if isinstance(found, dict) else ""), found, path)
+        return len(parse(DemoReport, found, str(path)).rows)
+    result = parse(file_model(found["name"] if isinstance(found, dict) else ""), found, str(path))
     columns = set(ROWS[result.name].model_fields)
     if unknown := [column for column in (*result.keys, *result.measures) if column not in columns]:
         raise CapreseError(
@@ -371,14 +371,16 @@ def check(path: Path) -> int:
     return len(cases)
 
 
-def _parse(schema: type[Schema], found: Any, path: Path) -> Schema:
+def parse(schema: type[Schema], found: Any, where: str, fix: str = "measure it anew") -> Schema:
+    """`schema.model_validate`, with the first mistake as a CapreseError."""
     try:
         return schema.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
+        rule = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise CapreseError(
-            f"{path}: {'.'.join(map(str, first['loc']))}",
-            expected=first["msg"][0].lower() + first["msg"][1:],
+            ": ".join((where, ".".join(map(str, first["loc"])))).removesuffix(": "),
+            expected=rule[0].lower() + rule[1:],
             found="nothing" if first["type"] == "missing" else repr(first["input"]),
-            fix="measure it anew",
+            fix=fix,
         ) from None

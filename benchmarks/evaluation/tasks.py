@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from caprese_kernels.config import validate
 from caprese_kernels.errors import CapreseError
+
+from .. import schemas
 
 FOLDER = Path(__file__).with_name("tasks")
 GROUPS = {
@@ -73,8 +74,8 @@ class LmEval(Strict):
 class Sampling(Strict):
     """temperature 0 is greedy; max_tokens are those of a response."""
 
-    temperature: float = Field(0, ge=0)
-    top_p: float = Field(1, gt=0, le=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(ge=1)
 
 
@@ -133,15 +134,12 @@ def load(name: str) -> Task:
 
 def parse(name: str, text: str) -> Task:
     """From a file's text. CapreseError for what is not YAML or breaks the schema."""
-    where = f"task {name}"
+    where, fix = f"task {name}", f"correct {FOLDER / name}.yaml"
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        told = str(error).replace("\n", " ")
-        raise CapreseError(where, expected="YAML", found=told, fix=f"correct {FOLDER / name}.yaml") from None
-    if not isinstance(found, dict):
-        raise CapreseError(where, expected="a mapping", found=repr(found), fix=f"correct {FOLDER / name}.yaml")
-    return validate(Task, found | {"name": name}, where)
+        raise CapreseError(where, expected="YAML", found=str(error), fix=fix) from None
+    return schemas.parse(Task, found | {"name": name} if isinstance(found, dict) else found, where, fix)
 
 
 def chosen(text: str) -> list[Task]:
