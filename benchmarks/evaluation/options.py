@@ -18,7 +18,9 @@ from .variants import Bench, bench_of
 
 ALL = f"Comma-separated, of {', '.join(GROUPS)} and {', '.join(names())}."
 Tasks = Annotated[str, typer.Option(help=ALL)]
-Model = Annotated[str | None, typer.Option(help="Directory or Hub id; default the demo's model.")]
+Model = Annotated[
+    str | None, typer.Option(help="Directory or Hub id; default the demo's model, with --url the one that it tells.")
+]
 Weights = Annotated[list[str] | None, typer.Option(help="Adapter; may be repeated. The demo's model has its own.")]
 Variants = Annotated[
     str | None,
@@ -48,10 +50,8 @@ def subject(
     variants: str | None,
 ) -> tuple[list[Task], Bench]:
     """The tasks, and what is asked."""
-    if url is not None and (model is not None or serve_args):
-        raise CapreseError(
-            "--url", expected="the server as it runs", found="--model or --serve-args", fix="leave one out"
-        )
+    if url is not None and serve_args:
+        raise CapreseError("--url", expected="the server as it runs", found="--serve-args", fix="leave one out")
     return chosen(tasks), bench_of(model, weights or [], url, serve_args, variants)
 
 

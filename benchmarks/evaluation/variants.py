@@ -123,7 +123,7 @@ def bench_of(
     """
     extra = tuple(shlex.split(serve_args))
     if url is not None:
-        bench = _remote(url.rstrip("/"), weights)
+        bench = _remote(url.rstrip("/"), model, weights)
     elif model is None:
         import torch
 
@@ -172,7 +172,7 @@ def _variants(model: str, adapters: Sequence[Path]) -> list[Variant]:
     return found
 
 
-def _remote(url: str, weights: Sequence[str]) -> Bench:
+def _remote(url: str, model: str | None, weights: Sequence[str]) -> Bench:
     """Full and what GET /caprese tells; an adapter's file, if given, only to know its responses by."""
     served = Served.model_validate(get_json(url, "/caprese", "start it with Caprese enabled"))
     assert served.method is not None
@@ -184,8 +184,8 @@ def _remote(url: str, weights: Sequence[str]) -> Bench:
         variant = Variant(f"caprese-{method.name}", f"Caprese ({label})", method, adapter, stage)
     else:
         variant = Variant(method.name, label, method)
-    root = _served_model(url)["root"]
-    return Bench(root, root, [FULL, variant], [FULL, variant], url)
+    name = model or _served_model(url)["root"]
+    return Bench(name, name, [FULL, variant], [FULL, variant], url)
 
 
 def _served_model(url: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 # What the demo's GRIFFIN adapter is served as.
 SERVED = {"method": "griffin", "density": 0.5, "rank": 48, "layers": [0, 1], "kernel": "cpu"}
@@ -33,6 +34,7 @@ class FakeServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     counted: int = 0
     url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -47,23 +49,24 @@ class FakeServer:
             return self.served | {"generated_tokens": self.counted, "ff_weights_read": read}
 
         @app.post("/v1/chat/completions")
-        def chat(body: dict[str, Any]) -> dict[str, Any]:
+        def chat(body: dict[str, Any]) -> Any:
             return self.complete(body, body["messages"][0]["content"], True)
 
         @app.post("/v1/completions")
-        def completions(body: dict[str, Any]) -> dict[str, Any]:
+        def completions(body: dict[str, Any]) -> Any:
             return self.complete(body, body["prompt"], False)
 
         return app
 
-    def complete(self, body: dict[str, Any], prompt: str, chat: bool) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any], prompt: str, chat: bool) -> Any:
         self.requests.append(body | {"prompt": prompt})
         time.sleep(self.delay)
         if self.fails(prompt):
-            raise HTTPException(500, "out of luck")
+            return JSONResponse({"error": {"message": "out of luck"}}, 500)
         texts = [self.answer(prompt, sample) for sample in range(body.get("n", 1))]
         tokens = [min(len(text.split()), body["max_tokens"]) for text in texts]
-        self.counted += sum(self.counts(count - 1, "vllm_xargs" in body) for count in tokens)
+        with self.lock:  # each request has a thread
+            self.counted += sum(self.counts(count - 1, "vllm_xargs" in body) for count in tokens)
         choices = [
             {
                 "index": index,

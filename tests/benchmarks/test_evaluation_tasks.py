@@ -59,7 +59,11 @@ def test_every_task_is_valid_and_published() -> None:
     [
         ("grader:", "graders:", "graders: expected no such key"),
         ("grader: marked", "", "a grader with source"),
-        ("generator: math", "generator: maths", "source.generator: expected input should be 'math' or 'reading'; found 'maths'"),
+        (
+            "generator: math",
+            "generator: maths",
+            "source.generator: expected input should be 'math' or",
+        ),
         ("generator: math", "generator: math, hub: a/b", "either hub or generator"),
         ("max_tokens: 160", "max_tokens: 160, top_k: 3", "sampling.top_k: expected no such key; found 3"),
         ("title:", "prompt: open-r2\ntitle:", "a prompt with {problem} in it, or one of open-r1"),
@@ -76,7 +80,7 @@ def test_mistakes_in_a_task(old: str, new: str, told: str) -> None:
 
 
 def test_an_unknown_task() -> None:
-    with pytest.raises(CapreseError, match="--tasks: expected of table1, table2, demo, aime24, .* found 'gsm'"):
+    with pytest.raises(CapreseError, match=r"--tasks: expected of table1, table2, demo, aime24, .* found 'gsm'"):
         chosen("demo,gsm")
 
 
