@@ -11,7 +11,7 @@ from typing import Any
 
 from caprese_kernels.errors import CapreseError
 
-from .exams import Question, hub
+from .exams import Question, hub, read_jsonl
 from .tasks import LmEval
 
 
@@ -24,13 +24,13 @@ class Harness:
     def __init__(self, settings: LmEval, data: Path | None, limit: int | None):
         self.settings = settings
         self.metric = settings.metric + (f", {settings.filter}" if settings.filter != "none" else "")
-        # A file holds the rows of all tasks of a group: these differ in the part of the data set that they take.
-        names = settings.tasks[:1] if data else settings.tasks[:limit]
-        if data is not None and not data.is_file():
-            raise CapreseError(f"--data {data}", expected="a JSONL file", found="no file", fix="correct the path")
-        self.tasks = hub(names[0], lambda _: _load(settings, names, data))
+        if data is not None:
+            self.tasks = _local(settings, data)
+        else:
+            self.tasks = hub(settings.tasks[0], lambda _: _load(settings, settings.tasks[:limit], None))
+        count = len(self.tasks)
         for number, task in enumerate(self.tasks):
-            share = None if limit is None else (limit + len(names) - 1 - number) // len(names)
+            share = None if limit is None else (limit + count - 1 - number) // count
             with redirect_stderr(StringIO()):  # its progress bars
                 task.build_all_requests(limit=share)
         self.instances = [each for task in self.tasks for each in task.instances]
@@ -49,6 +49,26 @@ class Harness:
                 said = instance.filtered_resps[self.settings.filter]
                 scores.append(float(task.process_results(instance.doc, [said])[self.settings.metric]))
         return scores
+
+
+def _local(settings: LmEval, data: Path) -> list[Any]:
+    """The first task with the rows of a file: a group's tasks differ only in the part of the data set that they take.
+
+    CapreseError for a file that lm-eval cannot read as that data set.
+    """
+    import jinja2
+
+    if not read_jsonl(data):
+        raise CapreseError(f"--data {data}", expected="problems", found="none", fix="give another file")
+    try:
+        return _load(settings, settings.tasks[:1], data)
+    except (KeyError, jinja2.UndefinedError, TypeError) as error:  # it tries the first row
+        raise CapreseError(
+            f"--data {data}",
+            expected=f"the columns of {settings.tasks[0]}'s data set",
+            found=f"{type(error).__name__}: {error}",
+            fix="correct the file",
+        ) from None
 
 
 def _load(settings: LmEval, names: Sequence[str], data: Path | None) -> list[Any]:

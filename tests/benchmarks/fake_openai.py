@@ -27,7 +27,6 @@ class FakeServer:
 
     answer: Callable[[str, int], str]
     counts: Callable[[int, bool], int] = lambda tokens, off: 0 if off else tokens
-    read: float = 0.75
     fails: Callable[[str], bool] = lambda prompt: False
     delay: float = 0.0
     served: dict[str, Any] = field(default_factory=lambda: dict(SERVED))
@@ -45,7 +44,7 @@ class FakeServer:
 
         @app.get("/caprese")
         def report() -> dict[str, Any]:
-            read = self.read if self.counted else None
+            read = 0.75 if self.counted else None
             return self.served | {"generated_tokens": self.counted, "ff_weights_read": read}
 
         @app.post("/v1/chat/completions")

@@ -142,7 +142,6 @@ def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.
         ),
         ({"counts": lambda tokens, off: 0 if off else tokens - 1}, "variant caprese-griffin: expected .* by sparse"),
         ({"counts": lambda tokens, off: tokens}, r"variant full: expected no token .* found [1-9]\d*;"),
-        ({"read": 1.0}, r"variant caprese-griffin: expected FF weights left out; found 100\.0% of them read"),
     ],
 )
 def test_a_variant_that_ran_another_path_has_no_row(

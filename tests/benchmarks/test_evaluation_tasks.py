@@ -210,6 +210,16 @@ def test_local_files(tmp_path: Path) -> None:
             exam_of(load(task), tmp_path / "none", None)
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "coqa", "qasper", "math"])
+def test_files_that_lm_eval_cannot_read(task: str, tmp_path: Path) -> None:
+    with pytest.raises(CapreseError, match=r"expected the columns of .*'s data set; found (KeyError|UndefinedError): "):
+        exam_of(load(task), write(tmp_path / "a", {"colour": "red"}), None)
+    with pytest.raises(CapreseError, match="expected problems; found none"):
+        exam_of(load(task), write(tmp_path / "b"), None)
+    with pytest.raises(CapreseError, match="line 1: expected a JSON object"):
+        exam_of(load(task), write(tmp_path / "c", [1]), None)
+
+
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
