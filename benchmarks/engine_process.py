@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from caprese_kernels.errors import CapreseError
+from caprese_serve import guard
 
 ROOT = Path(__file__).parents[1]
 Answer = dict[str, Any]
@@ -34,7 +35,7 @@ class Engine:
         self.log, self.is_ready = log, False
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.engine_process"],
+                [sys.executable, "-I", guard.__file__, str(os.getpid()), sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -62,8 +63,8 @@ class Engine:
         return self._hear()
 
     def close(self) -> None:
-        """End the process; nothing it holds needs an orderly end."""
-        self.process.kill()
+        """End the process and all that it started, which would keep a GPU's memory."""
+        self.process.terminate()
         self.process.wait()
 
     def _say(self, message: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 if not __package__:
     import as_script  # type: ignore[import-not-found]  # noqa: F401
 
-import hashlib
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from caprese_kernels.errors import CapreseError
-from caprese_serve.provenance import provenance
+from caprese_serve.provenance import provenance, source_digest
 
 from .plots import Plot
 from .recording import check_writable, progress, recording
@@ -136,16 +135,8 @@ def _provenance(settings: Settings, bandwidth: str) -> dict[str, Any]:
     import torch
 
     made_with = asdict(settings) | {"dtype": "bfloat16", "threads": torch.get_num_threads()}
-    return provenance() | {"settings": made_with, "bandwidth": bandwidth, "source": _source()}
-
-
-def _source() -> str:
-    """A digest of the code that is measured and that measures: what a dirty commit, or none, does not tell."""
-    files = [*(ROOT / "kernels/caprese_kernels").rglob("*"), *(ROOT / "benchmarks").glob("kernel*.py")]
-    digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.suffix in {".py", ".cpp", ".h"}):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    source = source_digest(ROOT / "kernels/caprese_kernels", *(ROOT / "benchmarks").glob("kernel*.py"))
+    return provenance() | {"settings": made_with, "bandwidth": bandwidth, "source": source}
 
 
 def _device(name: str) -> str:

@@ -90,6 +90,15 @@ def previous(path: Path, new: Result) -> Result | None:
     return earlier
 
 
+def earlier_rows(path: Path, new: Result) -> list[Row]:
+    """The rows of an earlier run that was made as this one; none where it was made otherwise, or is no result."""
+    try:
+        earlier = previous(path, new)
+    except CapreseError:
+        return []
+    return earlier.rows if earlier else []
+
+
 def check_writable(out: Path) -> None:
     """Fail before the work, not after it."""
     try:

@@ -278,6 +278,7 @@ class Check(Row):
     """A step of `make gpu-check`."""
 
     step: str
+    stage: Literal["a", "b"]
     status: Literal["passed", "failed", "out of time", "no tests", "skipped"]
     seconds: Amount
     given_seconds: float | None = None

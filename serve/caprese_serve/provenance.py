@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,17 +26,34 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def hardware_slug() -> str:
+    """A folder's name for what figures were measured on: the GPU, or the CPU where there is none."""
+    found = hardware()
+    name = found["gpus"][0]["name"] if found["gpus"] else found["cpu"]["model"]
+    words = re.sub(r"\((r|tm)\)|\bprocessor\b|\bcpu\b|@.*", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
 def git_commit() -> str | None:
-    """The commit that this file is checked out from; None outside git.
+    """The commit that this file is checked out from, or what CAPRESE_GIT_COMMIT says of a copy without git; or None.
 
     With "-dirty" where tracked files differ, other than the results that a run is about to write anew.
     """
     here = Path(__file__)
     if not _git(here.parent, "ls-files", here.name):  # not ours: an environment inside someone's repository
-        return None
+        return os.environ.get("CAPRESE_GIT_COMMIT")
     commit = _git(here.parent, "rev-parse", "HEAD")
     changed = _git(here.parent, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
     return f"{commit}-dirty" if commit and changed else commit
+
+
+def source_digest(*places: str | Path) -> str:
+    """Of all Python and C++ files, themselves or below folders: what a dirty commit, or none, does not tell."""
+    digest = hashlib.sha256()
+    found = (path for place in map(Path, places) for path in (place.rglob("*") if place.is_dir() else [place]))
+    for path in sorted(path for path in found if path.suffix in {".py", ".cpp", ".h"}):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

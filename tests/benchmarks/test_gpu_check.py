@@ -1,15 +1,18 @@
 """`make gpu-check` where there is no GPU: its messages, its steps, its record."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, kernel_cases
+from benchmarks import cli, gpu_check, kernel_cases, schemas
+from caprese_serve import provenance
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,26 +53,52 @@ def test_gpu_check_goes_on_after_a_failure(
     def step(name: str, code: str) -> gpu_check.Step:
         return gpu_check.Step(name, [sys.executable, "-c", code], 20)
 
-    plan: Callable[[Path], list[gpu_check.Step]] = lambda folder: [step("one", "exit(1)"), step("two", "exit(0)")]  # noqa: E731
-    monkeypatch.setattr(gpu_check, "steps", plan)
-    monkeypatch.setattr(gpu_check, "missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200 (test)")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
-    assert gpu_check.main() == 1
-    record = json.loads((tmp_path / "nvidia-h200-test" / "check.json").read_text())
-    assert [(row["step"], row["status"]) for row in record["rows"]] == [("one", "failed"), ("two", "passed")]
-    assert not record["partial"]
-    # No time left: recorded, not started.
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--minutes", "0"])
-    assert gpu_check.main() == 0
-    record = json.loads((tmp_path / "nvidia-h200-test" / "check.json").read_text())
-    assert {row["status"] for row in record["rows"]} == {"out of time"}
+    two = f"import pathlib; pathlib.Path({str(tmp_path / 'runs')!r}).open('a').write('two '); print('well')"
+    absent = dataclasses.replace(step("three", "exit(1)"), stage="b", skipped="packages missing: vllm")
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: [step("one", "print('ill'); exit(1)"), step("two", two), absent])
+    monkeypatch.setattr(gpu_check, "missing", lambda small: None)
+    monkeypatch.setattr(provenance, "hardware_slug", lambda: "h200")
+
+    def check(*arguments: str) -> tuple[int, list[tuple[str, str]]]:
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), *arguments])
+        code = gpu_check.main()
+        assert schemas.check(tmp_path / "h200/check.json") == 3
+        record = json.loads((tmp_path / "h200/check.json").read_text())
+        assert not record["partial"]
+        return code, [(row["step"], row["status"]) for row in record["rows"]]
+
+    assert check() == (1, [("one", "failed"), ("two", "passed"), ("three", "skipped")])
+    log = (tmp_path / "h200/check.log").read_text().splitlines()
+    assert [line for line in log if not line.startswith("==")] == ["ill", "well", "packages missing: vllm"]
+    # What passed is not run again, unless asked for; what did not is, if there is time.
+    assert check("--minutes", "0") == (0, [("two", "passed"), ("one", "out of time"), ("three", "skipped")])
+    assert (tmp_path / "runs").read_text() == "two "
+    assert check("--stage", "b", "--minutes", "0")[1][-1] == ("three", "skipped")
+    assert dict(check("--anew")[1])["two"] == "passed"
+    assert (tmp_path / "runs").read_text() == "two two "
+
+
+def test_the_plugin_is_found_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(gpu_check.metadata, "distribution", none)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    gpu_check.register(tmp_path)
+    assert os.environ["PYTHONPATH"] == os.pathsep.join(["/somewhere", str(tmp_path)])
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    (point,) = found.entry_points
+    assert (point.group, point.name, point.value) == ("vllm.general_plugins", "caprese", "caprese_vllm.plugin:register")
 
 
 def test_gpu_check_plans_every_step_within_the_checkout(tmp_path: Path) -> None:
-    steps = gpu_check.steps(tmp_path)
-    assert sum("pytest" in step.command for step in steps) == 2
-    for step in steps:
+    every, small = gpu_check.steps(tmp_path), gpu_check.steps(tmp_path, small=True)
+    assert [sum("pytest" in step.command for step in part) for part in (every, small)] == [3, 1]
+    assert all({step.stage for step in part} == {"a", "b"} for part in (every, small))
+    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    for step in [*every, *small]:
+        if "bench" in step.command:
+            assert step.command[step.command.index("bench") + 1] in {name.replace("_", "-") for name in known}
         for word in step.command:
             assert not word.startswith("tests") or (ROOT / word).exists()
             assert not word.startswith("--ignore") or (ROOT / word.partition("=")[2]).exists()

@@ -11,7 +11,7 @@ def test_the_readmes_tables_are_the_measured_ones() -> None:
 
 def test_the_results_show_what_they_must() -> None:
     """The claims of the README: GRIFFIN loses much, and layer-wise adapters give at least half of it back."""
-    report = DemoReport.model_validate_json(readme.DEMO.read_text())
+    report = DemoReport.model_validate_json(readme.newest("demo").read_text())
     full, griffin, caprese = (report.row(name) for name in ("Full", "GRIFFIN", "Caprese (GRIFFIN)"))
     assert full
     assert griffin

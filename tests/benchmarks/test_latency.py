@@ -1,0 +1,195 @@
+"""The latency benchmark: its floor by hand, figures from known times, and runs that did not run what they say."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks import latency, latency_engines, schemas
+from benchmarks.engine_models import write_arch
+from benchmarks.floor import Weights, step_bytes
+from benchmarks.latency import BATCH, ONE, SAMPLES, Case, Run, kept_share, make_cases, proof, rows
+from benchmarks.latency_engines import VARIANTS, Subject, groups
+from caprese_kernels.errors import CapreseError
+
+# D = 10, F = 30: an FF block has 3 x 300 values. Four layers, 1,000 values elsewhere, 200 of them looked up.
+WEIGHTS = Weights(total=1000 + 4 * 900, lookup=200, ff=900, gate=300, layers=4, hidden_size=10, neurons=30, kv=8)
+
+
+def subject(**fields: Any) -> Subject:
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=10, intermediate_size=30, num_hidden_layers=4, architectures=["Qwen2ForCausalLM"]
+    )
+    given = Subject("path", "tiny", config, WEIGHTS, True, density=0.5, rank=2, dtype="bfloat16")
+    return replace(given, **fields)
+
+
+def test_the_floor_by_hand() -> None:
+    assert step_bytes(WEIGHTS) == 2 * (800 + 3600)
+    assert step_bytes(WEIGHTS, itemsize=4, context=5, batch=3) == 4 * (800 + 3600 + 3 * 5 * 8)
+    # Half of two blocks; and 40 values of a correction in each.
+    assert step_bytes(WEIGHTS, "griffin", sparse_layers=2, kept=0.5, added=40) == 2 * (4400 - 900 + 80)
+    # The gate is read whole.
+    assert step_bytes(WEIGHTS, "cats", sparse_layers=4, kept=0.25) == 2 * (4400 - 4 * 0.75 * 600)
+
+
+def test_the_floor_of_the_papers_model(tmp_path: Path) -> None:
+    weights = Weights.of(AutoConfig.from_pretrained(write_arch("qwen2.5-14b", tmp_path)))
+    assert weights.total - weights.lookup == pytest.approx(13.99e9, rel=1e-3)
+    added = 2 * 5120 * 256
+    for method, layers, ratio in (("griffin", 24, 0.822), ("griffin", 48, 0.645), ("cats", 48, 0.766)):
+        found = step_bytes(weights, method, layers, 0.5, added) / step_bytes(weights)
+        assert found == pytest.approx(ratio, abs=5e-4)
+    assert step_bytes(weights, context=2048) - step_bytes(weights) == 2048 * 48 * 2 * 8 * 128 * 2
+
+
+def test_cases() -> None:
+    cases = make_cases("2048+256, 8+2", "1,4", "2")
+    assert cases == [
+        Case(ONE, 2048, 256),
+        Case(ONE, 8, 2),
+        Case(BATCH, 2048, 256, batch=1),
+        Case(BATCH, 2048, 256, batch=4),
+        Case(SAMPLES, 2048, 256, samples=2),
+    ]
+    for wrong in ("2048", "2048+1", "0+4", "a+b", ""):
+        with pytest.raises(CapreseError, match=r"--setups: expected P\+G"):
+            make_cases(wrong, "", "")
+    with pytest.raises(CapreseError, match="--n: expected comma-separated numbers from 1"):
+        make_cases("8+2", "", "2,0")
+    with pytest.raises(CapreseError, match="--variants: expected of full, griffin"):
+        latency._variants("full,dense")
+    with pytest.raises(CapreseError, match="--variants: expected full among them"):
+        latency._variants("griffin,caprese")
+
+
+def test_who_runs_together() -> None:
+    full, *others = [VARIANTS[name] for name in ("full", "griffin", "lora", "caprese", "cats", "caprese-cats")]
+    assert groups([full, *others], 6) == [[full, *others]]
+    assert groups([full, *others], 4) == [[full, *others[:3]], [full, *others[3:]]]
+    assert groups([full, *others], 2) == [[full, other] for other in others]
+    with pytest.raises(CapreseError, match="room for two engines"):
+        groups([full, *others], 1)
+
+
+def test_corrections_have_as_many_parameters() -> None:
+    big = subject(config=AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960), rank=256)
+    weights = replace(WEIGHTS, hidden_size=1536)
+    ours, lora = (replace(big, weights=weights).added(VARIANTS[name]) for name in ("caprese", "lora"))
+    assert ours == 2 * 1536 * 256
+    assert lora == pytest.approx(ours, rel=0.03)
+    assert replace(big, weights=weights).added(VARIANTS["griffin"]) == 0
+
+
+@pytest.mark.parametrize("name", ["griffin", "caprese", "cats", "caprese-cats", "caprese-all"])
+def test_the_share_kept_is_found_in_the_share_read(name: str) -> None:
+    variant, us = VARIANTS[name], subject()
+    sparse, depth, kept = len(us.layers(variant)), 10, 0.4
+    low_rank = 2 * depth * us.rank if variant.correction == "caprese" else 0
+    read = 900 * kept if variant.method == "griffin" else 300 + 600 * kept
+    share = ((4 - sparse) + sparse * (read + low_rank) / 900) / 4
+    assert kept_share(us, variant, share) == pytest.approx(kept)
+
+
+def said(name: str, tokens: int, **changes: Any) -> dict[str, Any]:
+    """What an engine's counters say of a variant that ran as it should."""
+    variant, us = VARIANTS[name], subject()
+    sparse, rank = len(us.layers(variant)), us.rank_of(variant)
+    read = 450 if variant.method == "griffin" else 600
+    return {
+        "method": variant.method,
+        "layers": list(us.layers(variant)),
+        "rank": rank,
+        "density": 0.5,
+        "kernel": "lora over cpu" if variant.correction == "lora" else "cpu",
+        "generated_tokens": tokens,
+        "ff_weights_read": ((4 - sparse) + sparse * (read + 20 * rank) / 900) / 4,
+    } | changes
+
+
+CASE = Case(ONE, 100, 5)
+
+
+@pytest.mark.parametrize("name", ["griffin", "lora", "caprese", "caprese-all", "cats", "caprese-cats"])
+def test_counters_that_fit_are_a_proof(name: str) -> None:
+    path = proof(subject(), VARIANTS[name], CASE, 3, said(name, 7), said(name, 7 + 12))
+    assert path["sparse_tokens"] == 12
+    assert path["kept_share"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("griffin", {"generated_tokens": 18}, "12 tokens generated by sparse FF blocks; found 11"),
+        ("griffin", {"layers": [0]}, r"griffin in layers \[0, 1\]"),
+        ("griffin", {"method": "cats"}, "griffin in layers"),
+        ("griffin", {"ff_weights_read": 0.9}, "50% of the neurons kept; found 80.0%"),
+        ("griffin", {"kernel": "lora over cpu"}, "no LoRA"),
+        ("lora", {"kernel": "cpu"}, "variant lora: expected LoRA; found cpu"),
+        ("caprese", {"rank": 0}, "rank 2; found 0"),
+        ("cats", {"ff_weights_read": 1.0}, "50% of the neurons kept; found 100.0%"),
+    ],
+)
+def test_a_variant_that_ran_otherwise_fails(name: str, changes: dict[str, Any], told: str) -> None:
+    before = said(name, 7)
+    after = said(name, 19, **changes)
+    if "ff_weights_read" in changes:
+        before["ff_weights_read"] = changes["ff_weights_read"]
+    with pytest.raises(CapreseError, match=told):
+        proof(subject(), VARIANTS[name], CASE, 3, before, after)
+
+
+def test_full_must_be_plain_and_a_method_must_not() -> None:
+    assert proof(subject(), VARIANTS["full"], CASE, 3, None, None) == {}
+    with pytest.raises(CapreseError, match="variant full: expected plain vLLM"):
+        proof(subject(), VARIANTS["full"], CASE, 3, None, said("griffin", 12))
+    with pytest.raises(CapreseError, match="variant cats: expected cats in layers"):
+        proof(subject(), VARIANTS["cats"], CASE, 3, None, None)
+
+
+def answer(first: float, step: float) -> dict[str, Any]:
+    """Two requests of five tokens; the second's steps take twice as long."""
+    times = [[first + i * step for i in range(5)], [first + 2 * i * step for i in range(5)]]
+    return {"times": times, "cached": [0, 0], "max_tokens": 5}
+
+
+def test_figures_from_known_times(tmp_path: Path) -> None:
+    full = Run(VARIANTS["full"], [answer(1.0, 0.1), answer(1.0, 0.2), answer(1.0, 0.3)], 1.0, {})
+    path = {"sparse_tokens": 24, "ff_weights_read": 0.75, "kept_share": 0.5, "kernel": "cpu"}
+    griffin = Run(VARIANTS["griffin"], [answer(2.0, 0.05), answer(2.0, 0.16), answer(2.0, 0.3)], 0.6, path)
+    plain, row = rows(Case(BATCH, 100, 5, batch=2), subject(), [full, griffin], pace=1e-3)
+    assert (plain["ratio"], plain["predicted_ratio"], plain["variant"]) == (1, 1, "Full")
+    assert row["tpot_ms"] == pytest.approx(1e3 * 0.16 * 1.5)  # means over requests, the median round
+    assert row["full_tpot_ms"] == pytest.approx(1e3 * 0.2 * 1.5)
+    assert (row["ttft_s"], row["e2e_s"]) == (2.0, pytest.approx(2 + 4 * 2 * 0.16))
+    assert row["ratio"] == pytest.approx(0.8)  # of .5, .8 and 1
+    assert row["ratio_iqr"] == pytest.approx(0.25)
+    assert row["e2e_ratio"] == pytest.approx((2 + 8 * 0.3) / (1 + 8 * 0.3))  # the median of the rounds' ratios
+    assert row["tpot_p50_ms"] == pytest.approx(1e3 * (0.16 + 0.3) / 2)  # steps of .05 .1 .16 .32 .3 .6, four each
+    assert row["tpot_p99_ms"] == pytest.approx(600)
+    needed = 2 * (4400 - 2 * 0.4 * 900 + 2 * 102.5 * 8)
+    assert row["mb_a_step"] == pytest.approx(needed / 1e6)
+    assert row["predicted_ratio"] == pytest.approx(needed / (2 * (4400 + 2 * 102.5 * 8)))
+    assert row["gb_s"] == pytest.approx(needed / 0.24 / 1e9)
+    assert row["bandwidth_share"] == pytest.approx(needed / 0.24 / 1e6)
+    assert row["tokens_per_s"] == pytest.approx(2 / 0.24)
+    for each in (plain, row):
+        schemas.Latency.model_validate(each)
+
+
+def test_prompts_differ_but_not_between_engines(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    us = subject()
+    first, again = (latency_engines.prompts(us, None, 3, 8, seed=1) for _ in range(2))
+    assert first == again
+    assert first != latency_engines.prompts(us, None, 3, 8, seed=2)
+    assert len({tuple(prompt) for prompt in first}) == 3
+    assert {len(prompt) for prompt in first} == {8}
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"prompt": "Ann has 3 apples."}) + "\n")
+    real = subject(path=str(model_dir("llama")))
+    made = latency_engines.prompts(real, str(text), 2, 9, seed=0)
+    assert [len(prompt) for prompt in made] == [9, 9]
