@@ -20,6 +20,7 @@ GROUPS = {
     "table1": "Table 1: instruct models, zero-shot",
     "table2": "Table 2: thinking models, zero-shot",
     "demo": "the demo's tasks",
+    "other": "other tasks",
 }
 # Open R1's, which section 4.3 of the paper names: github.com/huggingface/open-r1, src/open_r1/evaluate.py at commit
 # eeca246 (February 2025); since April 2025 Open R1 takes the same words from lighteval, default_prompts.py.
@@ -84,7 +85,7 @@ class Task(Strict):
 
     name: str
     title: str
-    group: Literal["table1", "table2", "demo"]
+    group: Literal["table1", "table2", "demo", "other"]
     lm_eval: LmEval | None = None
     source: Source | None = None
     prompt: str = Field("{problem}", description="text with {problem} in it, or a name of PROMPTS")
