@@ -47,6 +47,8 @@ def accuracy(
     out: Annotated[Path, typer.Option(help="Folder for accuracy.json, .csv, .html and accuracy/.")] = Path("out/bench"),
 ) -> None:
     """Accuracy of Full, GRIFFIN, CATS and Caprese through vLLM: tables 1 and 2, with paired differences to Full."""
+    import scipy.stats  # noqa: F401 - if it is missing, that is told before the questions are asked
+
     from .evaluation.asking import Examiner
 
     check_writable(out)

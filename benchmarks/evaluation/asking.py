@@ -22,7 +22,7 @@ from caprese_serve.client import Client, Reply, in_turns
 from caprese_serve.demo.results import Served
 
 from ..recording import progress
-from .exams import Exam
+from .exams import Exam, Question
 from .store import Response, Store, digest
 from .tasks import Sampling, Task
 from .variants import OFF, Bench, Endpoint, Variant
@@ -30,13 +30,14 @@ from .variants import OFF, Bench, Endpoint, Variant
 
 @dataclass(frozen=True)
 class Request:
-    """`samples` answers to one prompt. `identity` tells all that they depend on."""
+    """`samples` answers to one prompt. `identity` tells all that they depend on, `key` is its digest."""
 
     id: str
     prompt: str
     chat: bool
     options: dict[str, Any]
     identity: dict[str, Any]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,12 @@ class Sitting:
             made.append([self._request(question, options, served) for question in self.exam.questions])
         return made
 
-    def _request(self, question: Any, options: dict[str, Any], served: dict[str, Any]) -> Request:
+    def _request(self, question: Question, options: dict[str, Any], served: dict[str, Any]) -> Request:
         if question.stop:
             options = options | {"stop": list(question.stop)}
         prompt = {"sha256": hashlib.sha256(question.prompt.encode()).hexdigest(), "chat": self.task.chat}
-        return Request(
-            question.id, question.prompt, self.task.chat, options, served | {"prompt": prompt, "options": options}
-        )
+        identity = served | {"prompt": prompt, "options": options}
+        return Request(question.id, question.prompt, self.task.chat, options, identity, digest(identity))
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,12 @@ class Work:
         self.store = Store(folder / f"{sitting.task.name}.jsonl", examiner.resume)
 
     def missing(self) -> list[Request]:
-        return [request for run in self.requests for request in run if digest(request.identity) not in self.store.found]
+        """Each once: a question may have several gold answers, and then comes as often."""
+        every = {request.key: request for run in self.requests for request in run}
+        return [request for key, request in every.items() if key not in self.store.found]
 
     def answers(self) -> Answers:
-        found = [[self.store.found[digest(request.identity)] for request in run] for run in self.requests]
+        found = [[self.store.found[request.key] for request in run] for run in self.requests]
         return Answers(self.variant, self.sitting, found)
 
     def ask(self, endpoint: Endpoint) -> None:
@@ -198,7 +200,12 @@ class Work:
             told = f"{self.variant.label}, {self.sitting.task.title}"
             total = sum(len(run) for run in self.requests)
             line = bar.add_task(told, total=total, completed=total - len(missing))
-            asyncio.run(run())
+            try:
+                asyncio.run(run())
+            except KeyboardInterrupt:
+                there = total - len(self.missing())
+                self.examiner.console.print(f"{there} of {total} responses are in {self.store.path}", soft_wrap=True)
+                raise
 
 
 class Proof:

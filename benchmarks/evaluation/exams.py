@@ -51,6 +51,8 @@ class Graded:
     """Problems with a gold answer, and a grader of this module."""
 
     def __init__(self, task: Task, data: Path | None, limit: int | None):
+        if task.grader == "math-verify":
+            import math_verify  # noqa: F401 - if it is missing, that is told before the questions are asked
         source = task.source
         assert source is not None
         assert task.grader is not None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
-from .asking import Sitting
-from .exams import exam_of
 from .tasks import GROUPS, Sampling, Task, chosen, names
-from .variants import Bench, bench_of
+
+if TYPE_CHECKING:
+    from .asking import Sitting
+    from .variants import Bench
 
 ALL = f"Comma-separated, of {', '.join(GROUPS)} and {', '.join(names())}."
 Tasks = Annotated[str, typer.Option(help=ALL)]
@@ -50,6 +51,8 @@ def subject(
     variants: str | None,
 ) -> tuple[list[Task], Bench]:
     """The tasks, and what is asked."""
+    from .variants import bench_of
+
     if url is not None and serve_args:
         raise CapreseError("--url", expected="the server as it runs", found="--serve-args", fix="leave one out")
     return chosen(tasks), bench_of(model, weights or [], url, serve_args, variants)
@@ -64,6 +67,9 @@ def sittings_of(
     **changes: float | None,
 ) -> list[Sitting]:
     """Each task with its problems, asked as it says; `changes` to its sampling are those not None."""
+    from .asking import Sitting
+    from .exams import exam_of
+
     files = _files(data or [], tasks)
     told = {name: value for name, value in changes.items() if value is not None}
     made = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from caprese_kernels.errors import CapreseError
@@ -135,6 +134,8 @@ def load(name: str) -> Task:
 
 def parse(name: str, text: str) -> Task:
     """From a file's text. CapreseError for what is not YAML or breaks the schema."""
+    import yaml
+
     where, fix = f"task {name}", f"correct {FOLDER / name}.yaml"
     try:
         found = yaml.safe_load(text)

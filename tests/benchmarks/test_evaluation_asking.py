@@ -125,6 +125,7 @@ def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.
     assert run.returncode == code
     assert told in " ".join(said.split())
     stored = len(lines(tmp_path, "full"))
+    assert (f"{stored} of 20 responses are in {tmp_path}" in said) is (signum == signal.SIGINT)
     assert 4 <= stored < 20
     fake.delay = 0.0
     fake.requests.clear()
@@ -198,6 +199,22 @@ def test_runs_have_their_own_seeds_and_a_deviation(fake: FakeServer, tmp_path: P
     assert full["run_std"] == pytest.approx((0.25**2 * (2.25 + 0.25 + 0.25 + 2.25) / 3) ** 0.5)
     assert caprese["difference"] == caprese["difference_low"] == 0.0
     assert "mcnemar_p" not in caprese, "several runs are no single right or wrong"
+
+
+def test_a_question_with_two_gold_answers_is_asked_once(fake: FakeServer, tmp_path: Path) -> None:
+    def blob(text: str) -> dict[str, Any]:
+        return {"unanswerable": False, "yes_no": None, "free_form_answer": text, "extractive_spans": []}
+
+    asked = {"question": ["Which?"], "answers": [{"answer": [blob("red"), blob("blue")]}]}
+    data = tmp_path / "qasper.jsonl"
+    data.write_text(json.dumps({"title": "T", "abstract": "A", "qas": asked}) + "\n")
+    fake.answer = lambda prompt, sample: "red"
+    row = ask(fake, tmp_path, tasks="qasper", data=[f"qasper={data}"], limit=None)["Full"]
+    assert (row["problems"], row["score"], row["metric"]) == (2, 0.5, "f1_abstractive")
+    ((request,), (other,)) = fake.asked(True), fake.asked(False)
+    assert (request["prompt"], request["stop"]) == ("TITLE: T\nABSTRACT: A\n\nQ: Which?\n\nA:", ["\n"])
+    assert "messages" not in request, "bare text, without a chat template"
+    assert other["prompt"] == request["prompt"]
 
 
 def test_coverage(fake: FakeServer, tmp_path: Path) -> None:

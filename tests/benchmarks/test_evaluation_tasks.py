@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.evaluation.exams import exam_of, verified
 from benchmarks.evaluation.harness import Harness
 from benchmarks.evaluation.tasks import GROUPS, chosen, load, names, parse
 from caprese_kernels.errors import CapreseError
+from caprese_serve.cli import main
 
 # A folder with gsm8k/test.jsonl of github.com/openai/grade-school-math.
 DATA = Path(os.environ.get("CAPRESE_DATA", Path(__file__).parents[3] / "shared/data"))
@@ -218,6 +220,24 @@ def test_files_that_lm_eval_cannot_read(task: str, tmp_path: Path) -> None:
         exam_of(load(task), write(tmp_path / "b"), None)
     with pytest.raises(CapreseError, match="line 1: expected a JSON object"):
         exam_of(load(task), write(tmp_path / "c", [1]), None)
+
+
+@pytest.mark.parametrize(("package", "task"), [("lm_eval", "gsm8k"), ("math_verify", "math500")])
+def test_a_missing_package_is_told_with_its_extra(
+    package: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "a", {"question": "1?", "answer": "#### 1"})
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it then fails
+    command = ["caprese", "bench", "accuracy", "--tasks", task, "--data", f"{task}={data}", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own handlers stay
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert told.startswith(f"caprese: package {package}")
+    assert 'pip install "caprese-vllm[bench]"' in told
 
 
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
