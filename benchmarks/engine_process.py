@@ -31,7 +31,7 @@ class Engine:
         """Output goes to `log`; `variables` are added to the environment."""
         environment = {**os.environ, **variables, "VLLM_NO_USAGE_STATS": "1"}
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `report` and `union` send functions to workers
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         self.log, self.is_ready = log, False
         with log.open("w") as errors:
             self.process = subprocess.Popen(

@@ -19,6 +19,7 @@ from caprese_kernels.errors import CapreseError
 from .engine_models import write_arch
 from .engine_process import Engine
 from .floor import Weights
+from .served_lora.engine import variables as lora_environment
 
 GIB = 2**30
 
@@ -142,7 +143,7 @@ def job_of(
         layers = list(subject.layers(variant))
         job["caprese"] = {"method": variant.method, "density": subject.density, "layers": layers}
     if variant.correction == "lora":
-        job["lora"] = {"rank": subject.rank}
+        job["variables"] = lora_environment(folder, subject.rank)
     return job
 
 
@@ -195,7 +196,9 @@ def running(
             part = names[begin : begin + side_by_side]
             with console.status(f"starting engines: {', '.join(part)}"):
                 for name in part:
-                    engine = Engine(logs / f"latency-{name}.log", environment, **jobs[name])
+                    job = dict(jobs[name])
+                    more = environment | job.pop("variables", {})
+                    engine = Engine(logs / f"latency-{name}.log", more, **job)
                     engines[name] = stack.enter_context(engine)
                 for name in part:
                     engines[name].ready()

@@ -58,7 +58,11 @@ class Lora(nn.Module):
 
 def lora_rank(info: BaseModelInfo, rank: int) -> int:
     """The r' whose 3 r' (D + F) parameters come nearest to the 2 D r of L and R; at least 1."""
-    depth, neurons = info.hidden_size, info.intermediate_size
+    return count_rank(info.hidden_size, info.intermediate_size, rank)
+
+
+def count_rank(depth: int, neurons: int, rank: int) -> int:
+    """The same for D and F."""
     return max(1, round(2 * depth * rank / (3 * (depth + neurons))))
 
 

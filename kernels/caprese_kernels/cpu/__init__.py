@@ -83,7 +83,7 @@ def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
 def _gather(x: Tensor, ff: PackedFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
     """Only the rows that are needed. Without slots: every neuron, no low-rank rows."""
     x, y = _rows(x), x.new_zeros(x.shape)
-    library().caprese_ff(*_described(x, ff, y, slots, **selections), torch.get_num_threads())
+    library().caprese_ff(*described(x, ff, y, slots, **selections), torch.get_num_threads())
     return y
 
 
@@ -93,9 +93,10 @@ def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> T
     low_rank = ff.up_plus[neurons:]
     gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
     z = x.new_empty(len(x), neurons + ff.rank)
-    described = _described(x, ff, None, slots, **selections)
+    block, batch = described(x, ff, None, slots, **selections)
     library().caprese_mask(
-        *described, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0)), torch.get_num_threads()
+        *(block, batch, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0))),
+        torch.get_num_threads(),
     )
     if ff.rank:
         z[:, neurons:] = F.linear(x, low_rank)
@@ -136,7 +137,7 @@ def _dtype(tensor: Tensor) -> int:
     return DTYPES[tensor.dtype]
 
 
-def _described(
+def described(
     x: Tensor,
     ff: PackedFF,
     y: Tensor | None,
@@ -145,6 +146,7 @@ def _described(
     tau: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> tuple[object, object]:
+    """Pointers to block.h's Block and Batch; CapreseError for tensors that the code would misread."""
     dtype, table = ff.down_plus.dtype, tau if keep is None else keep
     if x.dtype != dtype or x.device.type != "cpu" or x.shape[1] != ff.hidden_size:
         raise CapreseError(

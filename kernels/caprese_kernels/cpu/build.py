@@ -12,9 +12,11 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+HERE = Path(__file__).parent
 SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
 HEADERS = ("block.h", "rows.h", "vector.h")
 # -fopenmp: the thread pool is torch's, whose libgomp is loaded already under the same name.
@@ -64,26 +66,34 @@ def library(march: str = "native") -> ctypes.CDLL:
 def _library(march: str) -> ctypes.CDLL | Unavailable:
     """A failure is kept too: trying again would take as long and fail as well."""
     try:
-        path = _compiled(march)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        return Unavailable(str(error))
+        return compiled("ff", [HERE / name for name in SOURCES], march)
     except Unavailable as error:
         return error
 
 
-def _compiled(march: str) -> Path:
+def compiled(name: str, sources: Sequence[Path], march: str = "native") -> ctypes.CDLL:
+    """A library of C++ sources that may include this folder's headers; from the cache, where it is there.
+
+    Raises Unavailable with the reason.
+    """
+    try:
+        return ctypes.CDLL(str(_compiled(name, sources, march)))
+    except OSError as error:
+        raise Unavailable(str(error)) from None
+
+
+def _compiled(name: str, sources: Sequence[Path], march: str) -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable(f"no kernels for {platform.machine()} processors")
-    cxx, here = compiler(), Path(__file__).parent
+    cxx = compiler()
     macros = _run([*cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])  # the compiler, and what native is
-    sources = [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *sources]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"ff-{key}.so"
+    texts = [path.read_text() for path in (*sources, *(HERE / header for header in HEADERS))]
+    key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *texts]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{name}-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            _run([*cxx, *FLAGS, f"-march={march}", *(str(here / name) for name in SOURCES), "-o", str(made)])
+            _run([*cxx, *FLAGS, f"-march={march}", f"-I{HERE}", *map(str, sources), "-o", str(made)])
             with made.open("rb") as file:
                 os.fsync(file.fileno())
             made.replace(path)  # whole or not at all, also when several processes compile at once

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "vector.h"
 
@@ -150,4 +151,19 @@ void project(const T* const* rows, const T* const* next, const typename Rows<T>:
             p = upto;
         }
     }
+}
+
+// Values from one token to the next: whole steps of every kind of row, and an odd number of cache lines, so that the
+// same place of many tokens does not fall into the same few sets of the cache.
+template <class T>
+int64_t padded(int64_t depth) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    return ((depth + 31) / 32 * 32 / LINE | 1) * LINE;
+}
+
+// Room for `count` zeros, at the beginning of a cache line: elsewhere each load and store of a vector touches two.
+template <class T>
+T* zeros(std::vector<T>& buffer, size_t count) {
+    buffer.assign(count + 64 / sizeof(T), T{});
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
 }

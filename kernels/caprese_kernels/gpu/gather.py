@@ -47,7 +47,7 @@ def plan(keep: Tensor, slots: Tensor) -> Plan:
 
 def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan) -> Tensor:
     """As reference.griffin_ff, for T > 0 tokens."""
-    call = _Call(x, ff, slots)
+    call = Call(x, ff, slots)
     arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # `griffin_up` sets it to zero
     grid = (triton.cdiv(call.width, call.up.rows), call.token_tiles)
     kernels.griffin_up[grid](
@@ -61,7 +61,7 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan)
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """As reference.cats_ff, for T > 0 tokens."""
-    call = _Call(x, ff, slots)
+    call = Call(x, ff, slots)
     zeros = torch.zeros(len(x) + call.down_programs, dtype=torch.int64, device=x.device)  # both counts in one launch
     kept, arrived = zeros[: len(x)], zeros[len(x) :].view(torch.int32)
     tiles = triton.cdiv(ff.num_neurons, call.up.rows) + triton.cdiv(ff.rank, call.up.rows)
@@ -71,7 +71,7 @@ def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor
     return call.down(arrived), kept
 
 
-class _Call:
+class Call:
     """What the kernels of one call have in common: sizes, tiles, and z [T, F + r]."""
 
     def __init__(self, x: Tensor, ff: PackedFF, slots: Tensor):
