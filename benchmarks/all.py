@@ -42,8 +42,13 @@ STEPS = (
     Step("residual", "figure 2: the error and its low rank"),
     Step("ablation", "figure 5: accuracy over density and rank"),
     Step("recovery", "tables 1 and 5 on the demo model: what training gives back", resumes=False),
+    Step("accuracy", "tables 1 and 2 through a server, here on the demo's tasks"),
+    Step("length", "figures 4 and 7: how long responses are", resumes=False),
+    Step("coverage", "figure 3: Pass@K over samples and compute"),
     Step("kernels", "one FF block: bandwidth and ratio to dense"),
+    Step("decode", "a whole decode step without vLLM, beside its bytes"),
     Step("latency", "table 4: end to end, to first and to next token"),
+    Step("exactness", "the engine's tokens against plain Hugging Face's"),
     Step("prefix", "what prefix caching still saves"),
 )
 

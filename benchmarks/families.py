@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from caprese_kernels.errors import CapreseError
+
 # Keys of transformers' configurations, in the order of a line below.
 KEYS = (
     "hidden_size",
@@ -62,3 +64,18 @@ def config(family: str, model: str) -> Any:
 
     model_type, models = FAMILIES[family]
     return AutoConfig.for_model(model_type, **dict(zip(KEYS, models[model], strict=True)))
+
+
+def model_config(model: str) -> Any:
+    """The transformers configuration of a directory or Hub id; CapreseError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CapreseError(
+            f"--model {model}",
+            expected="a model directory or Hub id with a config.json",
+            found=str(error).split("\n")[0],
+            fix="correct it",
+        ) from None

@@ -14,7 +14,7 @@ import typer
 from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, resolve_layers
 from caprese_serve.provenance import provenance
 
-from .families import FAMILIES, config
+from .families import FAMILIES, config, model_config
 from .plots import Plot
 from .recording import recording
 from .report import Columns, Result, Row, table, terminal
@@ -35,7 +35,7 @@ def parameters(
 ) -> None:
     """Share of new parameters, and active parameters cut: Llama 3, Gemma 2 and Qwen 2.5 families, or your model."""
     counts = [count(name, config(family, name), family) for family, name in _known(quick)] if not model else []
-    counts += [count(path, _config_of(path)) for path in model or []]
+    counts += [count(path, model_config(path)) for path in model or []]
     settings = {"rank": rank, "density": density, "quick": quick}
     result = Result("parameters", provenance() | {"settings": settings}, KEYS, MEASURES)
     with recording(result, out, PLOTS, resume=None, console=terminal(), columns=COLUMNS) as record:
@@ -47,22 +47,6 @@ def parameters(
 
 def _known(quick: bool) -> list[tuple[str, str]]:
     return [(family, name) for family, (_, models) in FAMILIES.items() for name in list(models)[: 1 if quick else None]]
-
-
-def _config_of(path: str) -> Any:
-    from transformers import AutoConfig
-
-    from caprese_kernels.errors import CapreseError
-
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CapreseError(
-            f"--model {path}",
-            expected="a model directory or Hub id with a config.json",
-            found=str(error).split("\n")[0],
-            fix="correct it",
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -96,15 +80,20 @@ def count(name: str, hf_config: Any, family: str = "") -> Count:
     return Count(name, family or type(hf_config).__name__, info.hidden_size, info.num_hidden_layers, total, ff, gate)
 
 
-def row(section: str, count: Count, rank: int, density: float) -> Row:
-    """One model with the layers of `section` sparse: L [D, r] and R [r, D] each.
+def cut(count: Count, method: str, layers: int, rank: int, density: float) -> float:
+    """Share of the model's parameters that a generated token no longer needs where `layers` blocks are sparse, net of
+    L [D, r] and R [r, D] of each.
 
-    `cut` is the share of the model's parameters that a generated token no longer needs, net of L and R. GRIFFIN drops
-    (1 - density) of the block; CATS must read the gate projection first, so it drops that share of the rest.
+    GRIFFIN drops (1 - density) of a block; CATS must read the gate projection first, and drops that share of the rest.
     """
+    spared = (1 - density) * (count.ff if method == "griffin" else count.ff - count.gate)
+    return layers * (spared - 2 * count.hidden_size * rank) / count.total
+
+
+def row(section: str, count: Count, rank: int, density: float) -> Row:
+    """One model with the layers of `section` sparse: L [D, r] and R [r, D] each."""
     sparse = len(resolve_layers(SECTIONS[section], count.layers))  # type: ignore[arg-type]
     added = sparse * 2 * count.hidden_size * rank
-    spared = {"griffin": (1 - density) * count.ff, "cats": (1 - density) * (count.ff - count.gate)}
     return {
         "section": section,
         "family": count.family,
@@ -117,7 +106,7 @@ def row(section: str, count: Count, rank: int, density: float) -> Row:
         "added": added,
         "added_of_model": added / count.total,
         "added_of_ff": added / (count.ff * count.layers),
-        **{f"cut_{method}": (sparse * each - added) / count.total for method, each in spared.items()},
+        **{f"cut_{method}": cut(count, method, sparse, rank, density) for method in ("griffin", "cats")},
     }
 
 

@@ -36,7 +36,8 @@ STYLE: dict[Any, Any] = {
 @dataclass
 class Plot:
     """y against x for the rows of one section: a line or a colour of bars for each value of `by`, a panel for each of
-    `panel`. `error` names the column of a half width; `level` is a horizontal line: a target, or equality.
+    `panel`. `error` names the column of a half width; of kind "band" it is the shade around a line of many points.
+    `level` is a horizontal line: a target, or equality.
     """
 
     section: str
@@ -49,7 +50,7 @@ class Plot:
     log2_x: bool = False
     level: float | None = None
     error: str | None = None
-    kind: Literal["line", "bar"] = "line"
+    kind: Literal["line", "band", "bar"] = "line"
     from_zero: bool = True
     percent: bool = False  # y is a share
     show: Callable[[float], str] | None = None  # what is written on a bar
@@ -80,7 +81,9 @@ def svg(plot: Plot, rows: Sequence[Row]) -> str:
             if plot.percent:
                 ax.yaxis.set_major_formatter(PercentFormatter(1))
             if len(colours) > 1:
-                ax.legend(fontsize="small", ncols=2 if len(colours) > 4 else 1)
+                above = plot.kind == "bar" and panel is None  # else bars leave no room
+                place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+                ax.legend(fontsize="small", **(place if above else {"ncols": 2 if len(colours) > 4 else 1}))
         for ax in list(figure.axes)[len(panels) :]:
             ax.set_visible(False)
         figure.savefig(text, format="svg", metadata=nothing)
@@ -109,6 +112,12 @@ def _lines(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) ->
     for name in dict.fromkeys(_series(plot, row) for row in rows):
         mine = [row for row in rows if _series(plot, row) == name]
         x, y = ([row[column] for row in mine] for column in (plot.x, plot.y))
+        if plot.kind == "band":
+            half = _errors(plot, mine) or [0.0] * len(y)
+            ax.plot(x, y, color=colours[name], label=name)
+            low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
+            ax.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
+            continue
         style = {"color": colours[name], "marker": "o", "markersize": 4, "linestyle": "" if words else "-"}
         ax.errorbar(x, y, _errors(plot, mine), label=name, capsize=2, elinewidth=1, **style)
     ax.tick_params(axis="x", labelrotation=20 if words else 0)
@@ -124,17 +133,9 @@ def _bars(ax: Any, plot: Plot, rows: Sequence[Row], colours: dict[str, Any]) -> 
     for i, name in enumerate(names):
         mine = [row for row in rows if _series(plot, row) == name]
         at = [groups.index(str(row[plot.x])) + (i - (len(names) - 1) / 2) * width for row in mine]
-        bars = ax.bar(at, [row[plot.y] for row in mine], width * 0.92, color=colours[name], label=name)
-        if plot.error:
-            ax.errorbar(
-                at,
-                [row[plot.y] for row in mine],
-                _errors(plot, mine),
-                fmt="none",
-                ecolor="0.3",
-                capsize=2,
-                elinewidth=1,
-            )
+        style = {"color": colours[name], "error_kw": {"ecolor": "0.3", "capsize": 2, "elinewidth": 1}}
+        heights = [row[plot.y] for row in mine]
+        bars = ax.bar(at, heights, width * 0.92, yerr=_errors(plot, mine), label=name, **style)
         if plot.show:
             ax.bar_label(bars, [plot.show(row[plot.y]) for row in mine], fontsize=7, padding=3)
     ax.set_xticks(range(len(groups)), groups)

@@ -234,6 +234,68 @@ class DistillSpeed(Row):
     peak_gib: Positive = Field(description="of the GPU's tensors, or on a CPU of the process until then")
 
 
+class Accuracy(Row):
+    """Tables 1 and 2 through a served model. Scores are shares, one a problem: the mean over its runs."""
+
+    section: str
+    task: str
+    model: str
+    variant: str
+    metric: str = Field(description="what a score is")
+    problems: Some
+    runs: Some
+    score: Share
+    stderr: Amount = Field(description="standard error of the mean over problems")
+    run_std: Amount | None = Field(description="sample standard deviation of the runs' means")
+    difference: Difference | None = Field(None, description="to Full, on the same problems")
+    difference_low: Difference | None = Field(None, description="95% paired bootstrap interval over problems")
+    difference_high: Difference | None = None
+    won: Count | None = Field(None, description="problems that Full got wrong and this variant right")
+    lost: Count | None = Field(None, description="the other way round")
+    mcnemar_p: Share | None = Field(None, description="exact, two-sided; of single runs that are right or wrong")
+    tokens: Amount = Field(description="of a response, mean")
+    cut_off: Share = Field(description="responses that the limit of tokens ended")
+    sparse_tokens: Count = Field(description="that the server counted in sparse FF blocks; of Full none")
+    ff_weights_read: Share | None = Field(description="by the server's count, of a token")
+    published: Share | None = Field(description="the paper's score")
+    published_std: Amount | None = Field(description="its standard deviation over runs")
+    published_difference: Difference | None = Field(description="the paper's, to Full")
+
+
+class Coverage(Row):
+    """Figure 3: Pass@K, mean over problems, then mean and sample standard deviation over pools."""
+
+    section: str
+    model: str
+    variant: str
+    k: Some
+    activated: Share = Field(description="A: parameters that a generated token needs, of all")
+    compute: Positive = Field(description="k x activated")
+    coverage: Share
+    coverage_std: Amount | None
+    problems: Some
+    samples: Some = Field(description="of a problem in a pool")
+    pools: Some
+    tokens: Amount = Field(description="of a sample, mean")
+    sparse_tokens: Count = Field(description="that the server counted in sparse FF blocks; of Full none")
+    ff_weights_read: Share | None = Field(description="by the server's count, of a token")
+
+
+class Length(Row):
+    """Figures 4 and 7: tokens of a response, the mean over problems of one difficulty, or all."""
+
+    section: str
+    model: str
+    variant: str
+    difficulty: str
+    problems: Some
+    runs: Some
+    tokens: Amount
+    stderr: Amount = Field(description="standard error of the mean over problems")
+    ratio: Positive | None = Field(description="to Full's")
+    cut_off: Share | None = Field(description="responses that the limit of tokens ended; of all problems")
+
+
 class Check(Row):
     """A step of `make gpu-check`."""
 
@@ -257,6 +319,9 @@ ROWS: dict[str, type[Row]] = {
     "residual": Residual,
     "ablation": Ablation,
     "recovery": Recovery,
+    "accuracy": Accuracy,
+    "coverage": Coverage,
+    "length": Length,
     "distill-speed": DistillSpeed,
     "check": Check,
 }
@@ -316,8 +381,8 @@ def check(path: Path) -> int:
     if isinstance(found, dict) and "name" not in found:
         from caprese_serve.demo.results import DemoReport
 
-        return len(_parse(DemoReport, found, path).rows)
-    result = _parse(file_model(found["name"] if isinstance(found, dict) else ""), found, path)
+        return len(parse(DemoReport, found, str(path)).rows)
+    result = parse(file_model(found["name"] if isinstance(found, dict) else ""), found, str(path))
     columns = set(ROWS[result.name].model_fields)
     if unknown := [column for column in (*result.keys, *result.measures) if column not in columns]:
         raise CapreseError(
@@ -330,14 +395,16 @@ def check(path: Path) -> int:
     return len(cases)
 
 
-def _parse(schema: type[Schema], found: Any, path: Path) -> Schema:
+def parse(schema: type[Schema], found: Any, where: str, fix: str = "measure it anew") -> Schema:
+    """`schema.model_validate`, with the first mistake as a CapreseError."""
     try:
         return schema.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
+        rule = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise CapreseError(
-            f"{path}: {'.'.join(map(str, first['loc']))}",
-            expected=first["msg"][0].lower() + first["msg"][1:],
+            ": ".join((where, ".".join(map(str, first["loc"])))).removesuffix(": "),
+            expected=rule[0].lower() + rule[1:],
             found="nothing" if first["type"] == "missing" else repr(first["input"]),
-            fix="measure it anew",
+            fix=fix,
         ) from None

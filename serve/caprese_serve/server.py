@@ -92,24 +92,11 @@ class VllmServer:
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON that the server answers at `path`."""
-        response = self._request(path)
-        if response.status_code != 200:
-            raise CapreseError(
-                f"GET {self.url}{path}",
-                expected="status 200",
-                found=f"{response.status_code} {response.reason_phrase}",
-                fix=f"see {self.log}",
-            )
-        return response.json()
+        return get_json(self.url, path, f"see {self.log}")
 
     def failure(self, found: str) -> CapreseError:
         """The error that tells why the server is of no use, with what it said last."""
         return CapreseError("vllm serve", expected="a server that answers", found=found, fix=f"see {self.log}")
-
-    def _request(self, path: str) -> httpx.Response:
-        # No proxies: the server is on this machine.
-        with httpx.Client(trust_env=False, timeout=30) as client:
-            return client.get(self.url + path)
 
     def _wait_until_healthy(self) -> None:
         assert self._guard is not None
@@ -130,7 +117,7 @@ class VllmServer:
 
     def _healthy(self) -> bool:
         try:
-            return self._request("/health").status_code == 200
+            return _get(self.url + "/health").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -143,6 +130,23 @@ class VllmServer:
         lines = self._tail(1000)
         told = [line for line in lines if _REASON.match(line)]
         return told[-1] if told else " | ".join(lines[-3:]) or "no output"
+
+
+def get_json(url: str, path: str, fix: str) -> dict[str, Any]:
+    """The JSON that a server answers at `path`; CapreseError, saying what to do, where it does not."""
+    try:
+        response = _get(url + path)
+        found = f"{response.status_code} {response.reason_phrase}"
+    except httpx.TransportError as error:
+        response, found = None, f"{type(error).__name__}: {error}"
+    if response is None or response.status_code != 200:
+        raise CapreseError(f"GET {url}{path}", expected="status 200", found=found, fix=fix)
+    return response.json()
+
+
+def _get(url: str) -> httpx.Response:
+    with httpx.Client(trust_env=False, timeout=30) as client:  # no proxies: the server is near
+        return client.get(url)
 
 
 def vllm_program() -> str:

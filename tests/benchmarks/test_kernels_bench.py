@@ -155,10 +155,10 @@ def test_cats_may_round_at_the_threshold_only() -> None:
     at_threshold, elsewhere = right.clone(), right.clone()
     at_threshold[0, 16] = elsewhere[0, 5] = True
     for keep in (right, at_threshold):
-        kernel_measure._check_cats(found(keep), found(right), g, z, tau, ff)
+        kernel_measure.check_cats(found(keep), found(right), g, z, tau, ff)
     elsewhere[0, 17] = False  # as many, but others
     with pytest.raises(CapreseError, match="token by token"):
-        kernel_measure._check_cats(found(elsewhere), found(right), g, z, tau, ff)
+        kernel_measure.check_cats(found(elsewhere), found(right), g, z, tau, ff)
 
 
 def test_samples_take_turns_and_stop_in_time() -> None:

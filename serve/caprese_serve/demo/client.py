@@ -1,4 +1,4 @@
-"""Sends problems to a server through the `openai` client and grades the answers."""
+"""Sends problems to a server and grades the answers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-from .problems import Problem, chat, grade
+from ..client import Client, in_turns
+from .problems import Problem, grade
 
 MAX_TOKENS = 160
 
@@ -35,23 +34,15 @@ def ask(
 async def _ask(
     url: str, model: str, problems: Sequence[Problem], concurrency: int, answered: Callable[[], object]
 ) -> tuple[list[Answer], float]:
-    turn = asyncio.Semaphore(concurrency)
-    # trust_env: no proxies, the server is on this machine.
-    http = DefaultAsyncHttpxClient(trust_env=False, timeout=300)
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client:
+    answers: dict[int, Answer] = {}
+    async with Client(url, model) as client:
 
-        async def one(problem: Problem) -> Answer:
-            async with turn:
-                reply = await client.chat.completions.create(
-                    model=model,
-                    messages=[{"role": "user", "content": m["content"]} for m in chat(problem.prompt)],
-                    temperature=0,
-                    max_tokens=MAX_TOKENS,
-                )
+        async def one(index: int) -> None:
+            problem = problems[index]
+            reply = await client.answer(problem.prompt, temperature=0, max_tokens=MAX_TOKENS)
+            answers[index] = Answer(problem, reply.texts[0], reply.tokens)
             answered()
-            assert reply.usage is not None
-            return Answer(problem, reply.choices[0].message.content or "", reply.usage.completion_tokens)
 
         begin = time.perf_counter()
-        answers = await asyncio.gather(*map(one, problems))
-        return answers, time.perf_counter() - begin
+        await in_turns(concurrency, one, range(len(problems)))
+        return [answers[index] for index in range(len(problems))], time.perf_counter() - begin

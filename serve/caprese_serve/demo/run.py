@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from httpx import TransportError
 from openai import OpenAIError
 from rich.console import Console
 from rich.markup import escape
@@ -119,7 +118,7 @@ def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs:
                 bar = progress.add_task(f"  started in {server.startup_seconds:.0f} s, asking", total=len(asked))
                 answers, wall = ask(server.url, SERVED_NAME, asked, concurrency, lambda: progress.advance(bar))
             after = _counted(server, variant)
-        except (OpenAIError, TransportError) as error:
+        except OpenAIError as error:
             raise server.failure(f"{type(error).__name__}: {error}") from None
     tokens = sum(answer.tokens for answer in answers)
     math, reading = (Score.of([a.correct for a in answers if a.problem.task == task]) for task in TASKS)

@@ -1,0 +1,1 @@
+"""What the accuracy benchmarks share: tasks, served variants, stored responses, grading, statistics."""

@@ -1,0 +1,71 @@
+"""An asynchronous client of one served model: the `openai` client, and what the server says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+Item = TypeVar("Item")
+# Seconds to connect, read, write, get a connection. Long reasoning in a full batch takes an hour and more to answer.
+TIMEOUTS = (30.0, None, None, None)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The samples of one request; `tokens` counts those of all samples."""
+
+    texts: tuple[str, ...]
+    finish: tuple[str, ...]
+    tokens: int
+
+
+class Client:
+    """Asks the model `model` of the server at `url`, within an `async with` block."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url, self.model = url, model
+        http = DefaultAsyncHttpxClient(trust_env=False, timeout=TIMEOUTS)  # no proxies: the server is near
+        self.openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.openai.close()
+
+    async def answer(self, prompt: str, *, chat: bool = True, **options: Any) -> Reply:
+        """`prompt` as the one message of a chat, or as bare text to go on with. openai.OpenAIError if that fails."""
+        create: Any  # the two have other types, which say the same
+        if chat:
+            create, options["messages"] = self.openai.chat.completions.create, [{"role": "user", "content": prompt}]
+        else:
+            create, options["prompt"] = self.openai.completions.create, prompt
+        reply = await create(model=self.model, **options)
+        texts = tuple((each.message.content if chat else each.text) or "" for each in reply.choices)
+        finish = tuple(each.finish_reason or "" for each in reply.choices)
+        return Reply(texts, finish, reply.usage.completion_tokens)
+
+    async def report(self) -> dict[str, Any]:
+        """GET /caprese; openai.OpenAIError if that fails."""
+        report: Any = await self.openai.get(f"{self.url}/caprese", cast_to=object)
+        return report
+
+
+async def in_turns(concurrency: int, work: Callable[[Item], Awaitable[object]], items: Iterable[Item]) -> None:
+    """`work` on every item, so many at once; the first failure ends the others and is raised."""
+    turn = asyncio.Semaphore(concurrency)
+
+    async def one(item: Item) -> None:
+        async with turn:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for item in items:
+                group.create_task(one(item))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
