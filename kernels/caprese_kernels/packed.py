@@ -68,6 +68,7 @@ class PackedFF:
     up_plus: Tensor = field(init=False)
     gate_bias: Tensor | None = field(init=False, default=None)
     up_bias: Tensor | None = field(init=False)
+    native: object = field(init=False, default=None, repr=False, compare=False)  # a backend's description of the above
 
     def __post_init__(self) -> None:
         neurons, extra = self.num_neurons, self.gate_up_plus.shape[0] - self.down_plus.shape[0]

@@ -165,17 +165,18 @@ def described(
                 found=f"{len(slots)} slots, a table {list(table.shape)}",
                 fix="correct the shapes",
             )
-    weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
-    block = _Block(
-        *(_address("packed weights", tensor, dtype) for tensor in weights),
-        *(ff.hidden_size, ff.num_neurons, ff.rank, _dtype(x), ACTIVATIONS[ff.activation]),
-    )
+    if not isinstance(ff.native, _Block):  # made once: it takes as long as the rest of the call
+        weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
+        ff.native = _Block(
+            *(_address("packed weights", tensor, dtype) for tensor in weights),
+            *(ff.hidden_size, ff.num_neurons, ff.rank, _dtype(x), ACTIVATIONS[ff.activation]),
+        )
     batch = _Batch(
         *(x.data_ptr(), _address("y", y, dtype), len(x), x.stride(0), _address("slots", slots, torch.int64)),
         *(_address("keep", keep, torch.bool), _address("tau", tau, torch.float32), _address("kept", kept, torch.int64)),
     )
     batch.alive = slots  # a copy must outlive the call
-    return ctypes.byref(block), ctypes.byref(batch)
+    return ctypes.byref(ff.native), ctypes.byref(batch)
 
 
 def griffin_norms(z: Tensor) -> Tensor:

@@ -45,6 +45,35 @@ public:
     }
 
     // CATS: |g| >= tau[t] decides, so the gate of all neurons in [begin, end); then the rest of those that a token keeps.
+    void above_one(int64_t begin, int64_t end, float threshold, int64_t& kept) {
+        int pending = 0;
+        for (int64_t j = begin; j < end; j += GROUP) {
+            const int count = std::min<int64_t>(GROUP, end - j);
+            const T *rows[GROUP], *after[GROUP];
+            int64_t neurons[GROUP];
+            for (int r = 0; r < GROUP; ++r) {
+                neurons[r] = j + std::min(r, count - 1);
+                rows[r] = first_row(neurons[r]);
+                after[r] = first_row(std::min(j + GROUP + r, end - 1));
+            }
+            alignas(64) float values[GROUP];
+            store(values, activate_one(project_one<T>(rows, after, x, depth), neurons));
+            for (int r = 0; r < count; ++r) {
+                if (!(std::fabs(values[r]) >= threshold)) continue;
+                ++kept;
+                g[0][pending] = values[r];
+                neuron[pending++] = j + r;
+                if (block.gate)  // read when its group is full, a gate block or two from now
+                    for (int64_t d = 0; d < depth; d += R::STEP) prefetch(row(block.up_plus, j + r) + d);
+            }
+            if (pending < GROUP) continue;
+            finish(GROUP, after);
+            pending -= GROUP;
+            std::copy(neuron + GROUP, neuron + GROUP + pending, neuron);
+            std::copy(g[0] + GROUP, g[0] + GROUP + pending, g[0]);
+        }
+        if (pending) finish(pending, nullptr);
+    }
     void above(int64_t begin, int64_t end, const float* thresholds, int64_t* kept) {
         tau = thresholds;
         int pending = 0;
@@ -92,9 +121,13 @@ public:
                 up[r] = row(block.up_plus, j), down[r] = row(block.down_plus, j);
                 after[r] = row(block.up_plus, block.neurons + std::min(m + GROUP + r, end - 1));
             }
-            project<T>(up, down, x, stride, depth, tokens, u[0]);
-            for (int r = 0; r < count; ++r)
-                for (int t = 0; t < tokens; t += W) store(u[r] + t, rounded(load(u[r] + t), T{}));
+            if (tokens == 1)
+                spread(rounded(project_one<T>(up, down, x, depth), T{}));
+            else {
+                project<T>(up, down, x, stride, depth, tokens, u[0]);
+                for (int r = 0; r < count; ++r)
+                    for (int t = 0; t < tokens; t += W) store(u[r] + t, rounded(load(u[r] + t), T{}));
+            }
             add(down, after, count);
         }
     }
@@ -111,13 +144,18 @@ private:
     const float* tau = nullptr;
     // A group in the making, and for CATS what waits for the next one.
     int64_t neuron[2 * GROUP];
-    alignas(64) float g[2 * GROUP][TOKENS];
+    alignas(64) float g[2 * GROUP][TOKENS];  // of one token: g[0][group]
     alignas(64) float u[GROUP][TOKENS];  // up, then z
 
     const T* row(const void* matrix, int64_t j) const { return static_cast<const T*>(matrix) + j * depth; }
     const T* first_row(int64_t j) const { return row(block.gate ? block.gate : block.up_plus, j); }
     static V bias(const void* biases, int64_t j) {
         return set1(biases ? to_float(static_cast<const T*>(biases)[j]) : 0.0f);
+    }
+    static V bias_one(const void* biases, const int64_t* neurons) {
+        alignas(64) float values[GROUP] = {};
+        for (int r = 0; biases && r < GROUP; ++r) values[r] = to_float(static_cast<const T*>(biases)[neurons[r]]);
+        return load(values);
     }
 
     void chosen(const std::vector<int32_t>& list) {
@@ -130,8 +168,12 @@ private:
                 next[r] = row(block.gate ? block.up_plus : block.down_plus, neuron[r]);
                 after[r] = first_row(list[std::min(i + GROUP + r, list.size() - 1)]);
             }
-            project<T>(rows, next, x, stride, depth, tokens, g[0]);
-            for (int r = 0; r < count; ++r) activate_row(g[r], neuron[r]);
+            if (tokens == 1)
+                store(g[0], activate_one(project_one<T>(rows, next, x, depth), neuron));
+            else {
+                project<T>(rows, next, x, stride, depth, tokens, g[0]);
+                for (int r = 0; r < count; ++r) activate_row(g[r], neuron[r]);
+            }
             finish(count, after);
         }
     }
@@ -139,11 +181,12 @@ private:
     // g = act(x W_g + b), or without a gate act(x W_1 + b); rounded to T where torch rounds.
     void activate_row(float* values, int64_t j) const {
         const V b = bias(block.gate ? block.gate_bias : block.up_bias, j);
-        for (int t = 0; t < tokens; t += W) {
-            const V projected = rounded(load(values + t) + b, T{});
-            store(values + t, rounded(activate(projected, block.activation), T{}));
-        }
+        for (int t = 0; t < tokens; t += W) store(values + t, activated(load(values + t) + b));
     }
+    V activate_one(V projected, const int64_t* neurons) const {
+        return activated(projected + bias_one(block.gate ? block.gate_bias : block.up_bias, neurons));
+    }
+    V activated(V projected) const { return rounded(activate(rounded(projected, T{}), block.activation), T{}); }
 
     // z = g * (x W_1 + b) where active, else 0; then y += z W_2.
     void finish(int count, const T* const* after) {
@@ -151,6 +194,16 @@ private:
         for (int r = 0; r < GROUP; ++r) {
             const int64_t j = neuron[std::min(r, count - 1)];
             up[r] = row(block.up_plus, j), down[r] = row(block.down_plus, j);
+        }
+        if (tokens == 1) {  // which keeps all that came here
+            std::fill(neuron + count, neuron + std::max(count, GROUP), neuron[count - 1]);
+            V z = load(g[0]);
+            if (block.gate) {
+                const V projected = project_one<T>(up, down, x, depth) + bias_one(block.up_bias, neuron);
+                z = rounded(z * rounded(projected, T{}), T{});
+            }
+            spread(z);
+            return add(down, after ? after : down, count);
         }
         if (block.gate) project<T>(up, down, x, stride, depth, tokens, u[0]);
         for (int r = 0; r < count; ++r) {
@@ -162,6 +215,13 @@ private:
             drop(r);
         }
         add(down, after ? after : down, count);
+    }
+
+    // The only token's z of the group, to where `add` takes it from.
+    void spread(V z) {
+        alignas(64) float values[GROUP];
+        store(values, z);
+        for (int r = 0; r < GROUP; ++r) u[r][0] = values[r];
     }
 
     // z = 0 for the tokens that do not keep the neuron.
@@ -223,7 +283,9 @@ void run(const Block& block, const Batch& batch, const std::vector<int64_t>& row
         Thread<T> thread(block, x, tokens, own);
         const auto [first, last] = share((block.neurons + 31) / 32, part, parts);
         const int64_t begin = first * 32, end = std::min(last * 32, block.neurons);
-        if (batch.tau)
+        if (batch.tau && tokens == 1)
+            thread.above_one(begin, end, tau[0], kept[part]);
+        else if (batch.tau)
             thread.above(begin, end, tau.data(), kept.data() + part * tokens);
         else if (batch.keep)
             thread.selected(begin, end, keep);

@@ -6,7 +6,7 @@
 
 #include "vector.h"
 
-constexpr int GROUP = W == 16 ? 16 : 8;  // rows at once: as many as there are registers beside a token's sums
+constexpr int GROUP = W;                 // rows at once: one token's values of them are a vector
 constexpr int TOKENS = 64;               // tokens at once: their x and y stay in the second-level cache
 constexpr int TILE = W == 16 ? 4 : 2;    // tokens whose dot products are in registers at once
 
@@ -115,7 +115,7 @@ void dots(const T* const* rows, const T* const* next, const typename Rows<T>::To
     }
     for (int r = 0; r < NR; ++r) {
         if constexpr (NT == 4)
-            sum4(sums[r], out + r * TOKENS);
+            _mm_storeu_ps(out + r * TOKENS, sum4(sums[r]));
         else
             for (int t = 0; t < NT; ++t) out[r * TOKENS + t] = sum(sums[r][t]);
     }
@@ -132,15 +132,32 @@ void dots(int prefetches, const T* const* rows, const T* const* next, const type
     }
 }
 
-// The same for a group of rows and all tokens. Prefetches are spread over the tiles of tokens, to go on while they
+// The group's rows . the only token, as a vector: what follows takes all of the group in one step, and in registers.
+template <class T>
+V project_one(const T* const* rows, const T* const* next, const typename Rows<T>::Token* x, int64_t depth) {
+    using R = Rows<T>;
+    V total[GROUP];
+    for (V& s : total) s = zero();
+    int64_t d = 0;
+    for (; d + R::STEP <= depth; d += R::STEP) {
+        const auto token = R::token(x + d);
+        for (int r = 0; r < GROUP; ++r) {
+            total[r] = R::mac(total[r], R::row(rows[r] + d), token);
+            prefetch(next[r] + d);
+        }
+    }
+    if (d < depth) {
+        const auto token = R::token(x + d);
+        for (int r = 0; r < GROUP; ++r) total[r] = R::mac(total[r], R::row_first(rows[r] + d, depth - d), token);
+    }
+    return sums(total);
+}
+
+// The same for several tokens. Prefetches are spread over the tiles of tokens, to go on while they
 // are computed.
 template <class T>
 void project(const T* const* rows, const T* const* next, const typename Rows<T>::Token* x, int64_t stride,
              int64_t depth, int tokens, float* out) {
-    if (tokens == 1) {
-        for (int r = 0; r < GROUP; r += 8) dots<T, 8, 1, 8>(rows + r, next + r, x, stride, depth, out + r * TOKENS);
-        return;
-    }
     const int tiles = tokens / TILE + tokens % TILE;
     for (int r = 0; r < GROUP; r += 4) {
         for (int t = 0, tile = 0, p = 0; tile < tiles; ++tile) {

@@ -28,6 +28,7 @@ inline V round_even(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_
 inline V power_of_two(V n) {  // 2^n for whole n in [-126, 127]
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+inline V widened(__m256 low, __m256 high) { return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1); }
 inline __m256 fold(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 inline V load(const Bf16* p) {
     const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -58,6 +59,7 @@ inline V round_even(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT |
 inline V power_of_two(V n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+inline V widened(__m256 low, __m256) { return low; }
 inline __m256 fold(V v) { return v; }
 inline V load(const Bf16* p) {
     const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -80,7 +82,7 @@ inline V rounded(V v, Half) {
 
 inline V rounded(V v, float) { return v; }
 
-// Sums of one vector, or of four at once: the same order of additions, so the same bits.
+// Sums of one vector, of four, or of W at once: the same order of additions, so the same bits.
 inline __m128 fold4(V v) {
     const __m256 eight = fold(v);
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -89,9 +91,13 @@ inline float sum(V v) {
     const __m128 four = fold4(v), two = _mm_hadd_ps(four, four);
     return _mm_cvtss_f32(_mm_hadd_ps(two, two));
 }
-inline void sum4(const V* v, float* out) {
-    const __m128 first = _mm_hadd_ps(fold4(v[0]), fold4(v[1])), second = _mm_hadd_ps(fold4(v[2]), fold4(v[3]));
-    _mm_storeu_ps(out, _mm_hadd_ps(first, second));
+inline __m128 sum4(const V* v) {
+    return _mm_hadd_ps(_mm_hadd_ps(fold4(v[0]), fold4(v[1])), _mm_hadd_ps(fold4(v[2]), fold4(v[3])));
+}
+inline V sums(const V* v) {  // of W vectors
+    const __m256 low = _mm256_set_m128(sum4(v + 4), sum4(v));
+    if constexpr (W == 8) return widened(low, low);
+    return widened(low, _mm256_set_m128(sum4(v + 12), sum4(v + 8)));
 }
 inline V zero() { return set1(0.0f); }
 
