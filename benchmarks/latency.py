@@ -89,8 +89,8 @@ def latency(
         given = _adapters(weights or [])
         kv = parts.kv_gib(subject, max(case.batch * case.samples * (case.prompt + case.generated) for case in cases))
         size = together or parts.room(subject, device, kv)
-        settings = {"model": subject.name, "dummy_weights": subject.dummy, "rounds": rounds, "density": density}
-        settings |= {"rank": rank, "dtype": dtype, "compiled": not eager, "data": data and Path(data).name}
+        settings = {"rounds": rounds, "density": density, "rank": rank, "dtype": dtype, "compiled": not eager}
+        settings |= {"data": data and Path(data).name}
         settings |= {"threads": torch.get_num_threads() if device == "cpu" else None}
         result = Result("latency", provenance() | {"settings": settings}, KEYS, MEASURES)
         result.provenance |= {"bandwidth": (pace := bandwidth(device))[0], "bandwidth_gb_s": pace[1]}
@@ -265,7 +265,7 @@ def rows(case: Case, subject: Subject, runs: list[Run], pace: float) -> list[Row
         )
         tpot = median(each["tpot"] for each in mine)
         centiles = quantiles(gaps, n=100, method="inclusive")
-        row = case.key(subject, run.variant) | {"rounds": len(mine)}
+        row = case.key(subject, run.variant) | {"dummy_weights": subject.dummy, "rounds": len(mine)}
         for name, scale in (("e2e", 1), ("ttft", 1), ("tpot", 1e3)):
             unit = "ms" if scale > 1 else "s"
             values = [scale * each[name] for each in mine]

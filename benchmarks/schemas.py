@@ -66,6 +66,7 @@ class Latency(Row):
     batch: Some = Field(description="different prompts at once")
     samples: Some = Field(description="answers to each prompt")
     variant: str
+    dummy_weights: bool
     rounds: Some
     e2e_s: Positive = Field(description="from the arrival of all requests to the last answer's end")
     e2e_iqr_s: Amount
