@@ -94,6 +94,7 @@ def row(model: str, answers: Answers, scores: list[list[float]], full: list[list
         "cut_off": answers.cut_off,
         "sparse_tokens": sparse,
         "ff_weights_read": 1.0 if variant.method is None else read,
+        "published_row": variant.published if mine else None,
         "published": mine and mine[0],
         "published_std": mine and mine[1],
         "published_difference": mine and theirs and mine[0] - theirs[0],

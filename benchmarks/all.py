@@ -50,6 +50,7 @@ STEPS = (
     Step("latency", "table 4: end to end, to first and to next token"),
     Step("exactness", "the engine's tokens against plain Hugging Face's"),
     Step("prefix", "what prefix caching still saves"),
+    Step("distill-speed", "the pace and memory of distilling"),
 )
 
 
@@ -71,7 +72,7 @@ def all_benchmarks(
         console.rule(f"{step.verb}: {step.shows}")
         begin = time.monotonic()
         command = [sys.executable, "-c", CAPRESE, "bench", step.verb, *flags, "--out", str(out)]
-        code = subprocess.run(command, check=False).returncode
+        code = _run(command)
         if code == 130:  # told already
             write_report(out)
             raise KeyboardInterrupt
@@ -86,6 +87,19 @@ def all_benchmarks(
             found=f"none of {', '.join(failed)}",
             fix="see above",
         )
+
+
+def _run(command: list[str]) -> int:
+    """Its exit code. Ctrl-C reaches the benchmark as well: it has a minute to write what it has."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(60)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.kill()
+            return 130
 
 
 def _judge(path: Path, code: int) -> str:

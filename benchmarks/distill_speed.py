@@ -94,10 +94,12 @@ def measure(
     device: torch.device,
     console: Any,
 ) -> list[Row]:
-    """A row for each stage. Seconds are the stage's own, held-out looks included; the peak is since the last stage."""
+    """A row for each stage. Seconds are those that grow with the samples, held-out looks included, not the solving of
+    the closed form; the peak is since the last stage."""
     import torch
 
     from caprese_distill.blocks import plan
+    from caprese_distill.data import split
     from caprese_distill.end_to_end import Recipe, default_learning_rate, distill_end_to_end
     from caprese_distill.estimate import peak_memory
     from caprese_distill.layerwise import distill_layer_wise
@@ -105,21 +107,21 @@ def measure(
     info, resolved = plan(config, arch, method, 0.5, rank)
     rows: list[Row] = []
 
-    def row(stage: str, seconds: float, seen: int, epochs: int) -> None:
-        tokens = seen * len(samples[0].ids)
+    def row(stage: str, seconds: float, seen: int, epochs: int, solving: float = 0.0) -> None:
+        tokens, pace = seen * len(samples[0].ids), seen / seconds
         row = {"arch": arch, "method": method, "stage": stage, "samples": seen, "tokens": tokens, "seconds": seconds}
-        row |= {"tokens_per_s": tokens / seconds, "samples_per_s": seen / seconds}
-        row |= {"paper_hours": PAPER_SAMPLES * epochs / (seen / seconds) / 3600}
+        row |= {"solving_s": solving, "tokens_per_s": tokens / seconds, "samples_per_s": pace}
+        row |= {"paper_hours": (PAPER_SAMPLES * epochs / pace + solving) / 3600}
         rows.append(row | {"peak_gib": peak_memory(device).get("device", peak_memory(device)["host"]) / 2**30})
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
     adapters = distill_layer_wise(model, samples, info, resolved, console=console)
-    row(LAYER_WISE, adapters.config.training["seconds"], len(samples), 1)
+    told, seen = adapters.config.training, len(split(samples)[0])
+    row(LAYER_WISE, told["seconds"] - told["seconds_solving"], len(samples), 1, told["seconds_solving"])
     recipe = Recipe(default_learning_rate(info.hidden_size), epochs=1)
     trained = distill_end_to_end(model, samples, info, resolved, adapters, recipe, console=console)
-    told = trained.config.training["end_to_end"]
-    row(END_TO_END, told["seconds"], told["steps"] * recipe.batch, PAPER_EPOCHS)
+    row(END_TO_END, trained.config.training["end_to_end"]["seconds"], seen * recipe.epochs, PAPER_EPOCHS)
     return rows
 
 
@@ -130,6 +132,7 @@ COLUMNS: Columns = {
     "samples": ("samples", str),
     "tokens": ("tokens", str),
     "seconds": ("seconds", "{:.1f}".format),
+    "solving, s": ("solving_s", "{:.1f}".format),
     "tokens/s": ("tokens_per_s", "{:,.0f}".format),
     "samples/s": ("samples_per_s", "{:.2f}".format),
     "20,000 samples, h": ("paper_hours", "{:.1f}".format),

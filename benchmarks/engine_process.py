@@ -159,10 +159,13 @@ def report(llm: Any) -> Answer:
     return {"caprese": llm.collective_rpc(_report)[0]}
 
 
-def union(llm: Any, prompts: list[list[int]], n: int = 1) -> Answer:
-    """{"union": mean share over layers of neurons that some of these requests keeps, null but for GRIFFIN}."""
+def union(llm: Any, prompts: list[list[int]], max_tokens: int, n: int = 1) -> Answer:
+    """{"union": mean share over layers of neurons that some of these requests keeps, null but for GRIFFIN}.
+
+    `max_tokens` must outlast the steps that the prompts take: the first request still runs when the last begins.
+    """
     engine = llm.llm_engine
-    _add(engine, prompts, 8, n)
+    _add(engine, prompts, max_tokens, n)
     while engine.has_unfinished_requests():
         outputs = engine.step()
         # Every request has made its selection and still holds it.

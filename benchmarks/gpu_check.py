@@ -7,9 +7,9 @@ Qwen 2.5 14B as one CUDA graph. Stage b needs vLLM as well: the demo model's tok
 batches and samples of one prompt, the pace of distilling. Each step has a share of the time; one that fails or runs out
 of it is recorded and the next begins. Steps that passed with the same code on the same machine are not run again.
 
---small shows on any machine, a CPU included, that all of this runs. Results go to <out>/<hardware>/: check.json, a
-short check.log, and what each benchmark writes. Where the checkout came without .git, CAPRESE_GIT_COMMIT names its
-commit for the results' provenance.
+--small shows on any machine, a CPU included, that all of this runs. Results go to <out>/<hardware>/, or
+<hardware>-small/: check.json, a short check.log, and what each benchmark writes; what other code left there moves to
+earlier/ first. Where the checkout came without .git, CAPRESE_GIT_COMMIT names its commit for the provenance.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [str(ROOT / name) for name in (".", "kernels", "distill", "serve")]
-MORE_SOURCES = [str(ROOT / name) for name in ("caprese_vllm", "benchmarks", "tests")]
 NEEDED = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "matplotlib", "pytest", "hypothesis")
 NEEDED_B = ("vllm", "pydantic", "transformers", "jinja2")
 # Tests of files and configuration, which run anywhere: left out where pydantic is missing, as in images of torch alone.
 NEED_PYDANTIC = ("tests/kernels/test_adapters.py", "tests/kernels/test_config.py")
 CAPRESE = "import sys; sys.argv[0] = 'caprese'; from caprese_serve.cli import main; main()"
+RESULTS = ("check", "kernels", "decode", "exactness", "latency", "distill-speed")
 GRACE = 15  # seconds that a stopped step has to write what it measured
 NO_TESTS = 5  # pytest's exit code when it finds none
 LOG_LINES = 12  # of a step's output, in check.log
@@ -220,15 +220,16 @@ def main() -> int:
     from benchmarks.recording import earlier_rows
     from benchmarks.report import Result
     from caprese_serve import environment
-    from caprese_serve.provenance import hardware_slug, provenance, source_digest
+    from caprese_serve.provenance import hardware_slug, provenance
 
     Console().print(environment.render(environment.collect()))
-    folder = given.out.resolve() / hardware_slug()
-    more = {"settings": {"small": given.small}, "source": source_digest(*FOLDERS[1:], *MORE_SOURCES)}
-    result = Result("check", provenance() | more, keys=["step"], measures=["seconds"])
+    folder = given.out.resolve() / (hardware_slug() + ("-small" if given.small else ""))
+    result = Result("check", provenance() | {"settings": {"small": given.small}}, keys=["step"], measures=["seconds"])
     planned = [step for step in steps(folder, given.small) if given.stage in (step.stage, "both")]
     if not given.anew:
         result.rows = earlier_rows(folder / "check.json", result)
+    if not result.rows:
+        set_aside(folder)
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "1" if find_spec("flashinfer") else "0")
     with tempfile.TemporaryDirectory() as scratch:
         register(Path(scratch))
@@ -245,6 +246,15 @@ def main() -> int:
         print(f"{row['stage']} {row['status']:12} {row['seconds']:6.1f} s  {row['step']}")
     print(f"Written: {folder}")
     return int(any(row["status"] == "failed" for row in result.rows))
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier check left, of other code or not wanted, to earlier/: rows of both do not go together."""
+    found = [path for path in folder.glob("*.*") if path.stem in RESULTS]
+    if found:
+        (folder / "earlier").mkdir(exist_ok=True)
+    for path in found:
+        path.replace(folder / "earlier" / path.name)
 
 
 def _do(step: Step, seconds: float) -> dict[str, Any]:

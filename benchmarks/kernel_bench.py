@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from caprese_kernels.errors import CapreseError
-from caprese_serve.provenance import provenance, source_digest
+from caprese_serve.provenance import provenance
 
 from .plots import Plot
 from .recording import check_writable, progress, recording
@@ -135,8 +135,7 @@ def _provenance(settings: Settings, bandwidth: str) -> dict[str, Any]:
     import torch
 
     made_with = asdict(settings) | {"dtype": "bfloat16", "threads": torch.get_num_threads()}
-    source = source_digest(ROOT / "kernels/caprese_kernels", *(ROOT / "benchmarks").glob("kernel*.py"))
-    return provenance() | {"settings": made_with, "bandwidth": bandwidth, "source": source}
+    return provenance() | {"settings": made_with, "bandwidth": bandwidth}
 
 
 def _device(name: str) -> str:

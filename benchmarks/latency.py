@@ -11,6 +11,7 @@ if not __package__:
     import as_script  # type: ignore[import-not-found]  # noqa: F401
 
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -85,15 +86,15 @@ def latency(
     cases = make_cases(setups or (PAPER if device == "cuda" else CPU), batch, samples)
     arch = arch or ("qwen2.5-14b" if device == "cuda" else "qwen2.5-0.5b")
     with TemporaryDirectory() as scratch:
-        subject = parts.subject_of(arch, model, density, rank, dtype, Path(scratch))
-        given = _adapters(weights or [])
+        subject = parts.subject_of(arch, model, weights or [], density, rank, dtype, Path(scratch))
         kv = parts.kv_gib(subject, max(case.batch * case.samples * (case.prompt + case.generated) for case in cases))
+        pace = bandwidth(device)
         size = together or parts.room(subject, device, kv)
         settings = {"rounds": rounds, "density": density, "rank": rank, "dtype": dtype, "compiled": not eager}
-        settings |= {"data": data and Path(data).name}
+        settings |= {"data": data and Path(data).name, "weights": _fingerprints(subject)}
         settings |= {"threads": torch.get_num_threads() if device == "cpu" else None}
         result = Result("latency", provenance() | {"settings": settings}, KEYS, MEASURES)
-        result.provenance |= {"bandwidth": (pace := bandwidth(device))[0], "bandwidth_gb_s": pace[1]}
+        result.provenance |= {"bandwidth": pace[0], "bandwidth_gb_s": pace[1]}
         console = terminal()
         with recording(result, out, plots, resume, console, COLUMNS) as record:
             for group in parts.groups(chosen, min(size, len(chosen))):
@@ -103,7 +104,7 @@ def latency(
                 longest = max(case.prompt + case.generated for case in cases) + WARM_UP
                 most = max(case.batch * case.samples for case in cases)
                 options = parts.engine_options(subject, device, longest, most, kv, 0.9 / len(group), eager)
-                jobs = {v.id: parts.job_of(subject, v, options, given, Path(scratch)) for v in group}
+                jobs = {v.id: parts.job_of(subject, v, options, Path(scratch)) for v in group}
                 with parts.running(jobs, device, kv, out, console) as engines, progress(console) as bar:
                     line = bar.add_task("", total=len(todo) * len(group) * (rounds + 1))
                     for case in todo:
@@ -184,7 +185,9 @@ def measure(
             engine = engines[variant.id]
             if turn == 0:
                 engine.ask(prompts=asked, max_tokens=WARM_UP, n=case.samples, reset=True)
-                unions[variant.id] = engine.ask("union", prompts=asked, n=case.samples)["union"]
+                unions[variant.id] = engine.ask("union", prompts=asked, max_tokens=case.generated, n=case.samples)[
+                    "union"
+                ]
                 before[variant.id] = engine.ask("report")["caprese"]
             else:
                 answer = engine.ask(prompts=asked, max_tokens=case.generated, n=case.samples, reset=True)
@@ -197,6 +200,13 @@ def measure(
         kept = unions[variant.id]
         if variant.method == "cats":  # every token has a choice of its own; several are taken as independent
             kept = 1 - (1 - path["kept_share"]) ** (case.batch * case.samples)
+        elif kept is not None and kept < 0.99 * path["kept_share"]:  # the requests never held slots at once
+            raise CapreseError(
+                f"variant {variant.id}",
+                expected=f"a union of selections of {path['kept_share']:.1%} at least",
+                found=f"{kept:.1%}",
+                fix="more generated tokens",
+            )
         runs.append(Run(variant, answers[variant.id], 1.0 if kept is None else kept, path))
     return runs
 
@@ -226,7 +236,10 @@ def proof(subject: Subject, variant: Variant, case: Case, rounds: int, before: A
         - (before["ff_weights_read"] or 0) * before["generated_tokens"]
     )
     kept = kept_share(subject, variant, read / tokens)
-    goal = int(after["density"] * subject.weights.neurons) / subject.weights.neurons
+    density = subject.density_of(variant.method)
+    if abs(after["density"] - density) > 1e-9:
+        refuse(f"density {density:g}", after["density"])
+    goal = int(density * subject.weights.neurons) / subject.weights.neurons
     # CATS' threshold is the prompt's: generated tokens may keep other shares, but not nearly all.
     if abs(kept - goal) > (1e-6 if variant.method == "griffin" else 0.9 * (1 - goal)):
         refuse(f"{goal:.0%} of the neurons kept", f"{kept:.1%}")
@@ -289,11 +302,17 @@ def means(answer: Answer) -> dict[str, float]:
 
 def bandwidth(device: str) -> tuple[str, float]:
     """What reads the memory at its pace, and GB/s: the median of seven, before the engines start."""
+    import torch
+
     from .kernel_timing import Timer, memory
 
     source, size, calls = memory(device)
     timer = Timer(calls, device)
-    return source, size / median(timer.sample() for _ in range(7)) / 1e9
+    pace = size / median(timer.sample() for _ in range(7)) / 1e9
+    del timer, calls
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the engines take what is free
+    return source, pace
 
 
 def _variants(text: str) -> list[Variant]:
@@ -308,11 +327,10 @@ def _variants(text: str) -> list[Variant]:
     return [variant for name, variant in VARIANTS.items() if name in names]
 
 
-def _adapters(paths: list[str]) -> dict[Any, Path]:
-    from caprese_kernels.adapters import find_adapter, read_config
-
-    found = [Path(find_adapter(path)) for path in paths]
-    return {read_config(path).method: path for path in found}
+def _fingerprints(subject: Subject) -> dict[str, str] | None:
+    """The adapters that the user gave, by method."""
+    found = {method: sha256(path.read_bytes()).hexdigest()[:16] for method, (path, _) in subject.adapters.items()}
+    return found or None
 
 
 def _counts(option: str, text: str) -> list[int]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rich.console import Console
 
+from caprese_kernels.adapters import find_adapter, read_config
 from caprese_kernels.config import DEFAULT_LAYERS, AdapterConfig, BaseModelInfo, LayerChoice, MethodName, resolve_layers
 from caprese_kernels.errors import CapreseError
 
@@ -51,7 +53,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """The model: a directory, its dimensions, and where the adapters lie, or made, by method and layers."""
+    """The model: a directory, its dimensions, and the user's adapters, whose settings go before the others."""
 
     path: str  # directory, or Hub id
     name: str
@@ -61,6 +63,7 @@ class Subject:
     density: float
     rank: int
     dtype: str
+    adapters: Mapping[MethodName, tuple[Path, AdapterConfig]] = MappingProxyType({})
 
     @property
     def itemsize(self) -> int:
@@ -69,12 +72,21 @@ class Subject:
     def layers(self, variant: Variant) -> tuple[int, ...]:
         if variant.method is None:
             return ()
+        if variant.layers is None and variant.method in self.adapters:
+            return tuple(self.adapters[variant.method][1].layers)
         choice = DEFAULT_LAYERS[variant.method] if variant.layers is None else variant.layers
         return resolve_layers(choice, self.weights.layers)
 
+    def density_of(self, method: MethodName) -> float:
+        return self.adapters[method][1].density if method in self.adapters else self.density
+
+    def method_rank(self, method: MethodName) -> int:
+        """Of the adapter that serves this method."""
+        return self.adapters[method][1].rank if method in self.adapters else self.rank
+
     def rank_of(self, variant: Variant) -> int:
         """Of L and R; 0 without."""
-        return self.rank if variant.correction == "caprese" else 0
+        return self.method_rank(variant.method) if variant.method and variant.correction == "caprese" else 0
 
     def added(self, variant: Variant) -> int:
         """Values of a sparse layer's correction."""
@@ -82,25 +94,32 @@ class Subject:
             from .lora import lora_rank
 
             info = BaseModelInfo.from_hf(self.config, self.name)
-            return 3 * lora_rank(info, self.rank) * (info.hidden_size + info.intermediate_size)
+            return 3 * lora_rank(info, self.method_rank("griffin")) * (info.hidden_size + info.intermediate_size)
         return 2 * self.weights.hidden_size * self.rank_of(variant)
 
 
-def subject_of(arch: str, model: str | None, density: float, rank: int, dtype: str, folder: Path) -> Subject:
-    """The published shape `arch` with dummy weights, or the checkpoint `model`; CapreseError for an unknown one."""
+def subject_of(
+    arch: str, model: str | None, adapters: Sequence[str], density: float, rank: int, dtype: str, folder: Path
+) -> Subject:
+    """The published shape `arch` with dummy weights, or the checkpoint `model` with its adapters; CapreseError for an
+    unknown one."""
     from transformers import AutoConfig
 
     from caprese_distill.loading import load_small_parts
 
     if model is not None:
         config = load_small_parts(model)[0]
-        return Subject(model, Path(model).name, config, Weights.of(config), False, density, rank, dtype)
+        paths = [Path(find_adapter(path)) for path in adapters]
+        given = {made.method: (path, made) for path in paths for made in [read_config(path)]}
+        return Subject(model, Path(model).name, config, Weights.of(config), False, density, rank, dtype, given)
+    if adapters:
+        raise CapreseError("--weights", expected="--model, which it is for", found="dummy weights", fix="give --model")
     path = str(write_arch(arch, folder))
     config = AutoConfig.from_pretrained(path)
     return Subject(path, arch, config, Weights.of(config), True, density, rank, dtype)
 
 
-def adapter_for(subject: Subject, variant: Variant, given: dict[MethodName, Path], folder: Path) -> Path:
+def adapter_for(subject: Subject, variant: Variant, folder: Path) -> Path:
     """The adapter that a Caprese variant is served with: the user's, or one of random L, R of the right shape."""
     import torch
 
@@ -108,14 +127,22 @@ def adapter_for(subject: Subject, variant: Variant, given: dict[MethodName, Path
 
     assert variant.method is not None
     if not subject.dummy:
-        if variant.method not in given:
+        path, config = subject.adapters.get(variant.method, (None, None))
+        if path is None or config is None:
             raise CapreseError(
                 f"variant {variant.id}",
                 expected=f"an adapter for {variant.method}, given by --weights",
                 found="none",
                 fix="give one, or choose other --variants",
             )
-        return given[variant.method]
+        if tuple(config.layers) != subject.layers(variant):
+            raise CapreseError(
+                f"variant {variant.id}",
+                expected=f"an adapter for layers {list(subject.layers(variant))}",
+                found=f"{path.name}, for layers {config.layers}",
+                fix="choose other --variants",
+            )
+        return path
     path = folder / f"{variant.id}.safetensors"
     if not path.exists():
         layers, depth = subject.layers(variant), subject.weights.hidden_size
@@ -125,25 +152,23 @@ def adapter_for(subject: Subject, variant: Variant, given: dict[MethodName, Path
             for shape in ((depth, subject.rank), (subject.rank, depth))
         )
         info = BaseModelInfo.from_hf(subject.config, subject.name)
-        config = AdapterConfig(
+        made = AdapterConfig(
             base_model=info, method=variant.method, density=subject.density, rank=subject.rank, layers=list(layers)
         )
-        Adapters(config, left, right).save(path)
+        Adapters(made, left, right).save(path)
     return path
 
 
-def job_of(
-    subject: Subject, variant: Variant, options: dict[str, Any], given: dict[MethodName, Path], folder: Path
-) -> dict[str, Any]:
+def job_of(subject: Subject, variant: Variant, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What `engine_process` is told of the variant."""
     job: dict[str, Any] = {"model": subject.path, "engine": options, "caprese": None}
     if variant.correction == "caprese":
-        job["caprese"] = {"weights": str(adapter_for(subject, variant, given, folder))}
+        job["caprese"] = {"weights": str(adapter_for(subject, variant, folder))}
     elif variant.method:
         layers = list(subject.layers(variant))
-        job["caprese"] = {"method": variant.method, "density": subject.density, "layers": layers}
+        job["caprese"] = {"method": variant.method, "density": subject.density_of(variant.method), "layers": layers}
     if variant.correction == "lora":
-        job["variables"] = lora_environment(folder, subject.rank)
+        job["variables"] = lora_environment(folder, subject.method_rank("griffin"))
     return job
 
 

@@ -121,16 +121,45 @@ def kernels(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def latency(path: Path) -> str:
+    """Time to next token of each model in its longest setup, of Full in ms and of the others as shares of it."""
+    result = Result.load(path)
+    rows = result.sections()["one request"]
+    variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "Full"]
+    lines = [f"| | setup | Full, ms | {' | '.join(variants)} |", "|---|---:|---:|" + "---:|" * len(variants)]
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        here = {row["setup"]: row["full_tpot_ms"] for row in rows if row["arch"] == arch}
+        setup = max(here, key=lambda text: sum(map(int, text.split("+"))))
+        of = {row["variant"]: row for row in rows if (row["arch"], row["setup"]) == (arch, setup)}
+        cells = (
+            f"{of[name]['ratio']:.3f} ({of[name]['predicted_ratio']:.3f})" if name in of else "" for name in variants
+        )
+        lines.append(f"| {arch} | {setup} | {of['Full']['tpot_ms']:.1f} | {' | '.join(cells)} |")
+    settings = result.provenance["settings"]
+    lines += [
+        "",
+        "- Time to next token of one request through vLLM, compiled, as a share of Full's in the same round: medians "
+        f"of {rows[0]['rounds']} interleaved rounds. In brackets what the bytes that a token needs predict. Weights "
+        f"are random; density {settings['density']:g}, rank {settings['rank']}, LoRA of as many parameters. A setup is "
+        "prompt + generated tokens.",
+        *_note(result.provenance),
+        f"- Measured by `{result.provenance['command']}` on {_source(path, result.provenance)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _note(provenance: dict[str, Any]) -> list[str]:
     """What whoever measured wrote beside the figures."""
     return [f"- Note: {provenance['note']}."] if "note" in provenance else []
 
 
 def _source(path: Path, provenance: dict[str, Any]) -> str:
-    cpu, versions, commit = provenance["hardware"]["cpu"], provenance["versions"], str(provenance["git_commit"])[:12]
+    hardware, versions, commit = provenance["hardware"], provenance["versions"], str(provenance["git_commit"])[:12]
+    cpu, gpus = hardware["cpu"], hardware["gpus"]
+    machine = gpus[0]["name"] if gpus else f"{cpu['model']} ({cpu['cores']} cores, no GPU)"
     return (
-        f"{cpu['model']} ({cpu['cores']} cores, no GPU), {provenance['time'][:10]}, vLLM {versions['vllm']}, torch "
-        f"{versions['torch']}, commit {commit}; all figures: [{path.relative_to(ROOT)}]({path.relative_to(ROOT)})."
+        f"{machine}, {provenance['time'][:10]}, vLLM {versions['vllm']}, torch {versions['torch']}, "
+        f"commit {commit}; all figures: [{path.relative_to(ROOT)}]({path.relative_to(ROOT)})."
     )
 
 
@@ -140,6 +169,7 @@ def render(readme: str) -> str:
         "demo": demo(newest("demo")),
         "recovery": recovery(newest("recovery")),
         "kernels": kernels(newest("kernels")),
+        "latency": latency(newest("latency")),
     }
     for name, text in tables.items():
         place = re.compile(

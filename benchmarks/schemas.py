@@ -228,7 +228,8 @@ class DistillSpeed(Row):
     stage: Literal["layer-wise, closed form", "end to end"]
     samples: Some
     tokens: Some
-    seconds: Positive
+    seconds: Positive = Field(description="that grow with the samples")
+    solving_s: Amount = Field(description="the closed form's, once")
     tokens_per_s: Positive
     samples_per_s: Positive
     paper_hours: Positive = Field(description="of 20,000 such samples, three epochs of them end to end")
@@ -258,6 +259,7 @@ class Accuracy(Row):
     cut_off: Share = Field(description="responses that the limit of tokens ended")
     sparse_tokens: Count = Field(description="that the server counted in sparse FF blocks; of Full none")
     ff_weights_read: Share | None = Field(description="by the server's count, of a token")
+    published_row: str | None = Field(description="the row of the paper's table, where it has the task and model")
     published: Share | None = Field(description="the paper's score")
     published_std: Amount | None = Field(description="its standard deviation over runs")
     published_difference: Difference | None = Field(description="the paper's, to Full")

@@ -44,7 +44,7 @@ class State:
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's for the next step
     prompts: Plan | None = None  # of the step
     step: Step | None = None  # None: profiling or a dummy batch, all rows dense
-    generated_tokens: int = 0  # that ran sparse
+    scheduled: int = 0  # generated tokens that are to run sparse
 
     def __post_init__(self) -> None:
         # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
@@ -53,6 +53,14 @@ class State:
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
         self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
         self._plan: Any = None
+        # Generated tokens that the first block computed sparse. Counted by the device, inside of CUDA graphs too: one
+        # that replays dense blocks counts none.
+        self.computed = torch.zeros((), dtype=torch.int64, device=self.requests.device)
+
+    @property
+    def generated_tokens(self) -> int:
+        """That ran sparse; of a pipeline stage without a sparse block, that did elsewhere."""
+        return int(self.computed) if self.blocks else self.scheduled
 
     def allocate(self) -> None:
         """Make the slot table once all blocks are there; each block has its layer's view."""
@@ -75,7 +83,7 @@ class State:
             self.parked[key] = self.table[:, slot].clone()
         for key, slot in step.restored:
             self.table[:, slot] = self.parked.pop(key)
-        self.generated_tokens += len(step.sparse_rows)
+        self.scheduled += len(step.sparse_rows)
         self.step = step
         self.prompts = Plan.of(step.chunks, self.requests.device) if step.chunks else None
         if self.can_replay(step):
@@ -147,6 +155,7 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
     Ranks of one pipeline stage hold equal parts of its layers, so what they spared is averaged; stages add theirs.
     """
     whole = dict(reports[0])
+    whole["generated_tokens"] = min(report["generated_tokens"] for report in reports)
     if whole["generated_tokens"]:
         spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
         whole["ff_weights_read"] = 1 - spared
@@ -196,6 +205,8 @@ class SparseFF:
         return y
 
     def _sparse(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self is self.state.blocks[0]:
+            self.state.computed += (slots >= 0).sum()
         if self.method.name == "griffin":
             planned = self.state.planned(self, slots)
             return self.state.kernels.griffin_ff(x, self.packed, self.selections, slots, **planned)

@@ -1,7 +1,8 @@
 """Asks every variant every question, once: through servers that run only while they are needed, with proof.
 
 The server's own counters (GET /caprese) must show for each response, before it is stored, that sparse FF blocks
-generated its tokens, or for Full that they generated none. So what is stored is proven, and what is not fails at once.
+generated its tokens, or for Full that they generated none. What does not fit fails at once, and what was asked for in
+the same session is not kept.
 """
 
 from __future__ import annotations
@@ -202,10 +203,17 @@ class Work:
             line = bar.add_task(told, total=total, completed=total - len(missing))
             try:
                 asyncio.run(run())
+            except Unproven:  # which of the responses at that time is not the variant's, counters do not tell
+                self.store.discard(session)
+                raise
             except KeyboardInterrupt:
                 there = total - len(self.missing())
                 self.examiner.console.print(f"{there} of {total} responses are in {self.store.path}", soft_wrap=True)
                 raise
+
+
+class Unproven(CapreseError):
+    """The server's counters contradict a response."""
 
 
 class Proof:
@@ -239,4 +247,4 @@ class Proof:
 
     def _refuse(self, expected: str, found: str) -> None:
         fix = "let no other client use the server meanwhile; if none did, report this bug"
-        raise CapreseError(f"variant {self.variant.id}", expected=expected, found=found, fix=fix)
+        raise Unproven(f"variant {self.variant.id}", expected=expected, found=found, fix=fix)

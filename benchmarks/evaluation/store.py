@@ -57,6 +57,13 @@ class Store:
                 ) from None
             self.found[response.key] = response
 
+    def discard(self, session: str) -> None:
+        """Forget a session's responses."""
+        self.found = {key: response for key, response in self.found.items() if response.session != session}
+        new = self.path.with_suffix(".jsonl.new")
+        new.write_text("".join(f"{response.model_dump_json()}\n" for response in self.found.values()))
+        new.replace(self.path)
+
     def add(self, response: Response) -> None:
         with self.path.open("a") as file:
             file.write(response.model_dump_json() + "\n")

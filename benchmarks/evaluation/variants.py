@@ -18,6 +18,8 @@ from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import run as demo
 from caprese_serve.demo.results import Served
+from caprese_serve.environment import versions
+from caprese_serve.provenance import hardware_slug, source_digest
 from caprese_serve.server import VllmServer, get_json
 
 from ..families import model_config
@@ -86,7 +88,8 @@ class Bench:
             adapter = None if variant.adapter is None else hashlib.sha256(variant.adapter.read_bytes()).hexdigest()
             caprese |= {"rank": method.rank, "adapter": adapter}
         return {
-            "model": self.name, "weights": _fingerprint(self.model), "flags": list(self.flags), "caprese": caprese
+            "model": self.name, "weights": _fingerprint(self.model), "flags": list(self.flags), "caprese": caprese,
+            "source": source_digest(), "vllm": versions().get("vllm"), "hardware": hardware_slug(),
         }  # fmt: skip
 
     def servers(self) -> list[tuple[Variant, list[Variant]]]:

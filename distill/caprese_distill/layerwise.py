@@ -281,8 +281,9 @@ def close(
     with progress_bar(console, "layers/s") as bar:
         solved = bar.track(solve_all(jobs), total=len(jobs), description="closed form")
         solutions = dict(zip(method.layers, solved, strict=True))
-    seconds = state.seconds + time.monotonic() - started
-    return _assemble(solutions, samples, info, method, seconds, {"solver": "closed-form"})
+    solving = time.monotonic() - started
+    told = {"solver": "closed-form", "seconds_solving": round(solving, 1)}
+    return _assemble(solutions, samples, info, method, state.seconds + solving, told)
 
 
 def _assemble(

@@ -9,17 +9,22 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .environment import hardware, versions
 
+PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "benchmarks")
+
 
 def provenance() -> dict[str, Any]:
-    """Command line, git commit, hardware, versions and time, as JSON values."""
+    """Command line, git commit, digest of the sources, hardware, versions and time, as JSON values."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": git_commit(),
+        "source": source_digest(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "versions": versions(),
@@ -47,12 +52,16 @@ def git_commit() -> str | None:
     return f"{commit}-dirty" if commit and changed else commit
 
 
-def source_digest(*places: str | Path) -> str:
-    """Of all Python and C++ files, themselves or below folders: what a dirty commit, or none, does not tell."""
+@cache
+def source_digest() -> str:
+    """Of this project's Python and C++ files: what a dirty commit, or none, does not tell. Results of other sources do
+    not go together."""
     digest = hashlib.sha256()
-    found = (path for place in map(Path, places) for path in (place.rglob("*") if place.is_dir() else [place]))
-    for path in sorted(path for path in found if path.suffix in {".py", ".cpp", ".h"}):
-        digest.update(path.read_bytes())
+    specs = (find_spec(package) for package in PACKAGES)
+    folders = (Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ())
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in {".py", ".cpp", ".h", ".yaml"}):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
