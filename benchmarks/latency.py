@@ -329,7 +329,7 @@ def _variants(text: str) -> list[Variant]:
 
 def _fingerprints(subject: Subject) -> dict[str, str] | None:
     """The adapters that the user gave, by method."""
-    found = {method: sha256(path.read_bytes()).hexdigest()[:16] for method, (path, _) in subject.adapters.items()}
+    found = {str(method): sha256(path.read_bytes()).hexdigest()[:16] for method, (path, _) in subject.adapters.items()}
     return found or None
 
 

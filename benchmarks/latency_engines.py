@@ -6,10 +6,9 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -63,7 +62,7 @@ class Subject:
     density: float
     rank: int
     dtype: str
-    adapters: Mapping[MethodName, tuple[Path, AdapterConfig]] = MappingProxyType({})
+    adapters: Mapping[MethodName, tuple[Path, AdapterConfig]] = field(default_factory=dict)
 
     @property
     def itemsize(self) -> int:

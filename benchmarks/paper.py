@@ -8,6 +8,7 @@ ROWS = {
     "end-to-end caprese-griffin": "E2E Caprese", "cats": "CATS", "layer-wise caprese-cats": "layer-wise Caprese (CATS)",
     "end-to-end caprese-cats": "E2E Caprese (CATS)",
 }  # fmt: skip
+TABLE_1, TABLE_2 = "gsm8k,math,coqa,qasper", "math500,aime24,amc23,brumo25"  # their columns; table 5 has table 1's
 LORA, CAPRESE = "layer-wise lora-griffin", ("layer-wise caprese-griffin", "end-to-end caprese-griffin")
 # Table 4, Qwen 2.5 14B, bfloat16, an NVIDIA L40: (end to end, s; time to next token, ms).
 TABLE_4: dict[str, dict[str, tuple[float, float]]] = {

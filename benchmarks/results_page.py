@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.tasks import GROUPS, Task, chosen
-from benchmarks.paper import CAPRESE, LORA, ROWS, SAYS, TABLE_3, TABLE_4
+from benchmarks.paper import CAPRESE, LORA, ROWS, SAYS, TABLE_1, TABLE_2, TABLE_3, TABLE_4
 from benchmarks.report import Result, Row
 from caprese_distill.adam import AdamSettings
 from caprese_distill.cli import SAMPLES
@@ -61,7 +61,7 @@ def _contents() -> str:
             gpus |= set(_gpus(result))
             for its in {item.its(row) for row in result.rows} - {None}:
                 places[bool(its)].add(path.parent.name)
-        shown = (", ".join(sorted(places[its])) or NOT for its in (True, False))
+        shown = (", ".join(sorted(places[its])) or (NOT if item.command else "") for its in (True, False))
         command = f"`caprese bench {item.command}`" if item.command else ""
         lines.append(f"| {item.title} | {command} | {' | '.join(shown)} |")
     told = f"Measured on GPUs: {', '.join(sorted(gpus))}." if gpus else "Nothing here was measured on a GPU yet."
@@ -95,9 +95,9 @@ def _gpus(result: Result) -> list[str]:
     return sorted({str(gpu["name"]) for gpu in result.provenance["hardware"].get("gpus") or []})
 
 
-def scores(group: str, rows: Sequence[str]) -> list[str]:
+def scores(names: str, rows: Sequence[str]) -> list[str]:
     """Tables 1, 2 and 5: "paper / ours", in percent, for each model that the paper has all these rows of."""
-    tasks = chosen(group)
+    tasks = chosen(names)
     ours: dict[tuple[str, str, str], Row] = {}
     sources = []
     for path, result in reversed(results("accuracy")):  # the newest last, which stays
@@ -137,7 +137,7 @@ def _percent(row: Row, name: str) -> str:
 
 
 def table_1() -> list[str]:
-    lines = scores("table1", [row for row in ROWS if "lora" not in row])
+    lines = scores(TABLE_1, [row for row in ROWS if "lora" not in row])
     for path, result in results("accuracy"):
         rows = [row for row in result.rows if row["section"] == GROUPS["demo"]]
         if not rows:
@@ -161,7 +161,7 @@ def _difference(row: Row) -> tuple[str, str]:
 
 
 def table_2() -> list[str]:
-    return scores("table2", [row for row in ROWS if "lora" not in row])
+    return scores(TABLE_2, [row for row in ROWS if "lora" not in row])
 
 
 def table_3() -> list[str]:
@@ -216,7 +216,7 @@ def _latency(result: Result) -> list[str]:
 
 
 def table_5() -> list[str]:
-    lines = scores("table1", ["full", "griffin", LORA, "end-to-end lora-griffin", *CAPRESE])
+    lines = scores(TABLE_1, ["full", "griffin", LORA, "end-to-end lora-griffin", *CAPRESE])
     for path, result in results("recovery"):
         lines += ["On the demo model, LoRA and Caprese of as many parameters, trained on the same samples:", ""]
         for section, rows in result.sections().items():

@@ -27,7 +27,7 @@ def test_every_table_and_figure_is_there() -> None:
 def test_a_published_score_stands_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     monkeypatch.setattr(results_page, "ROOT", tmp_path)
-    assert "| Full | 78.17 / - |" in results_page.page()
+    assert "| Full | 78.17 / - | " in results_page.page()
 
     row = {"section": GROUPS["table1"], "task": "GSM8K", "model": "google/gemma-2-9b-it", "variant": "Full"}
     row |= {"published_row": "full", "published": 0.7817, "score": 0.625, "run_std": None, "problems": 200}
@@ -37,7 +37,7 @@ def test_a_published_score_stands_beside_ours(tmp_path: Path, monkeypatch: pytes
     Result("accuracy", provenance, [], [], [row], partial=False).write(tmp_path / "gpu")
     page = results_page.page()
     assert re.search(r"--tasks table2[^\n]*\| not measured \| not measured \|", page)
-    assert "| Full | 78.17 / 62.50 (200) |" in page
+    assert "| Full | 78.17 / 62.50 (200) | " in page
     assert "| Table 1: instruct models | `caprese bench accuracy --tasks table1" in page
     assert re.search(r"--tasks table1[^\n]*\| gpu \| not measured \|", page)
 
