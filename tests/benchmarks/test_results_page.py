@@ -32,7 +32,7 @@ def test_a_published_score_stands_beside_ours(tmp_path: Path, monkeypatch: pytes
     row = {"section": GROUPS["table1"], "task": "GSM8K", "model": "google/gemma-2-9b-it", "variant": "Full"}
     row |= {"published_row": "full", "published": 0.7817, "score": 0.625, "run_std": None, "problems": 200}
     provenance = {
-        "time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, "git_commit": "1", "hardware": {"cpu": {}}
+        "time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, "git_commit": "1", "hardware": {"cpu": {"model": "c", "cores": 1}}
     }  # fmt: skip
     Result("accuracy", provenance, [], [], [row], partial=False).write(tmp_path / "gpu")
     page = results_page.page()
