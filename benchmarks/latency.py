@@ -110,6 +110,7 @@ def latency(
                     for case in todo:
                         runs = measure(case, subject, data, group, engines, rounds, bar, line)
                         record.add(*rows(case, subject, runs, pace[1]))
+            result.rows.sort(key=_place)
         for section, found in result.sections().items():
             console.print(table(section, found, COLUMNS))
 
@@ -126,7 +127,7 @@ class Case:
 
     def key(self, subject: Subject, variant: Variant) -> Row:
         return {
-            "section": self.section,
+            "section": f"{self.section}, {subject.name}",
             "arch": subject.name,
             "setup": f"{self.prompt}+{self.generated}",
             "batch": self.batch,
@@ -315,6 +316,16 @@ def bandwidth(device: str) -> tuple[str, float]:
     return source, pace
 
 
+def _place(row: Row) -> tuple[Any, ...]:
+    """Of a row in the tables: by model, then setups by size, then variants as they are listed."""
+    from .latency_engines import VARIANTS
+
+    labels = [variant.label for variant in VARIANTS.values()]
+    kind = [ONE, BATCH, SAMPLES].index(row["section"].partition(", ")[0])
+    length = sum(map(int, row["setup"].split("+")))
+    return kind, row["arch"], length, row["batch"], row["samples"], labels.index(row["variant"])
+
+
 def _variants(text: str) -> list[Variant]:
     from .latency_engines import VARIANTS
 
@@ -367,18 +378,25 @@ COLUMNS: Columns = {
 
 def plots(result: Result) -> list[Plot]:
     """Table 4 as bars; the sweeps as lines, whose level is Full."""
-    next_token, ratio = "time to next token, ms", "time to next token / Full's"
-    made = [
-        Plot(ONE, "setup", "tpot_ms", ("variant",), "prompt + generated tokens", next_token, error="tpot_iqr_ms",
-             kind="bar", show="{:.1f}".format),
-        Plot(ONE, "setup", "e2e_s", ("variant",), "prompt + generated tokens", "end to end, s", error="e2e_iqr_s",
-             kind="bar", show="{:.1f}".format),
-        Plot(ONE, "setup", "ratio", ("variant",), "prompt + generated tokens", ratio, error="ratio_iqr", kind="bar",
-             level=1, show="{:.2f}".format),
-        Plot(ONE, "setup", "predicted_ratio", ("variant",), "prompt + generated tokens", "bytes / Full's", kind="bar",
-             level=1, show="{:.2f}".format),
-    ]  # fmt: skip
-    for section, x in ((BATCH, "batch"), (SAMPLES, "samples")):
-        made.append(Plot(section, x, "ratio", ("variant",), section, ratio, error="ratio_iqr", log2_x=True, level=1))
-        made.append(Plot(section, x, "tokens_per_s", ("variant",), section, "tokens/s", log2_x=True))
+    next_token, ratio, setup = "time to next token, ms", "time to next token / Full's", "prompt + generated tokens"
+    made = []
+    for section in result.sections():
+        kind = section.partition(", ")[0]
+        if kind == ONE:
+            made += [
+                Plot(section, "setup", "tpot_ms", ("variant",), setup, next_token, error="tpot_iqr_ms", kind="bar",
+                     show="{:.1f}".format),
+                Plot(section, "setup", "e2e_s", ("variant",), setup, "end to end, s", error="e2e_iqr_s", kind="bar",
+                     show="{:.1f}".format),
+                Plot(section, "setup", "ratio", ("variant",), setup, ratio, error="ratio_iqr", kind="bar", level=1,
+                     show="{:.2f}".format),
+                Plot(section, "setup", "predicted_ratio", ("variant",), setup, "bytes / Full's", kind="bar", level=1,
+                     show="{:.2f}".format),
+            ]  # fmt: skip
+            continue
+        x = "batch" if kind == BATCH else "samples"
+        made += [
+            Plot(section, x, "ratio", ("variant",), kind, ratio, error="ratio_iqr", log2_x=True, level=1),
+            Plot(section, x, "tokens_per_s", ("variant",), kind, "tokens/s", log2_x=True),
+        ]
     return made

@@ -124,7 +124,7 @@ def kernels(path: Path) -> str:
 def latency(path: Path) -> str:
     """Time to next token of each model in its longest setup, of Full in ms and of the others as shares of it."""
     result = Result.load(path)
-    rows = result.sections()["one request"]
+    rows = [row for row in result.rows if row["section"].startswith("one request")]
     variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "Full"]
     lines = [f"| | setup | Full, ms | {' | '.join(variants)} |", "|---|---:|---:|" + "---:|" * len(variants)]
     for arch in dict.fromkeys(row["arch"] for row in rows):

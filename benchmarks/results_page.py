@@ -82,7 +82,7 @@ def source(path: Path, result: Result) -> list[str]:
     """Where the figures above come from."""
     provenance = result.provenance
     cpu, versions = provenance["hardware"]["cpu"], provenance["versions"]
-    machine = ", ".join(_gpus(result)) or f"{cpu['model']}, {cpu['cores']} cores, no GPU"
+    machine = ", ".join(_gpus(result)) or "{model}, {cores} cores, no GPU".format(**cpu)
     told = f"Measured by `{provenance['command']}` on {machine}, {provenance['time'][:10]}, "
     told += f"vLLM {versions.get('vllm')}, torch {versions['torch']}, "
     told += f"commit {str(provenance['git_commit'])[:12]}: [{path.name}](../{path.relative_to(ROOT)})."
@@ -176,7 +176,7 @@ def table_4() -> list[str]:
         (row["setup"], row["variant"]): row
         for _, result in reversed(found)  # the newest last, which stays
         for row in result.rows
-        if row["arch"] == "qwen2.5-14b" and row["section"] == "one request"
+        if row["arch"] == "qwen2.5-14b" and row["section"].startswith("one request")
     }
     lines = [f"Qwen 2.5 14B, one request, bfloat16: paper (an NVIDIA L40) / ours; {NOT} where ours is a dash.", ""]
     for which, (title, key, digits) in enumerate((("end to end, s", "e2e_s", 1), ("next token, ms", "tpot_ms", 0))):
@@ -196,12 +196,11 @@ def table_4() -> list[str]:
 
 def _latency(result: Result) -> list[str]:
     lines = []
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in result.rows:
-        groups.setdefault((row["section"], row["arch"]), []).append(row)
-    for (section, arch), rows in groups.items():
+    for section, rows in result.sections().items():
         weights = ", dummy weights" if rows[0]["dummy_weights"] else ""
-        swept = {"distinct prompts": "batch", "samples of one prompt": "samples"}.get(section, "setup")
+        swept = {"distinct prompts": "batch", "samples of one prompt": "samples"}.get(
+            section.partition(", ")[0], "setup"
+        )
         cells = []
         for row in rows:
             times = (f"{row['e2e_s']:.2f} ± {row['e2e_iqr_s']:.2f}", f"{row['ttft_s']:.3f}")
@@ -210,7 +209,7 @@ def _latency(result: Result) -> list[str]:
             pace = (f"{row['gb_s']:.1f}", f"{row['bandwidth_share']:.0%}")
             cells.append([row["variant"], str(row[swept]), *times, *token, *ratio, *pace])
         header = ["", swept, "end to end, s", "first token, s", "next token, ms", "p99", "of Full", "by bytes"]
-        lines += [f"**{arch}{weights}, {section}**", "", *markdown([*header, "GB/s", "of bandwidth"], cells)]
+        lines += [f"**{section}{weights}**", "", *markdown([*header, "GB/s", "of bandwidth"], cells)]
     rounds = result.rows[0]["rounds"]
     return [*lines, f"Medians of {rounds} interleaved rounds, ± interquartile range; a ratio is of one round.", ""]
 

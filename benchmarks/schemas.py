@@ -60,7 +60,7 @@ class Kernels(Row):
 class Latency(Row):
     """Table 4. Times are medians over rounds; `ratio` is of times to next token, to Full's in the same round."""
 
-    section: Literal["one request", "distinct prompts", "samples of one prompt"]
+    section: Annotated[str, Field(pattern=r"^(one request|distinct prompts|samples of one prompt), .+$")]
     arch: str
     setup: Annotated[str, Field(pattern=r"^[1-9]\d*\+[1-9]\d*$", description="prompt + generated tokens")]
     batch: Some = Field(description="different prompts at once")

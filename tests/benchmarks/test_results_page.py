@@ -10,6 +10,8 @@ from benchmarks import paper, results_page
 from benchmarks.evaluation.tasks import GROUPS, PublishedRow
 from benchmarks.report import Result
 
+PROVENANCE = {"time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, "git_commit": "1"}
+
 
 def test_the_page_is_the_measured_one() -> None:
     assert results_page.PAGE.read_text() == results_page.page(), "run: python -m benchmarks.results_page"
@@ -31,9 +33,7 @@ def test_a_published_score_stands_beside_ours(tmp_path: Path, monkeypatch: pytes
 
     row = {"section": GROUPS["table1"], "task": "GSM8K", "model": "google/gemma-2-9b-it", "variant": "Full"}
     row |= {"published_row": "full", "published": 0.7817, "score": 0.625, "run_std": None, "problems": 200}
-    provenance = {
-        "time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, "git_commit": "1", "hardware": {"cpu": {"model": "c", "cores": 1}}
-    }  # fmt: skip
+    provenance = PROVENANCE | {"hardware": {"cpu": {"model": "c", "cores": 1}}}
     Result("accuracy", provenance, [], [], [row], partial=False).write(tmp_path / "gpu")
     page = results_page.page()
     assert re.search(r"--tasks table2[^\n]*\| not measured \| not measured \|", page)
@@ -47,15 +47,13 @@ def test_a_time_stands_beside_the_papers(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(results_page, "ROOT", tmp_path)
     assert "| 2048+256 | 41 / - | 34 / - | 37 / - | 34 / - |" in results_page.page()
     measured = {
-        "section": "one request", "arch": "qwen2.5-14b", "setup": "2048+256", "variant": "LoRA", "dummy_weights": True,
+        "section": "one request, qwen2.5-14b", "arch": "qwen2.5-14b", "setup": "2048+256", "variant": "LoRA",
+        "dummy_weights": True,
         "rounds": 5, "e2e_s": 2.0, "e2e_iqr_s": 0.1, "ttft_s": 0.1, "tpot_ms": 7.0, "tpot_iqr_ms": 0.1,
         "tpot_p99_ms": 8.0, "ratio": 0.9, "ratio_iqr": 0.01, "predicted_ratio": 0.8, "gb_s": 3000.0,
         "bandwidth_share": 0.9,
     }  # fmt: skip
-    provenance = {
-        "time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, "git_commit": "1",
-        "hardware": {"cpu": {"model": "c", "cores": 1}, "gpus": [{"name": "NVIDIA X"}]},
-    }  # fmt: skip
+    provenance = PROVENANCE | {"hardware": {"cpu": {}, "gpus": [{"name": "NVIDIA X"}]}}
     Result("latency", provenance, [], [], [measured], partial=False).write(tmp_path / "x")
     page = results_page.page()
     assert "| 2048+256 | 41 / - | 34 / - | 37 / 7 | 34 / - |" in page
