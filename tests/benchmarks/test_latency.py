@@ -15,6 +15,7 @@ from benchmarks.floor import Weights, step_bytes
 from benchmarks.latency import BATCH, ONE, SAMPLES, Case, Run, kept_share, make_cases, proof, rows
 from benchmarks.latency_engines import VARIANTS, Subject, groups
 from caprese_kernels.errors import CapreseError
+from caprese_serve.demo.run import ADAPTERS, MODEL
 
 # D = 10, F = 30: an FF block has 3 x 300 values. Four layers, 1,000 values elsewhere, 200 of them looked up.
 WEIGHTS = Weights(total=1000 + 4 * 900, lookup=200, ff=900, gate=300, layers=4, hidden_size=10, neurons=30, kv=8)
@@ -193,3 +194,19 @@ def test_prompts_differ_but_not_between_engines(model_dir: Callable[[str], Path]
     real = subject(path=str(model_dir("llama")))
     made = latency_engines.prompts(real, str(text), 2, 9, seed=0)
     assert [len(prompt) for prompt in made] == [9, 9]
+
+
+def test_an_adapters_settings_go_before_the_others(tmp_path: Path) -> None:
+    path = str(ADAPTERS["griffin"])
+    made = latency_engines.subject_of("", str(MODEL), [path], 0.3, 7, "float32", tmp_path)
+    plain, caprese, everywhere = (VARIANTS[id] for id in ("griffin", "caprese", "caprese-all"))
+    assert (made.density_of("griffin"), made.density_of("cats")) == (0.5, 0.3)
+    assert made.layers(plain) == made.layers(caprese) == (0, 1)
+    assert (made.rank_of(plain), made.rank_of(caprese)) == (0, 48)
+    assert latency_engines.adapter_for(made, caprese, tmp_path) == Path(path)
+    with pytest.raises(CapreseError, match=r"an adapter for layers \[0, 1, 2, 3\]; found griffin.*for layers \[0, 1\]"):
+        latency_engines.adapter_for(made, everywhere, tmp_path)
+    with pytest.raises(CapreseError, match="variant caprese-cats: expected an adapter for cats"):
+        latency_engines.adapter_for(made, VARIANTS["caprese-cats"], tmp_path)
+    with pytest.raises(CapreseError, match="--weights: expected --model"):
+        latency_engines.subject_of("qwen2.5-0.5b", None, [path], 0.5, 256, "float32", tmp_path)

@@ -119,7 +119,23 @@ def test_a_replay_is_the_step_of_now(
         assert torch.equal(y[len(batch) :], x[len(batch) :])
         assert [now - then - one for now, then, one in zip(kept(state), counted, eager, strict=True)] == eager
         assert (method == "cats") == (max(eager) > 0)
-    assert state.generated_tokens == sum(min(rows, n) for n in (4, 1, 2, 2, 1))
+    computed = 2 * sum(min(rows, n) for n in (4, 1, 2, 2, 1))  # each batch eagerly, and replayed
+    assert state.generated_tokens == computed
+
+
+def test_a_graph_of_dense_blocks_counts_no_generated_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is what was computed, not what was scheduled: a wrong capture cannot pass for a sparse run."""
+    state = new_state("griffin", gpu)
+    monkeypatch.setattr(Block, "run", lambda block, x: (2 * x, None, None))
+    state.begin([Scheduled("a", 1, 0, 1)])
+    state.step = None  # as if a dummy batch were captured without its step
+    x, graph = torch.randn(1, 16), Graph()
+    with Recorder(), graph.capture():
+        y = forward(state, x)
+    state.begin([Scheduled("a", 1, 1, 1)])
+    graph.replay()
+    torch.testing.assert_close(y, 3**LAYERS * x)
+    assert (state.scheduled, state.generated_tokens) == (1, 0)
 
 
 def test_the_emulator_refuses_what_a_capturing_stream_refuses() -> None:
