@@ -120,6 +120,7 @@ def _bench(folder: Path, verb: str, *flags: str) -> list[str]:
 def run(step: Step, seconds: float) -> dict[str, Any]:
     """One step's record: status ("passed", "failed", "out of time", "no tests"), seconds, the output's end."""
     begin, stopped = time.monotonic(), threading.Event()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
     process = subprocess.Popen(
         step.command,
         cwd=ROOT,
