@@ -71,8 +71,8 @@ def storages(root: Any) -> dict[int, int]:
 def test_memory_beyond_plain_vllms(model_dir: ModelDir, tmp_path: Path, method: str) -> None:
     """All tensors that the model and Caprese's state hold, storage by storage, beside the model of a plain engine.
 
-    Beyond plain vLLM's: L and R, a row of selections for each slot, the pages of statistics, a counter a layer, and
-    the slots of the rows of a batch that decodes.
+    Beyond plain vLLM's: L and R, a row of selections for each slot, the pages of statistics, a counter a layer and one
+    more, and the slots of the rows of a batch that decodes.
     While no prompt is being computed nothing else; so the KV cache, which gets the rest, shrinks by no more.
     """
     case = new_case(model_dir, tmp_path, "qwen2", method, True)
@@ -100,6 +100,6 @@ def test_memory_beyond_plain_vllms(model_dir: ModelDir, tmp_path: Path, method: 
             kept = page_nbytes(state.method, neurons, 256, torch.float32) * pages
             exact = kept - sum(block.statistics.nbytes for block in state.blocks)  # allotted to values of short prompts
     low_rank = layers * 2 * rank * hidden * 4
-    counters = (layers + slots) * 8  # neurons kept by each layer; the slots of a decode batch's rows
+    counters = (layers + 1 + slots) * 8  # neurons kept by each layer; tokens; slots of a decode batch's rows
     assert at_start - plain == low_rank + tables + kept - exact + counters
     assert at_start <= afterwards <= at_start + exact
