@@ -154,4 +154,4 @@ def test_interrupt_ends_in_one_line(caprese: Caprese, capsys: Captured, monkeypa
 
 def test_provenance_is_json() -> None:
     written = json.loads(json.dumps(provenance.provenance()))
-    assert set(written) == {"command", "git_commit", "time", "hardware", "versions"}
+    assert set(written) == {"command", "git_commit", "source", "time", "hardware", "versions"}

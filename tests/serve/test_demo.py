@@ -69,7 +69,7 @@ def test_report(servers: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.C
     assert {row.tokens_per_s for row in report.rows} == {30 * 20 / 2.0}
     # (0.7 * 30 - 0.9 * 10) / (30 - 10): without the warm-up's tokens
     assert [row.ff_weights_read for row in report.rows] == [1.0, *[pytest.approx(0.6)] * 4]
-    assert {"command", "hardware", "versions", "git_commit", "time"} == set(report.provenance)
+    assert {"command", "hardware", "versions", "git_commit", "source", "time"} == set(report.provenance)
     assert (
         "GRIFFIN (density 0.5, layers 0, 1) loses 60.0 ± 11.0 points of math accuracy; Caprese (rank 2) gives back"
         in shown
