@@ -10,7 +10,6 @@ from __future__ import annotations
 if not __package__:
     import as_script  # type: ignore[import-not-found]  # noqa: F401
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ import typer
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
+from .decode_variants import VARIANTS, Variant
 from .engine_models import ARCHS
 from .plots import Plot
 from .recording import check_writable, progress, recording
@@ -35,27 +35,6 @@ if TYPE_CHECKING:
 KEYS = ["section", "arch", "context", "batch", "variant"]
 MEASURES = ["time_ms", "ratio", "gb_s"]
 REPEATS = 30
-
-
-@dataclass(frozen=True)
-class Variant:
-    """`half`: sparse in the first half of the layers, else in all. `added`: L and R, or LoRA's A and B."""
-
-    label: str
-    method: str | None = None
-    half: bool = False
-    added: str | None = None
-
-
-VARIANTS = {
-    "full": Variant("Full"),
-    "griffin": Variant("GRIFFIN", "griffin", True),
-    "lora": Variant("LoRA", "griffin", True, "lora"),
-    "caprese": Variant("Caprese (GRIFFIN)", "griffin", True, "caprese"),
-    "caprese-all": Variant("Caprese (GRIFFIN, all layers)", "griffin", False, "caprese"),
-    "cats": Variant("CATS", "cats"),
-    "caprese-cats": Variant("Caprese (CATS)", "cats", False, "caprese"),
-}
 
 
 def decode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,13 @@ from caprese_kernels.backend import Backend
 from caprese_kernels.packed import PackedFF
 
 from .decode_model import DecodeModel, FeedForward
+from .decode_variants import Variant
 from .floor import step_bytes
 from .kernel_cases import independent, thresholds
 from .kernel_dense import DenseWeights, Forward, candidates
 from .kernel_measure import check, check_cats
 from .served_lora import kernels as lora_kernels
 from .served_lora.engine import Lora, draw
-
-if TYPE_CHECKING:
-    from .decode import Variant
 
 
 def dense_candidates(model: DecodeModel) -> dict[str, FeedForward]:

@@ -351,22 +351,18 @@ def _counts(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _ms(value: float) -> str:
-    return f"{value:.2f}"
-
-
 COLUMNS: Columns = {
     "variant": ("variant", str),
     "setup": ("setup", str),
     "prompts": ("batch", str),
     "samples": ("samples", str),
-    "end to end, s": ("e2e_s", _ms),
-    "±": ("e2e_iqr_s", _ms),
+    "end to end, s": ("e2e_s", "{:.2f}".format),
+    "±": ("e2e_iqr_s", "{:.2f}".format),
     "first token, s": ("ttft_s", "{:.3f}".format),
-    "next token, ms": ("tpot_ms", _ms),
-    "± ": ("tpot_iqr_ms", _ms),
-    "p50": ("tpot_p50_ms", _ms),
-    "p99": ("tpot_p99_ms", _ms),
+    "next token, ms": ("tpot_ms", "{:.2f}".format),
+    "± ": ("tpot_iqr_ms", "{:.2f}".format),
+    "p50": ("tpot_p50_ms", "{:.2f}".format),
+    "p99": ("tpot_p99_ms", "{:.2f}".format),
     "of Full": ("ratio", "{:.3f}".format),
     " ±": ("ratio_iqr", "{:.3f}".format),
     "by bytes": ("predicted_ratio", "{:.3f}".format),

@@ -23,7 +23,8 @@ from caprese_serve.client import Client, Reply, in_turns
 from caprese_serve.demo.results import Served
 
 from ..recording import progress
-from .exams import Exam, Question
+from .exams import Exam
+from .questions import Question
 from .store import Response, Store, digest
 from .tasks import Sampling, Task
 from .variants import OFF, Bench, Endpoint, Variant

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo.problems import Problem, grade, problems
 
+from .questions import Question, hub, read_jsonl
 from .tasks import Source, Task
 
 GENERATED = 1000  # problems of a generator, where no limit says how many
-
-
-@dataclass(frozen=True)
-class Question:
-    """One problem as it is asked."""
-
-    id: str
-    prompt: str
-    difficulty: str | None = None
-    stop: tuple[str, ...] = ()
 
 
 class Exam(Protocol):
@@ -85,28 +74,6 @@ def _check_ids(questions: Sequence[Question], where: str) -> None:
         raise CapreseError(where, expected="problems", found="none", fix="give another file or limit")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; CapreseError naming the line that is none."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CapreseError(f"--data {path}", expected="a JSONL file", found=str(error), fix="correct it") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise CapreseError(
-                f"--data {path}, line {number}", expected="a JSON object", found=line[:60], fix="correct it"
-            )
-        rows.append(row)
-    return rows
-
-
 def _rows(source: Source, limit: int | None) -> list[dict[str, Any]]:
     if source.generator is not None:
         made = problems(source.generator, "test", limit or GENERATED)
@@ -119,22 +86,6 @@ def _difficulty(problem: Problem) -> dict[str, int]:
     if problem.task == "math":
         return {"steps": len(re.findall(r"\d+ [-+*] \d+ = \d+", problem.response))}
     return {"facts": problem.prompt.count(".") - 1}  # "Read this." comes first
-
-
-def hub(name: str, load: Callable[[Any], Any]) -> Any:
-    """`load(datasets)`, with what the Hub refuses told as a CapreseError."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return load(datasets)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise CapreseError(
-            f"data set {name}",
-            expected="one on the Hub, or in its cache",
-            found=f"{type(error).__name__}: {error}",
-            fix="give a local file of the same columns, --data TASK=FILE.jsonl",
-        ) from None
 
 
 def verified(text: str, answer: str) -> bool:

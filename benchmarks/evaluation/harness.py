@@ -11,7 +11,7 @@ from typing import Any
 
 from caprese_kernels.errors import CapreseError
 
-from .exams import Question, hub, read_jsonl
+from .questions import Question, hub, read_jsonl
 from .tasks import LmEval
 
 
