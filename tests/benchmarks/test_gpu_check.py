@@ -104,3 +104,24 @@ def test_gpu_check_plans_every_step_within_the_checkout(tmp_path: Path) -> None:
         if "--shapes" in step.command:
             names = step.command[step.command.index("--shapes") + 1].split(",")
             assert set(names) <= set(kernel_cases.SHAPES)
+
+
+def test_results_of_other_code_are_set_aside(tmp_path: Path) -> None:
+    for name in ("kernels.json", "kernels.csv", "check.log", "demo.json"):
+        (tmp_path / name).write_text("old")
+    gpu_check.set_aside(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.*")] == ["demo.json"]
+    assert sorted(path.name for path in (tmp_path / "earlier").iterdir()) == [
+        "check.log",
+        "kernels.csv",
+        "kernels.json",
+    ]
+    gpu_check.set_aside(tmp_path / "none")
+
+
+def test_every_result_of_the_steps_is_known(tmp_path: Path) -> None:
+    """Else a run of other code would go on with its rows."""
+    verbs = {
+        step.command[step.command.index("bench") + 1] for step in gpu_check.steps(tmp_path) if "bench" in step.command
+    }
+    assert {"check", *verbs} == set(gpu_check.RESULTS)
