@@ -96,11 +96,12 @@ def _answers(
         options |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1}
     tokenizer = _tokenizer()
     prompts = [prompt_ids(tokenizer, problem) for problem in asked]
+    # On NVIDIA Triton multiplies float32 with 10 bits of mantissa else, also in attention.
+    exact = {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
+    job = {"model": str(MODEL), "engine": options, "variables": exact}
     batches = [variants] if device == "cuda" else [[variant] for variant in variants]
     for batch in batches:
-        jobs = {v.id: {"model": str(MODEL), "engine": options, "caprese": v.settings()} for v in batch}
-        if dtype == "float32":  # on NVIDIA Triton multiplies float32 with 10 bits of mantissa else, also in attention
-            jobs = {id: job | {"variables": {"TRITON_F32_DEFAULT": "ieee"}} for id, job in jobs.items()}
+        jobs = {v.id: job | {"caprese": v.settings()} for v in batch}
         with running(jobs, device, 1.0, out, terminal()) as engines:
             for variant in batch:
                 engine = engines[variant.id]

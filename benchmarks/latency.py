@@ -186,9 +186,8 @@ def measure(
             engine = engines[variant.id]
             if turn == 0:
                 engine.ask(prompts=asked, max_tokens=WARM_UP, n=case.samples, reset=True)
-                unions[variant.id] = engine.ask("union", prompts=asked, max_tokens=case.generated, n=case.samples)[
-                    "union"
-                ]
+                said = engine.ask("union", prompts=asked, max_tokens=case.generated, n=case.samples)
+                unions[variant.id] = said["union"]
                 before[variant.id] = engine.ask("report")["caprese"]
             else:
                 answer = engine.ask(prompts=asked, max_tokens=case.generated, n=case.samples, reset=True)

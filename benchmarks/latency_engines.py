@@ -126,14 +126,14 @@ def adapter_for(subject: Subject, variant: Variant, folder: Path) -> Path:
 
     assert variant.method is not None
     if not subject.dummy:
-        path, config = subject.adapters.get(variant.method, (None, None))
-        if path is None or config is None:
+        if variant.method not in subject.adapters:
             raise CapreseError(
                 f"variant {variant.id}",
                 expected=f"an adapter for {variant.method}, given by --weights",
                 found="none",
                 fix="give one, or choose other --variants",
             )
+        path, config = subject.adapters[variant.method]
         if tuple(config.layers) != subject.layers(variant):
             raise CapreseError(
                 f"variant {variant.id}",

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Result
+from benchmarks.report import Result, circumstances
 from caprese_serve.demo.results import DemoReport, remarks
 
 ROOT = Path(__file__).parents[1]
@@ -154,13 +154,8 @@ def _note(provenance: dict[str, Any]) -> list[str]:
 
 
 def _source(path: Path, provenance: dict[str, Any]) -> str:
-    hardware, versions, commit = provenance["hardware"], provenance["versions"], str(provenance["git_commit"])[:12]
-    cpu, gpus = hardware["cpu"], hardware["gpus"]
-    machine = gpus[0]["name"] if gpus else f"{cpu['model']} ({cpu['cores']} cores, no GPU)"
-    return (
-        f"{machine}, {provenance['time'][:10]}, vLLM {versions['vllm']}, torch {versions['torch']}, "
-        f"commit {commit}; all figures: [{path.relative_to(ROOT)}]({path.relative_to(ROOT)})."
-    )
+    here = path.relative_to(ROOT)
+    return f"{circumstances(provenance)}; all figures: [{here}]({here})."
 
 
 def render(readme: str) -> str:

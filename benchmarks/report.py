@@ -166,11 +166,16 @@ def body_of(page: str) -> str:
 
 def origin(provenance: dict[str, Any]) -> str:
     """Command, hardware, date, versions and commit in a line."""
+    return f"{provenance['command']} on {circumstances(provenance)}"
+
+
+def circumstances(provenance: dict[str, Any]) -> str:
+    """Hardware, date, versions and commit."""
     hardware, versions = provenance["hardware"], provenance["versions"]
     gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
     told = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions.get(name))
     where, day = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10]
-    return f"{provenance['command']} on {where}, {day}, {told}, commit {short(provenance['git_commit'])}"
+    return f"{where}, {day}, {told}, commit {short(provenance['git_commit'])}"
 
 
 def short(commit: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.evaluation.tasks import GROUPS, Task, chosen
 from benchmarks.paper import CAPRESE, LORA, ROWS, SAYS, TABLE_1, TABLE_2, TABLE_3, TABLE_4
-from benchmarks.report import Result, Row
+from benchmarks.report import Result, Row, circumstances
 from caprese_distill.adam import AdamSettings
 from caprese_distill.cli import SAMPLES
 from caprese_distill.end_to_end import Recipe, default_learning_rate
@@ -81,11 +81,8 @@ def says(name: str) -> list[str]:
 def source(path: Path, result: Result) -> list[str]:
     """Where the figures above come from."""
     provenance = result.provenance
-    cpu, versions = provenance["hardware"]["cpu"], provenance["versions"]
-    machine = ", ".join(_gpus(result)) or "{model}, {cores} cores, no GPU".format(**cpu)
-    told = f"Measured by `{provenance['command']}` on {machine}, {provenance['time'][:10]}, "
-    told += f"vLLM {versions.get('vllm')}, torch {versions['torch']}, "
-    told += f"commit {str(provenance['git_commit'])[:12]}: [{path.name}](../{path.relative_to(ROOT)})."
+    told = f"Measured by `{provenance['command']}` on {circumstances(provenance)}: "
+    told += f"[{path.name}](../{path.relative_to(ROOT)})."
     note = [f"Note: {provenance['note']}.", ""] if "note" in provenance else []
     partial = ["The run was stopped before its end.", ""] if result.partial else []
     return [*note, *partial, told, ""]
