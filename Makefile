@@ -49,7 +49,7 @@ lint: setup  ## Only ruff and mypy
 # Not .venv, whose torch may be a build for CPUs, and no setup: a GPU machine may have no network.
 GPU_PYTHON ?= python3
 gpu-check:  ## All that only a GPU can show, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
-	@$(GPU_PYTHON) benchmarks/gpu_check.py
+	@$(GPU_PYTHON) tools/gpu_check.py
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}

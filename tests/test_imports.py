@@ -49,7 +49,8 @@ def test_dependencies_point_one_way() -> None:
         "caprese_kernels": set(),
         "caprese_distill": {"caprese_kernels"},
         "caprese_vllm": {"caprese_kernels"},
-        "caprese_serve": {"caprese_kernels", "caprese_vllm", "caprese_distill"},  # the last for the verb `distill`
+        "caprese_serve": {"caprese_kernels", "caprese_vllm", "caprese_distill", "caprese_bench"},  # the last two: verbs
+        "caprese_bench": {"caprese_kernels", "caprese_vllm", "caprese_distill", "caprese_serve"},
     }
     for package, others in allowed.items():
         for path in Path(import_module(package).__path__[0]).rglob("*.py"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from caprese_kernels.errors import CapreseError
 
-from .data import Sample
+from .data.samples import Sample
 from .placement import aligned
 
 _SUMMED = 2**22  # weights at a time: on a CPU torch copies what it sums to float64

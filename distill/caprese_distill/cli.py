@@ -24,7 +24,7 @@ from caprese_kernels.errors import CapreseError
 if TYPE_CHECKING:
     from collections import Counter
 
-    from .data import Row, Sample
+    from .data.samples import Row, Sample
 
 INSTRUCTION = "Please reason step by step."  # of every training sample of the paper, section 3.4
 SAMPLES = 20_000  # as many
@@ -147,7 +147,7 @@ def distill(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from .sources import read_source
+    from .data.sources import read_source
 
     command = {
         "--data": data,
@@ -238,12 +238,12 @@ def distill(
 
     import torch
 
-    from .adam import AdamSettings
     from .blocks import find_blocks, plan
     from .card import write_card
-    from .end_to_end import Recipe, default_learning_rate
+    from .data.generate import Generation, generate_samples
+    from .end_to_end.train import Recipe, default_learning_rate
     from .estimate import check_disk, check_memory, estimate_memory, estimate_seconds
-    from .generate import Generation, generate_samples
+    from .layer_wise.adam import AdamSettings
     from .loading import find_device, load_skeleton, load_small_parts, longest, stored_dtype
     from .report import Resources, report, report_estimate, report_plan
     from .stages import clean_up, held_bytes, remaining, run_stages, save
@@ -332,7 +332,7 @@ def _place(model: str, dtype: Dtype, device: Device, device_map: str | None, num
         return load_model(model, str(dtype), device_map)
     if num_workers == 1:
         return load_model_on(model, dtype, find_device(device))
-    from .cluster import Cluster, connect
+    from .scale.cluster import Cluster, connect
     from .stages import scratch_path
 
     where, resources = connect(num_workers, device)
@@ -391,7 +391,7 @@ def _parse_engine(text: str | None) -> dict[str, Any]:
 
 
 def _encode(tokenizer: Any, rows: list[Row], max_length: int, data: str, notes: Console) -> list[Sample]:
-    from .data import encode
+    from .data.samples import encode
     from .progress import progress_bar
 
     with progress_bar(notes, "rows/s") as bar:

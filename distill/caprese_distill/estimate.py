@@ -27,17 +27,17 @@ from torch import Tensor
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from .adam import AdamSettings, LowRank
 from .blocks import find_blocks
-from .data import Sample, split
-from .end_to_end import Recipe, steps_of
-from .layerwise import feeding, make_batches, pack
-from .moments import Batch, Moments, Sink
+from .data.samples import Sample, split
+from .end_to_end.train import Recipe, steps_of
+from .layer_wise.adam import AdamSettings, LowRank
+from .layer_wise.closed_form import feeding, make_batches, pack
+from .layer_wise.moments import Batch, Moments, Sink
+from .layer_wise.solve import RIDGES, reduced_rank
+from .layer_wise.weighted import LOGIT_ROWS, Gradients
 from .placement import return_freed
-from .solve import RIDGES, reduced_rank
 from .stages import Remaining
 from .student import Student, frozen
-from .weighted import LOGIT_ROWS, Gradients
 
 # What loading and running add to a process that has imported torch and transformers: the model's own code, threads'
 # stacks, the matrix library's buffers. Measured with transformers 5.19, torch 2.13: 40 to 70 MiB on a CPU.

@@ -15,10 +15,10 @@ from rich.table import Table
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 
-from .adam import AdamSettings
-from .data import Sample, split
-from .end_to_end import Recipe, steps_of
+from .data.samples import Sample, split
+from .end_to_end.train import Recipe, steps_of
 from .estimate import Memory, gib, peak_memory
+from .layer_wise.adam import AdamSettings
 from .stages import Remaining
 
 

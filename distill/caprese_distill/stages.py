@@ -19,15 +19,18 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from . import checkpoint, end_to_end, layerwise, weighted
-from .adam import AdamSettings, Descent
-from .cluster import Cluster
-from .data import Sample, split
-from .end_to_end import Recipe, distill_end_to_end
-from .layerwise import distill_layer_wise, make_batches, pack
-from .moments import Batch
+from . import checkpoint
+from .data.samples import Sample, split
+from .end_to_end import train as end_to_end
+from .end_to_end.train import Recipe, distill_end_to_end
+from .layer_wise import closed_form as layerwise
+from .layer_wise import weighted
+from .layer_wise.adam import AdamSettings, Descent
+from .layer_wise.closed_form import distill_layer_wise, make_batches, pack
+from .layer_wise.moments import Batch
+from .layer_wise.weighted import distill_weighted
 from .placement import return_freed
-from .weighted import distill_weighted
+from .scale.cluster import Cluster
 
 
 class Here:

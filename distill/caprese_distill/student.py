@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from caprese_kernels.config import Method
 
-from .moments import Batch, keep_mask, select
+from .layer_wise.moments import Batch, keep_mask, select
 from .placement import device_of
 
 

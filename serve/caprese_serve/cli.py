@@ -7,8 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -106,29 +105,11 @@ def distill(context: typer.Context) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure this checkout: `caprese bench --help`."""
+    """Measure speed, accuracy and exactness: `caprese bench --help`."""
     with _needs("bench"):
-        find_benchmarks()
-        from benchmarks import cli
+        from caprese_bench import cli
 
         cli.app(context.args)(context.args, prog_name="caprese bench")
-
-
-def find_benchmarks() -> None:
-    """Makes the folder `benchmarks` beside this package importable: a checkout has it, an installation does not."""
-    folder = Path(__file__).parents[2] / "benchmarks"
-    if not (folder / "kernel_bench.py").is_file():
-        raise CapreseError(
-            "caprese bench",
-            expected="a checkout of caprese-vllm, whose folder benchmarks/ holds the benchmarks",
-            found=f"no {folder}",
-            fix="clone the repository and run `pip install --editable .[bench]` there",
-        )
-    if "benchmarks" not in sys.modules:
-        # By name, because the checkout's root on sys.path would also offer its folders tests, kernels and serve.
-        spec = ModuleSpec("benchmarks", None, is_package=True)
-        spec.submodule_search_locations = [str(folder)]
-        sys.modules["benchmarks"] = module_from_spec(spec)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from typing import Any
 
 from .environment import hardware, versions
 
-PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "benchmarks")
+PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "caprese_bench")
 
 
 def provenance() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.served_lora import kernels, triton_kernels
+from caprese_bench.lora.served import kernels, triton_kernels
 from caprese_kernels import gpu
 from tests.benchmarks.served_lora_problems import CASES, Problem, assert_near, problem
 

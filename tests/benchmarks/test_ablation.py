@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ablation as module
-from benchmarks.ablation import ablation
-from benchmarks.samples import DEMO_MODEL
+from caprese_bench.recovery import ablation as module
+from caprese_bench.recovery.ablation import ablation
 from caprese_kernels.errors import CapreseError
+from caprese_serve.demo import MODEL
 
 
 def run(out: Path, **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"methods": "griffin", "densities": "0.5", "ranks": "0,32", "stage": "layer-wise"}
     given |= {"learning_rate": None, "epochs": 1, "samples": 200, "math": 8, "reading": 2}
-    ablation(str(DEMO_MODEL), **(given | {"quick": False, "resume": False} | options), out=out)
+    ablation(str(MODEL), **(given | {"quick": False, "resume": False} | options), out=out)
     return json.loads((out / "ablation.json").read_text())
 
 

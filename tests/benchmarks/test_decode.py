@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from benchmarks import decode, engine_models, families, schemas
-from benchmarks.decode_ff import Choices
-from benchmarks.decode_model import DecodeModel, Dimensions
-from benchmarks.engine_models import ARCHS, write_arch
-from benchmarks.floor import Weights, step_bytes
+from caprese_bench.engine import decode
+from caprese_bench.engine import models as engine_models
+from caprese_bench.engine.decode_ff import Choices
+from caprese_bench.engine.decode_model import DecodeModel, Dimensions
+from caprese_bench.engine.models import ARCHS, write_arch
+from caprese_bench.kernels.floor import Weights, step_bytes
+from caprese_bench.paper import families
+from caprese_bench.results import schemas
 from caprese_kernels import cpu, reference
 from caprese_kernels.errors import CapreseError
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from benchmarks.engine_process import on_one_stack_chunk
+from caprese_bench.engine.process import on_one_stack_chunk
 
 # The most page faults of 2,000 calls, over all depths that they may be made from.
 FAULTS = """
 from resource import RUSAGE_SELF, getrusage
-from benchmarks.engine_process import on_one_stack_chunk
+from caprese_bench.engine.process import on_one_stack_chunk
 
 def nothing():
     pass

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.error_moments import Case, fit_ranks, run_cases
+from caprese_bench.recovery.error_moments import Case, fit_ranks, run_cases
 from caprese_distill.blocks import find_blocks
-from caprese_distill.data import Sample, split
-from caprese_distill.layerwise import run_pass
-from caprese_distill.solve import solve
+from caprese_distill.data.samples import Sample, split
+from caprese_distill.layer_wise.closed_form import run_pass
+from caprese_distill.layer_wise.solve import solve
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_samples

@@ -11,22 +11,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks import schemas
-from benchmarks.accuracy import accuracy
-from benchmarks.coverage import activated, coverage
-from benchmarks.evaluation.asking import Proof
-from benchmarks.evaluation.store import Store
-from benchmarks.evaluation.variants import FULL, Variant, bench_of
-from benchmarks.families import config
-from benchmarks.length import length
-from benchmarks.parameters import count
+from caprese_bench.evaluation.accuracy import accuracy
+from caprese_bench.evaluation.asking import Proof
+from caprese_bench.evaluation.coverage import activated, coverage
+from caprese_bench.evaluation.length import length
+from caprese_bench.evaluation.store import Store
+from caprese_bench.evaluation.variants import FULL, Variant, bench_of
+from caprese_bench.paper.families import config
+from caprese_bench.recovery.parameters import count
+from caprese_bench.results import schemas
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
+from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import problems
 from caprese_serve.demo.results import Served
-from caprese_serve.demo.run import ADAPTERS, MODEL
-
-from .fake_openai import FakeServer, running
+from tests.benchmarks.fake_openai import FakeServer, running
 
 MATH = {each.prompt: each for each in problems("math", "test", 50)}
 CAPRESE = "import sys; sys.argv[0] = 'caprese'; from caprese_serve.cli import main; main()"

@@ -5,7 +5,7 @@ from statistics import stdev
 
 import pytest
 
-from benchmarks.evaluation.stats import mcnemar, paired_interval, pass_at_k, sample_deviation, standard_error
+from caprese_bench.results.stats import mcnemar, paired_interval, pass_at_k, sample_deviation, standard_error
 from caprese_serve.demo.results import Score
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evaluation.exams import exam_of, verified
-from benchmarks.evaluation.harness import Harness
-from benchmarks.evaluation.tasks import GROUPS, chosen, load, names, parse
+from caprese_bench.evaluation.exams import exam_of, verified
+from caprese_bench.evaluation.harness import Harness
+from caprese_bench.evaluation.tasks import GROUPS, chosen, load, names, parse
 from caprese_kernels.errors import CapreseError
 from caprese_serve.cli import main
 
@@ -19,7 +19,7 @@ DATA = Path(os.environ.get("CAPRESE_DATA", Path(__file__).parents[3] / "shared/d
 needs_gsm8k = pytest.mark.skipif(
     not (DATA / "gsm8k/test.jsonl").is_file(), reason="CAPRESE_DATA names no folder with gsm8k/test.jsonl"
 )
-DEMO = (Path(__file__).parents[2] / "benchmarks/evaluation/tasks/demo-math.yaml").read_text()
+DEMO = (Path(__file__).parents[2] / "benchmarks/caprese_bench/paper/tasks/demo-math.yaml").read_text()
 
 
 def rotated(texts: list[str]) -> list[str]:

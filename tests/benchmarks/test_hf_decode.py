@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.hf_decode import FeedForward, SparseFF, activations, decode, prompt_ids, score
+from caprese_bench.hugging_face.decoding import FeedForward, SparseFF, activations, decode, prompt_ids, score
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
+from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import Problem, problems
-from caprese_serve.demo.run import ADAPTERS, MODEL
 from tests.engine import conftest  # noqa: F401  the environment of engines in this process
 from tests.support.hf_reference import HFReference
 

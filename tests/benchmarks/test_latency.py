@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from benchmarks import latency, latency_engines, schemas
-from benchmarks.engine_models import write_arch
-from benchmarks.floor import Weights, step_bytes
-from benchmarks.latency import BATCH, ONE, SAMPLES, Case, Run, kept_share, make_cases, proof, rows
-from benchmarks.latency_engines import VARIANTS, Subject, groups
+from caprese_bench.engine import engines as latency_engines
+from caprese_bench.engine import latency
+from caprese_bench.engine.engines import VARIANTS, Subject, groups
+from caprese_bench.engine.latency import BATCH, ONE, SAMPLES, Case, Run, kept_share, make_cases, proof, rows
+from caprese_bench.engine.models import write_arch
+from caprese_bench.kernels.floor import Weights, step_bytes
+from caprese_bench.results import schemas
 from caprese_kernels.errors import CapreseError
-from caprese_serve.demo.run import ADAPTERS, MODEL
+from caprese_serve.demo import ADAPTERS, MODEL
 
 # D = 10, F = 30: an FF block has 3 x 300 values. Four layers, 1,000 values elsewhere, 200 of them looked up.
 WEIGHTS = Weights(total=1000 + 4 * 900, lookup=200, ff=900, gate=300, layers=4, hidden_size=10, neurons=30, kv=8)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.demo_adapters import DEMO
-from benchmarks.hf_decode import decode, prompt_ids
-from benchmarks.lora import Lora, begin, fit, lora_rank, tensors
-from benchmarks.students import DecodedFF, EndToEnd, LayerWise, LowRank, held_out_errors
-from caprese_distill import layerwise
+from caprese_bench.hugging_face.decoding import decode, prompt_ids
+from caprese_bench.hugging_face.students import DecodedFF, EndToEnd, LayerWise, LowRank, held_out_errors
+from caprese_bench.lora.training import Lora, begin, fit, lora_rank, tensors
 from caprese_distill.blocks import find_blocks, plan
-from caprese_distill.data import Row, Sample, encode
-from caprese_distill.end_to_end import Recipe, Trainer, distill_end_to_end
-from caprese_distill.layerwise import distill_layer_wise
-from caprese_distill.moments import Batch
+from caprese_distill.data.samples import Row, Sample, encode
+from caprese_distill.end_to_end.train import Recipe, Trainer, distill_end_to_end
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_distill.layer_wise.moments import Batch
 from caprese_distill.student import Student, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.reference import CatsStatistic
+from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import TASKS, problems
 from tests.distill.conftest import make_samples
 from tests.distill.test_moments import by_hand, mlp_inputs
@@ -38,8 +38,8 @@ def load(
 
 
 def demo() -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(DEMO / "model")
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(MODEL)
 
 
 def stir(lora: Mapping[int, Lora], scale: float = 0.1) -> Mapping[int, Lora]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import OPTConfig
 
-from benchmarks.families import FAMILIES, config
-from benchmarks.parameters import count, parameters, row
+from caprese_bench.paper.families import FAMILIES, config
+from caprese_bench.recovery.parameters import count, parameters, row
 from caprese_kernels.errors import CapreseError
-from caprese_serve.demo.run import MODEL
+from caprese_serve.demo import MODEL
 
 PUBLISHED = {  # "Model size" of the safetensors files on the Hub
     "Llama 3.2 1B": 1_235_814_400,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_models import ARCHS, write_arch
-from benchmarks.engine_process import Engine, first_token, next_token
-from benchmarks.prefix_bench import CPU, _row, loads
+from caprese_bench.engine.models import ARCHS, write_arch
+from caprese_bench.engine.prefix import CPU, _row, loads
+from caprese_bench.engine.process import Engine, first_token, next_token
 from caprese_kernels.errors import CapreseError
 
 

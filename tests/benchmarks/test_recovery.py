@@ -12,14 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import hf_decode, recovery_adapters
-from benchmarks.cli import app
-from benchmarks.demo_adapters import SETTINGS
-from benchmarks.recovery import Findings, recovered, remarks, row
-from benchmarks.recovery_adapters import STAGES
-from caprese_distill.end_to_end import Trainer
+from caprese_bench.cli import app
+from caprese_bench.hugging_face import decoding as hf_decode
+from caprese_bench.recovery import adapters as recovery_adapters
+from caprese_bench.recovery.adapters import STAGES
+from caprese_bench.recovery.recovery import Findings, recovered, remarks, row
+from caprese_distill.end_to_end.train import Trainer
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
+from tools.demo_adapters import SETTINGS
 
 torch.set_num_threads(1)
 VARIANTS = ["Full", "GRIFFIN", *STAGES.values()]

@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from benchmarks import schemas
+from caprese_bench.results import schemas
 from caprese_kernels.errors import CapreseError
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks/results").glob("*/*.json"))

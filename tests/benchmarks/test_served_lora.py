@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.engine_process import Engine
-from benchmarks.hf_decode import decode, prompt_ids
-from benchmarks.lora import begin, tensors
-from benchmarks.prefix_bench import CPU
-from benchmarks.served_lora import engine, kernels
-from benchmarks.students import DecodedFF
+from caprese_bench.engine.prefix import CPU
+from caprese_bench.engine.process import Engine
+from caprese_bench.hugging_face.decoding import decode, prompt_ids
+from caprese_bench.hugging_face.students import DecodedFF
+from caprese_bench.lora.served import engine, kernels
+from caprese_bench.lora.training import begin, tensors
 from caprese_distill.blocks import plan
 from caprese_kernels import cpu, reference
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
+from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import problems
-from caprese_serve.demo.run import MODEL
 from tests.benchmarks.served_lora_problems import CASES, Problem, assert_near, problem
 
 ROOT = Path(__file__).parents[2]

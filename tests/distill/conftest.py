@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from caprese_distill.data import Sample
+from caprese_distill.data.samples import Sample
 from tests.support.models import VOCABULARY
 
 torch.set_num_threads(1)

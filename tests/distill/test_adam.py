@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, layerwise, stages
-from caprese_distill.adam import AdamSettings, Descent, LowRank, schedule
+from caprese_distill import checkpoint, stages
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
-from caprese_distill.data import split
-from caprese_distill.end_to_end import Recipe
-from caprese_distill.layerwise import descend, distill_layer_wise, run_pass
-from caprese_distill.moments import Moments, Observer
-from caprese_distill.solve import reduced_rank, solve
+from caprese_distill.data.samples import split
+from caprese_distill.end_to_end.train import Recipe
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.adam import AdamSettings, Descent, LowRank, schedule
+from caprese_distill.layer_wise.closed_form import descend, distill_layer_wise, run_pass
+from caprese_distill.layer_wise.moments import Moments, Observer
+from caprese_distill.layer_wise.solve import reduced_rank, solve
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_rows, make_samples

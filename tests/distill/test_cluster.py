@@ -18,12 +18,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from caprese_distill import checkpoint, cluster, layerwise
+from caprese_distill import checkpoint
 from caprese_distill.blocks import plan
-from caprese_distill.data import Sample
-from caprese_distill.end_to_end import Group, Recipe, Trainer, distill_end_to_end
-from caprese_distill.layerwise import Pass, make_batches
-from caprese_distill.moments import Moments
+from caprese_distill.data.samples import Sample
+from caprese_distill.end_to_end.train import Group, Recipe, Trainer, distill_end_to_end
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import Pass, make_batches
+from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.scale import cluster
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_samples
 

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, layerwise, loading
+from caprese_distill import checkpoint, loading
 from caprese_distill.blocks import plan
 from caprese_distill.cli import Solver, Weighting, distill
-from caprese_distill.layerwise import distill_layer_wise, run_pass
-from caprese_distill.moments import Observer
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.moments import Observer
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_rows, make_samples

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from caprese_distill import checkpoint, end_to_end, layerwise
+from caprese_distill import checkpoint
 from caprese_distill.blocks import find_blocks, plan
 from caprese_distill.cli import distill
-from caprese_distill.end_to_end import Recipe, default_learning_rate, distill_end_to_end, schedule, steps_of
-from caprese_distill.layerwise import distill_layer_wise
-from caprese_distill.moments import Batch
+from caprese_distill.end_to_end import train as end_to_end
+from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end, schedule, steps_of
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_distill.layer_wise.moments import Batch
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError

@@ -15,16 +15,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from caprese_distill import checkpoint, end_to_end, estimate, layerwise, loading
+from caprese_distill import checkpoint, estimate, loading
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
-from caprese_distill.end_to_end import Recipe, Trainer, steps_of
+from caprese_distill.end_to_end import train as end_to_end
+from caprese_distill.end_to_end.train import Recipe, Trainer, steps_of
 from caprese_distill.estimate import check_disk, check_memory, estimate_memory, estimate_seconds
-from caprese_distill.layerwise import Pass, make_batches, pack, run_pass
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import Pass, make_batches, pack, run_pass
+from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_skeleton, stored_dtype
 from caprese_distill.stages import Remaining, clean_up, held_bytes, remaining, run_stages
 from caprese_distill.student import Student, frozen
-from caprese_distill.weighted import run_weighted_pass
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-import caprese_distill.generate as module
+import caprese_distill.data.generate as module
 from caprese_distill.cli import INSTRUCTION, Device, Stage, distill
-from caprese_distill.data import Row, encode
-from caprese_distill.generate import (
+from caprese_distill.data.generate import (
     Generation,
     cache_path,
     generate_samples,
@@ -25,7 +24,8 @@ from caprese_distill.generate import (
     responses_path,
     sampling_of,
 )
-from caprese_distill.sources import read_source
+from caprese_distill.data.samples import Row, encode
+from caprese_distill.data.sources import read_source
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_rows

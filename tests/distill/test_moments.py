@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from caprese_distill import layerwise
 from caprese_distill.blocks import plan
-from caprese_distill.data import Sample, split
-from caprese_distill.layerwise import run_pass
-from caprese_distill.moments import Batch, Moments, keep_mask, select
+from caprese_distill.data.samples import Sample, split
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import run_pass
+from caprese_distill.layer_wise.moments import Batch, Moments, keep_mask, select
 from tests.distill.conftest import make_samples
 
 ModelDir = Callable[[str], Path]

@@ -11,10 +11,10 @@ import torch
 from caprese_distill import checkpoint
 from caprese_distill.blocks import plan
 from caprese_distill.cli import distill
-from caprese_distill.end_to_end import Recipe, distill_end_to_end
-from caprese_distill.layerwise import distill_layer_wise, run_pass
+from caprese_distill.end_to_end.train import Recipe, distill_end_to_end
+from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.loading import load_model
-from caprese_distill.moments import Moments
 from caprese_distill.placement import aligned, device_of
 from caprese_kernels.errors import CapreseError
 from tests.distill.conftest import make_samples

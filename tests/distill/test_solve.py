@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caprese_distill.moments import Moments
-from caprese_distill.solve import balance, reduced_rank, solve
+from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.solve import balance, reduced_rank, solve
 
 DEPTH, ROWS = 24, 400
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from caprese_distill.cli import INSTRUCTION
-from caprese_distill.sources import read_source
+from caprese_distill.data.sources import read_source
 from caprese_kernels.errors import CapreseError
 
 PROBLEMS = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(20)]

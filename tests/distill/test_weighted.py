@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from caprese_distill import checkpoint, layerwise
+from caprese_distill import checkpoint
 from caprese_distill.blocks import find_blocks, plan
 from caprese_distill.cli import Device, Weighting, distill
-from caprese_distill.data import Sample, split
-from caprese_distill.layerwise import distill_layer_wise, run_pass
-from caprese_distill.moments import Batch
+from caprese_distill.data.samples import Sample, split
+from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.moments import Batch
+from caprese_distill.layer_wise.weighted import FLOOR, Gradients, distill_weighted, run_weighted_pass
 from caprese_distill.student import Student, frozen
-from caprese_distill.weighted import FLOOR, Gradients, distill_weighted, run_weighted_pass
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_select, griffin_statistic
@@ -89,7 +90,7 @@ def test_weights_are_the_gradients_of_each_sample_alone(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, name: str, method: str, checkpointing: bool
 ) -> None:
     monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 100)
-    monkeypatch.setattr("caprese_distill.weighted.LOGIT_ROWS", 7)
+    monkeypatch.setattr("caprese_distill.layer_wise.weighted.LOGIT_ROWS", 7)
     model, samples = load(model_dir, name), make_samples(20)
     info, resolved, initial = first_stage(model, samples, method)
     state = run_weighted_pass(model, samples, info, resolved, initial, gradient_checkpointing=checkpointing)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import schemas
-from benchmarks.accuracy import accuracy
-from benchmarks.coverage import coverage
-from benchmarks.evaluation.variants import bench_of
-from benchmarks.length import length
-from caprese_serve.demo.run import ADAPTERS, MODEL
+from caprese_bench.evaluation.accuracy import accuracy
+from caprese_bench.evaluation.coverage import coverage
+from caprese_bench.evaluation.length import length
+from caprese_bench.evaluation.variants import bench_of
+from caprese_bench.results import schemas
+from caprese_serve.demo import ADAPTERS, MODEL
 
 pytestmark = pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="the demo model is not in this tree")
 GRIFFIN = "Caprese (GRIFFIN)"

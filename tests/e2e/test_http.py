@@ -11,9 +11,10 @@ from rich.console import Console
 
 from caprese_kernels.adapters import Adapters, read_config
 from caprese_kernels.errors import CapreseError
+from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.client import ask
 from caprese_serve.demo.problems import Problem, chat, problems
-from caprese_serve.demo.run import ADAPTERS, ENV, FLAGS, MODEL, SERVED_NAME
+from caprese_serve.demo.run import ENV, FLAGS, SERVED_NAME
 from caprese_serve.server import VllmServer, vllm_program
 
 pytestmark = pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="the demo model is not in this tree")

@@ -8,9 +8,9 @@ from torch import Tensor
 from vllm import LLM
 
 from caprese_distill.blocks import find_blocks, plan
-from caprese_distill.data import Sample
+from caprese_distill.data.samples import Sample
+from caprese_distill.layer_wise.moments import Batch
 from caprese_distill.loading import load_model
-from caprese_distill.moments import Batch
 from caprese_distill.student import Student
 from caprese_kernels.adapters import Adapters
 from tests.support.engine import engine, generate, greedy

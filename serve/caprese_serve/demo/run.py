@@ -21,13 +21,11 @@ from caprese_kernels.errors import CapreseError
 
 from ..provenance import provenance
 from ..server import VllmServer, vllm_program
+from . import ADAPTERS, MODEL
 from .client import ask
 from .problems import TASKS, Problem, problems
 from .results import DemoReport, Row, Score, Served, remarks, table
 
-HERE = Path(__file__).parent
-MODEL = HERE / "model"
-ADAPTERS = {"griffin": HERE / "adapters" / "griffin.safetensors", "cats": HERE / "adapters" / "cats.safetensors"}
 SERVED_NAME = "caprese-demo"
 QUESTION = "Leo has 27 apples. Then Leo triples the number of apples. How many apples does Leo have now?"
 WARM_UP = 16  # training problems sent first and not counted

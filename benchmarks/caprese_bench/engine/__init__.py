@@ -1,0 +1,1 @@
+"""vLLM engines side by side: latency, decode steps, prefix caching, exactness."""

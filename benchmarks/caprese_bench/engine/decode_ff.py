@@ -1,0 +1,146 @@
+"""What computes the FF blocks of a decode step, by variant: the product's kernels, their reference, and dense."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from caprese_kernels import reference
+from caprese_kernels.backend import Backend
+from caprese_kernels.packed import PackedFF
+
+from ..kernels.cases import independent, thresholds
+from ..kernels.dense import DenseWeights, Forward, candidates
+from ..kernels.floor import step_bytes
+from ..kernels.measure import check, check_cats
+from ..lora.served import kernels as lora_kernels
+from ..lora.served.engine import Lora, draw
+from .decode_model import DecodeModel, FeedForward
+from .decode_variants import Variant
+
+
+def dense_candidates(model: DecodeModel) -> dict[str, FeedForward]:
+    """The dense block by the ways of kernel_dense, on a copy of W_2 as vLLM has it; and on W_2 as it is packed."""
+    f = model.sizes.neurons
+    inputs = [block.gate_up_plus[: 2 * f] for block in model.blocks]
+    packed = [block.down_plus[:f] for block in model.blocks]
+    weights = [DenseWeights(a, b.t().contiguous()) for a, b in zip(inputs, packed, strict=True)]
+    made = {
+        name: [make(each) for each in weights]
+        for name, make in candidates(model.device, "silu", compiled=False).items()
+    }
+    found: dict[str, FeedForward] = {name: partial(_of_layer, runs) for name, runs in made.items()}
+    found["packed"] = lambda layer, x: model.gated(F.linear(x, inputs[layer])) @ packed[layer]
+    return found
+
+
+def _of_layer(runs: list[Forward], layer: int, x: Tensor) -> Tensor:
+    return runs[layer](x)
+
+
+class Choices:
+    """The requests' selections, and each variant's FF blocks with them.
+
+    GRIFFIN's masks are drawn, each request its own; CATS' thresholds are such that the tokens of this very step keep
+    the wanted share. `dense` are the blocks of layers that are not sparse, and all of Full's.
+    """
+
+    def __init__(self, model: DecodeModel, backend: Backend, density: float, dense: FeedForward):
+        self.model, self.backend, self.dense = model, backend, dense
+        sizes, batch = model.sizes, len(model.x)
+        generator = torch.Generator().manual_seed(1)
+        count = reference.griffin_count(density, sizes.neurons)
+        masks = [independent(batch, sizes.neurons, count, generator) for _ in range(sizes.layers)]
+        self.keep = torch.stack(masks).to(model.device)
+        self.slots = torch.arange(batch, device=model.device)
+        self.union = float(self.keep.any(dim=1).float().mean())
+        self.inputs: list[Tensor] = []  # of each FF block, in the original model
+        self.bare = [model.plain(layer) for layer in range(sizes.layers)]
+        model.step(lambda layer, x: reference.dense_ff(x, self.bare[layer]), self.inputs)
+        self.tau = torch.stack(
+            [thresholds(reference.activations(x, ff)[0], density) for x, ff in zip(self.inputs, self.bare, strict=True)]
+        )
+        self.cats_union = self._cats_union()
+        self.lora: dict[int, Lora] = {}
+
+    def sparse(self, variant: Variant) -> range:
+        """Its sparse layers."""
+        layers = self.model.sizes.layers
+        return range(0 if variant.method is None else layers // 2 if variant.half else layers)
+
+    def packed(self, variant: Variant, layer: int) -> PackedFF:
+        return self.model.blocks[layer] if variant.added == "caprese" else self.bare[layer]
+
+    def feed_forward(self, variant: Variant) -> FeedForward:
+        """(layer, x) -> y. GRIFFIN plans for all its layers in the first of them, in one launch, as the engine does."""
+        sparse = self.sparse(variant)
+        if variant.added == "lora" and not self.lora:
+            self.lora = draw({layer: self.bare[layer] for layer in sparse}, self.model.rank)
+        plans: Any = None
+
+        def ff(layer: int, x: Tensor) -> Tensor:
+            nonlocal plans
+            if layer not in sparse:
+                return self.dense(layer, x)
+            if variant.method == "cats":
+                return self.backend.cats_ff(x, self.packed(variant, layer), self.tau[layer], self.slots)[0]
+            if layer == 0 and hasattr(self.backend, "plan_layers"):
+                plans = self.backend.plan_layers(self.keep[: len(sparse)], self.slots)
+            planned = {} if plans is None else {"plan": plans[layer]}
+            if variant.added == "lora":
+                return self.lora[layer].forward(self.backend, x, self.keep[layer], self.slots, **planned)
+            keep = self.keep[layer]
+            return self.backend.griffin_ff(x, self.packed(variant, layer), keep, self.slots, **planned)
+
+        return ff
+
+    def check(self, variant: Variant, ff: FeedForward) -> float:
+        """The largest relative error of a token's y in any layer, against the reference on the same x; CapreseError
+        beyond the kernels' own tolerance (kernel_measure).
+        """
+        worst = 0.0
+        for layer, x in enumerate(self.inputs):
+            block, y = self.packed(variant, layer), ff(layer, x)
+            if layer not in self.sparse(variant):
+                worst = max(worst, check(y, reference.dense_ff(x, block)))
+            elif variant.method == "cats":
+                g, z = reference.activations(x, block)
+                expected = reference.cats_ff(x, block, self.tau[layer], self.slots)
+                worst = max(worst, check_cats((y, expected[1]), expected, g, z, self.tau[layer], block))
+            else:
+                worst = max(worst, check(y, self._reference(variant, layer, x)))
+        return worst
+
+    def bytes(self, variant: Variant, context: int, batch: int) -> float:
+        """A step's floor."""
+        sizes = self.model.sizes
+        added = 0
+        if variant.added == "caprese":
+            added = 2 * sizes.hidden_size * self.model.rank
+        elif variant.added == "lora":
+            added = (
+                3
+                * lora_kernels.equal_rank(sizes.hidden_size, sizes.neurons, self.model.rank)
+                * (sizes.hidden_size + sizes.neurons)
+            )
+        kept = self.cats_union if variant.method == "cats" else self.union
+        sparse = len(self.sparse(variant))
+        return step_bytes(sizes.weights(), variant.method, sparse, kept, added, context, batch, itemsize=2)
+
+    def _reference(self, variant: Variant, layer: int, x: Tensor) -> Tensor:
+        keep, block = self.keep[layer], self.packed(variant, layer)
+        if variant.added != "lora":
+            return reference.griffin_ff(x, block, keep, self.slots)
+        return self.lora[layer].forward(reference, x, keep, self.slots)
+
+    def _cats_union(self) -> float:
+        """Share of neurons that some token keeps, mean over layers."""
+        shares = []
+        for x, ff, tau in zip(self.inputs, self.bare, self.tau, strict=True):
+            magnitudes = reference.activations(x, ff)[0].abs().float()
+            shares.append(float((magnitudes >= tau[:, None]).any(dim=0).float().mean()))
+        return sum(shares) / len(shares)

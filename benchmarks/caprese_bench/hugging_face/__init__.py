@@ -1,0 +1,1 @@
+"""Sparse FF blocks in a Hugging Face model, without an engine."""

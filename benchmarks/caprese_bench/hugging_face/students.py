@@ -1,0 +1,173 @@
+"""FF blocks of generated tokens in one form, whatever is added to the sparse method: trained, judged and decoded alike.
+
+With u = x W_g, v = x W_1 and a mask `keep` of the neurons that the method keeps, a `Block` computes FF~(x). The same
+object serves eq. 7 (`LayerWise`), eq. 8 (`EndToEnd`) and greedy decoding (`DecodedFF`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from caprese_distill.blocks import find_blocks
+from caprese_distill.data.samples import Sample
+from caprese_distill.layer_wise.closed_form import make_batches
+from caprese_distill.layer_wise.moments import Batch, keep_mask, select
+from caprese_distill.student import SharedModel, frozen
+from caprese_kernels.config import BaseModelInfo, Method
+
+from .decoding import SparseFF
+
+
+class LowRank(nn.Module):
+    """Eq. 9 and 10: the kept neurons and x L R; L [D, r] and R [r, D] in any dtype. r = 0 is the plain method."""
+
+    def __init__(self, left: Tensor, right: Tensor):
+        super().__init__()
+        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
+
+    def forward(self, block: Any, x: Tensor, u: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        """FF~(x) [..., D] of x [..., D], u, v [..., F] and keep [..., F] bool."""
+        z = torch.where(keep, block.act_fn(u) * v, 0)
+        return block.down_proj(z) + x @ self.left.to(x.dtype) @ self.right.to(x.dtype)
+
+
+class LayerWise(SharedModel):
+    """Eq. 7 for all layers at once: FF(x) and FF~(x) of the original's x, the layers side by side, [N, layers D].
+
+    The sum of squares is that of the layers' own, and no layer's parameters reach another's: each is trained alone.
+    """
+
+    title = "layer-wise"
+
+    def __init__(self, model: Any, info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]):
+        super().__init__(model, method)
+        self.ff, self.blocks = ff, find_blocks(model, info, method.layers)
+        self.rows: dict[int, tuple[Tensor, ...]] = {}
+
+    def __enter__(self) -> LayerWise:
+        self.handles = [handle for i, block in self.blocks.items() for handle in self._hooks(i, block)]
+        self.all_layers = self.decoder.layers
+        self.decoder.layers = self.all_layers[: max(self.blocks) + 1]  # what comes after changes nothing here
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.decoder.layers = self.all_layers
+        for handle in self.handles:
+            handle.remove()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for ff in self.ff.values() for p in ff.parameters()]
+
+    @torch.no_grad()
+    def original(self, batch: Batch) -> Tensor:
+        """FF(x) of eq. 7."""
+        self.batch = batch
+        self.decoder(input_ids=batch.ids(), use_cache=False)
+        return torch.cat([self.rows[i][-1] for i in self.blocks], dim=1)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """FF~(x); `batch` must be the one that went through `original` last."""
+        assert batch is self.batch
+        return torch.cat([self.ff[i](block, *self.rows[i][:-1]) for i, block in self.blocks.items()], dim=1)
+
+    def _hooks(self, layer: int, block: Any) -> list[Any]:
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+            seen[name] = output
+
+        def take(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            assert self.batch is not None
+            u, v = seen.pop("u"), seen.pop("v")
+            g = block.act_fn(u)
+            keep = keep_mask(self.method, self.batch, select(self.method, self.batch, g, g * v), g)
+            rows = self.batch.rows()
+            self.rows[layer] = (*(t.flatten(0, 1)[rows] for t in (args[0], u, v)), keep, y.flatten(0, 1)[rows])
+
+        return [
+            block.gate_proj.register_forward_hook(partial(see, "u")),
+            block.up_proj.register_forward_hook(partial(see, "v")),
+            block.register_forward_hook(take),
+        ]
+
+
+class EndToEnd(SharedModel):
+    """Eq. 8: prompt tokens run the original blocks, generated ones FF~, as `caprese_distill.student.Student` does."""
+
+    title = "end-to-end"
+
+    def __init__(self, model: Any, info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]):
+        super().__init__(model, method)
+        self.ff, self.blocks = ff, find_blocks(model, info, method.layers)
+
+    def __enter__(self) -> EndToEnd:
+        for i, block in self.blocks.items():
+            block.forward = partial(self._forward, i, block)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block in self.blocks.values():
+            del block.forward  # that of its class shows again
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for ff in self.ff.values() for p in ff.parameters()]
+
+    def _forward(self, layer: int, block: Any, x: Tensor) -> Tensor:
+        assert self.batch is not None
+        u, v = block.gate_proj(x), block.up_proj(x)
+        g = block.act_fn(u)
+        if not self.sparse:
+            z = g * v
+            self.selections[layer] = select(self.method, self.batch, g, z)
+            return block.down_proj(z)
+        rows = self.batch.rows()
+        generated = torch.zeros(x.shape[:2].numel(), dtype=torch.bool, device=x.device)
+        generated[rows] = True
+        keep = keep_mask(self.method, self.batch, self.selections[layer], g)
+        x, u, v, g = (t.flatten(0, 1) for t in (x, u, v, g))
+        y = torch.empty_like(x)
+        y[~generated] = block.down_proj((g * v)[~generated])
+        y[rows] = self.ff[layer](block, x[rows], u[rows], v[rows], keep)
+        return y.view(*self.batch.ids().shape, -1)
+
+
+class DecodedFF(SparseFF):
+    """FF~ for `hf_decode.decode`: prompts choose as in SparseFF."""
+
+    def __init__(self, method: Method, ff: nn.Module):
+        super().__init__(method)
+        self.ff = ff
+
+    def token(self, block: Any, x: Tensor) -> Tensor:
+        u, v = block.gate_proj(x), block.up_proj(x)
+        return self.ff(block, x, u, v, self.keep(block.act_fn(u)))
+
+
+@torch.no_grad()
+def held_out_errors(
+    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]
+) -> tuple[float, float]:
+    """On the samples that no training saw: the mean over layers of ||FF - FF~||^2 / ||FF||^2 (eq. 7, every layer on its
+    own), and ||M - M_student||^2 / ||M||^2 (eq. 8).
+    """
+    batches = [batch for batch in make_batches(samples, next(model.parameters()).device) if batch.held_out]
+    with frozen(model, gradient_checkpointing=False):
+        with LayerWise(model, info, method, ff) as layer_wise:
+            ratios = _ratios(layer_wise, batches, len(method.layers))
+        with EndToEnd(model, info, method, ff) as end_to_end:
+            return float(ratios.mean()), float(_ratios(end_to_end, batches, 1))
+
+
+def _ratios(student: SharedModel, batches: Sequence[Batch], parts: int) -> Tensor:
+    """Squared error over squared target for each of `parts` equal slices of the last dimension, [parts] float64."""
+    sums = torch.zeros(2, parts, dtype=torch.float64)
+    for batch in batches:
+        target = student.original(batch).double()
+        error = student(batch).double() - target
+        sums += torch.stack([t.square().unflatten(1, (parts, -1)).sum(dim=(0, 2)).cpu() for t in (error, target)])
+    return sums[0] / sums[1]

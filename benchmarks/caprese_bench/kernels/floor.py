@@ -1,0 +1,60 @@
+"""The floor of a decode step: the bytes it must read, which the memory's pace turns into time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a decode step may read of a model, in values. Tied embeddings count once."""
+
+    total: int  # parameters
+    lookup: int  # of the embedding where it is not the head too: of it a token reads one row, which is not counted
+    ff: int  # of one FF block
+    gate: int  # of its gate projection
+    layers: int
+    hidden_size: int
+    neurons: int  # of one FF block
+    kv: int  # of the KV cache, a token, all layers
+
+    @classmethod
+    def of(cls, hf_config: Any) -> Weights:
+        """Exact for any gated model: transformers builds it, without memory for its weights."""
+        from ..recovery.parameters import count
+
+        counted = count("model", hf_config)
+        head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        return cls(
+            total=counted.total,
+            lookup=0 if hf_config.tie_word_embeddings else hf_config.vocab_size * hf_config.hidden_size,
+            ff=counted.ff,
+            gate=counted.gate,
+            layers=counted.layers,
+            hidden_size=counted.hidden_size,
+            neurons=hf_config.intermediate_size,
+            kv=2 * counted.layers * hf_config.num_key_value_heads * head,
+        )
+
+
+def step_bytes(
+    weights: Weights,
+    method: str | None = None,
+    sparse_layers: int = 0,
+    kept: float = 1.0,
+    added: int = 0,
+    context: float = 0,
+    batch: int = 1,
+    itemsize: int = 2,
+) -> float:
+    """Bytes that one step of `batch` requests reads: every weight it needs once, and each request's KV cache.
+
+    GRIFFIN spares (1 - kept) of each sparse layer's FF block, `kept` being the share of neurons in the union of the
+    batch's selections; CATS spares that share of W_1 and W_2, and reads the gate whole. `added` is the number of values
+    in a sparse layer's correction: 2 D r of L and R. `context` is the number of tokens in a request's KV cache, on
+    average over the step's lifetime. Activations are far below 1% and left out.
+    """
+    spared = {None: 0, "griffin": weights.ff, "cats": weights.ff - weights.gate}[method] * (1 - kept)
+    values = weights.total - weights.lookup - sparse_layers * (spared - added) + batch * context * weights.kv
+    return itemsize * values

@@ -1,0 +1,285 @@
+"""Runs a group of cases: compares each output with the reference, then times all of them in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caprese_kernels import reference
+from caprese_kernels.backend import Backend
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.packed import PackedFF, allocate
+
+from ..results.report import Row
+from . import cases as cases
+from .cases import Case, Group, Shape
+from .dense import DenseWeights, candidates
+from .timing import Call, Timer, Timing, cache_bytes, interleave, memory
+
+DTYPE = torch.bfloat16
+ITEMSIZE = DTYPE.itemsize
+# ||y - reference|| / ||reference|| of a token. The products with W_g and W_1, g, z and y are each rounded to bfloat16
+# or kept in float32, as an implementation likes. Rounding all of them against none makes .0039 (Qwen 2.5 1.5B's shape,
+# random weights), roundings that are independent on both sides sqrt(2) times that, .0055.
+TOLERANCE = 9e-3
+STATISTIC_TOLERANCE = 1e-3  # float32 sums of positive terms in another order, with division and square root in between
+CACHES = 4  # the weights that calls need in turn, in units of the largest cache
+
+
+@dataclass
+class Settings:
+    """What a run is made with. `seconds` is the most that one group's timing takes."""
+
+    device: str
+    backend: str
+    repeats: int
+    quick: bool
+    seconds: float = 30.0
+
+
+class Memory:
+    """Bandwidth of the memory, a contender in every group."""
+
+    def __init__(self, device: str):
+        self.source, self.bytes, self.calls = memory(device)
+
+
+@dataclass
+class Measured:
+    """A group's rows, and the cases that failed."""
+
+    rows: list[Row] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def turns(needed: int, device: str) -> int:
+    """How many calls, each of which reads `needed` bytes of its own, push the first one's out of the caches."""
+    return max(1, ceil(CACHES * cache_bytes(device) / max(needed, 1)))
+
+
+class Copies:
+    """Several copies of one block with random weights, so that calls in turn find nothing in the caches."""
+
+    def __init__(self, shape: Shape, device: str, needed: int):
+        """`needed`: the fewest bytes that one call of the group reads."""
+        count = turns(needed, device)
+        generator = torch.Generator(device).manual_seed(0)
+        d, f, r = shape.hidden_size, shape.neurons, cases.RANK
+
+        def weights(rows: int, columns: int, fan_in: int) -> Tensor:
+            empty = allocate(rows, torch.empty(0, columns, dtype=DTYPE, device=device))
+            return empty.normal_(std=fan_in**-0.5, generator=generator)
+
+        def copy(weights: Tensor) -> Tensor:
+            return allocate(len(weights), weights).copy_(weights)
+
+        gate_up_plus, down_plus = weights(2 * f + r, d, d), weights(f + r, d, f)
+        self.shape = shape
+        self.packed = [PackedFF(gate_up_plus, down_plus, shape.activation, r)]
+        self.packed += [PackedFF(copy(gate_up_plus), copy(down_plus), shape.activation, r) for _ in range(1, count)]
+        enough = turns(cases.dense_bytes(d, f, ITEMSIZE), device)
+        self.dense = [
+            DenseWeights(ff.gate_up_plus[: 2 * f].clone(), ff.down_plus[:f].t().contiguous())
+            for ff in self.packed[:enough]
+        ]
+
+    def blocks(self, rank: int) -> list[PackedFF]:
+        """The copies with the first `rank` rows of the low-rank layer: the same memory, shorter views."""
+        f = self.shape.neurons
+        return [
+            PackedFF(ff.gate_up_plus[: 2 * f + rank], ff.down_plus[: f + rank], ff.activation, rank)
+            for ff in self.packed
+        ]
+
+
+def measure(group: Group, settings: Settings, backend: Backend, memory: Memory) -> Measured:
+    """All rows of a group. A case whose output is wrong, or that raises, is an error and no row."""
+    device, shape, done = settings.device, group.shape, Measured()
+    statistics = group.section == "statistics"
+    copies = Copies(shape, device, min(_needed(case, shape) for case in group.cases))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(group.tokens, shape.hidden_size, generator=generator).to(device, DTYPE)
+    timers: dict[Any, Timer] = {None: Timer(memory.calls, device)}
+    notes: dict[Any, Row] = {}
+
+    def attempt(key: Any, what: str, prepare: Callable[[], tuple[list[Call], Row]], graph: bool = True) -> None:
+        try:
+            calls, notes[key] = prepare()
+            timers[key] = Timer(calls, device, graph)
+        except Exception as error:  # whatever a kernel or a compiler does, the other cases still count
+            reason = str(error).strip().split("\n")[0]
+            done.errors.append(f"{group.section}, {shape.name}, {group.tokens} tokens, {what}: {reason}")
+
+    expected = reference.dense_ff(x, copies.packed[0])
+    for name, make in candidates(device, shape.activation, compiled=not settings.quick).items():
+        attempt(name, f"dense ({name})", partial(_dense, make, copies, x, expected))
+    prepare = _statistics if statistics else _forward
+    # The reference's statistics read segment bounds on the host, which no graph can hold.
+    graph = not (statistics and backend is reference)
+    for case in group.cases:
+        attempt(case, _describe(case), partial(prepare, case, backend, copies, x, generator), graph)
+
+    timings = interleave(timers, settings.repeats, settings.seconds)
+    bandwidth = memory.bytes / timings.pop(None).median / 1e9
+    dense = {name: each for name, each in timings.items() if isinstance(name, str)}
+    if not dense:
+        done.errors.append(f"{group.section}, {shape.name}: no dense block ran, so nothing can be compared with it")
+        return done
+    best = min(dense, key=lambda name: dense[name].median)
+    common = {
+        "section": group.section,
+        "shape": shape.name,
+        "hidden_size": shape.hidden_size,
+        "neurons": shape.neurons,
+        "tokens": group.tokens,
+    }
+
+    def row(timed: Timing, note: Row, **first: Any) -> Row:
+        speed = note["required_mb"] / timed.median / 1e3
+        return {
+            **common,
+            **first,
+            **note,
+            "time_us": timed.median * 1e6,
+            "min_us": timed.least * 1e6,
+            "iqr_us": timed.iqr * 1e6,
+            "gb_s": speed,
+            "bandwidth_gb_s": bandwidth,
+            "bandwidth_share": speed / bandwidth,
+            "ratio": timed.median / dense[best].median,
+            "samples": timed.samples,
+        }
+
+    told = ", ".join(f"{name} {each.median * 1e6:.0f} us" for name, each in dense.items())
+    done.rows.append(row(dense[best], notes[best], method="dense", kernel=best) | {"candidates": told})
+    for case, timed in timings.items():
+        if isinstance(case, Case):
+            first = {"method": case.method, "kernel": settings.backend, "density": case.density, "rank": case.rank}
+            first |= {"selection": case.selection, "overlap": case.overlap}
+            done.rows.append(row(timed, notes[case], **first))
+    return done
+
+
+def _needed(case: Case, shape: Shape) -> int:
+    k = reference.griffin_count(case.density, shape.neurons)
+    if case.method == "griffin":
+        return cases.griffin_bytes(shape.hidden_size, k, case.rank, ITEMSIZE)
+    return cases.cats_bytes(shape.hidden_size, shape.neurons, k, case.rank, ITEMSIZE)
+
+
+def _describe(case: Case) -> str:
+    more = "" if case.selection is None else f", {case.selection}"
+    more += "" if case.overlap is None else f" {case.overlap:g}"
+    return f"{case.method}, density {case.density:g}, rank {case.rank}{more}"
+
+
+def _dense(
+    make: Callable[[DenseWeights], Callable[[Tensor], Tensor]], copies: Copies, x: Tensor, expected: Tensor
+) -> tuple[list[Call], Row]:
+    runs = [make(weights) for weights in copies.dense]
+    error = check(runs[0](x), expected)
+    shape = copies.shape
+    needed = cases.dense_bytes(shape.hidden_size, shape.neurons, ITEMSIZE)
+    return [partial(run, x) for run in runs], {"required_mb": needed / 1e6, "error": error}
+
+
+def _forward(
+    case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
+) -> tuple[list[Call], Row]:
+    """Calls of griffin_ff or cats_ff over the copies, and the row's columns that are known before timing."""
+    shape, blocks = copies.shape, copies.blocks(case.rank)
+    ff = blocks[0]
+    if case.method == "griffin":
+        keep, slots = (table.to(x.device) for table in cases.selections(case, shape.neurons, generator))
+        error = check(backend.griffin_ff(x, ff, keep, slots), reference.griffin_ff(x, ff, keep, slots))
+        union = int(keep.any(dim=0).sum())
+        needed = cases.griffin_bytes(shape.hidden_size, union, case.rank, ITEMSIZE)
+        note: Row = {"kept_share": float(keep.float().mean())}
+        if case.selection:
+            note["mean_overlap"] = cases.pairwise_overlap(keep)
+        calls: list[Call] = [partial(backend.griffin_ff, x, each, keep, slots) for each in blocks]
+    else:
+        g, z = reference.activations(x, ff)
+        tau, slots = cases.thresholds(g, case.density), torch.arange(len(x), device=x.device)
+        error = check_cats(backend.cats_ff(x, ff, tau, slots), reference.cats_ff(x, ff, tau, slots), g, z, tau, ff)
+        mask = g.abs().float() >= tau[:, None]
+        union = int(mask.any(dim=0).sum())
+        needed = cases.cats_bytes(shape.hidden_size, shape.neurons, union, case.rank, ITEMSIZE)
+        note = {"kept_share": float(mask.float().mean())}
+        calls = [partial(backend.cats_ff, x, each, tau, slots) for each in blocks]
+    return calls, {**note, "union": union, "required_mb": needed / 1e6, "error": error}
+
+
+def _statistics(
+    case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
+) -> tuple[list[Call], Row]:
+    """Calls that take a prompt's statistic and choose by it. Required bytes: the activations, read once."""
+    shape, ff, device = copies.shape, copies.packed[0], x.device
+    f, tokens = shape.neurons, len(x)
+    offsets, slots = torch.tensor([0, tokens], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    if case.method == "griffin":
+        _, source = reference.activations(x, ff)
+        ours, expected = (torch.zeros(1, f, device=device) for _ in range(2))
+        k = reference.griffin_count(case.density, f)
+
+        def run(source: Tensor, table: Tensor = ours) -> Tensor:
+            backend.griffin_observe(source, offsets, slots, table)
+            return backend.griffin_select(table, k)
+
+        keep = run(source)
+        reference.griffin_observe(source, offsets, slots, expected)
+        error = float(((ours - expected).norm() / expected.norm()).nan_to_num(torch.inf))
+        _demand(error <= STATISTIC_TOLERANCE, f"s^2 within {STATISTIC_TOLERANCE:g} of the reference", f"{error:.2g}")
+        wrong = int((keep != reference.griffin_select(ours, k)).sum())
+        _demand(wrong == 0, "the reference's selection by the same statistic", f"{wrong} neurons otherwise")
+    else:
+        source = torch.nn.functional.linear(x, ff.gate_up_plus[: 2 * f])  # the gate's columns of it, as vLLM has them
+        ours, expected = (torch.zeros(1, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device) for _ in range(2))
+
+        def run(source: Tensor, table: Tensor = ours) -> Tensor:
+            backend.cats_observe(source, shape.activation, offsets, slots, table)
+            return backend.cats_threshold(table, case.density)
+
+        tau = run(source[:, :f])
+        reference.cats_observe(source[:, :f], shape.activation, offsets, slots, expected)
+        counted = int(ours.sum())
+        _demand(counted == tokens * f, f"{tokens * f} magnitudes counted", str(counted))
+        right = reference.cats_threshold(expected, case.density)
+        error = float(((tau - right).abs() / right).max().nan_to_num(torch.inf))
+        # An activation computed otherwise may round to a neighbour, 2^-7 away at most.
+        _demand(error <= 2**-7, "the reference's threshold up to one step of bfloat16", f"{error:.2g} away")
+    needed = tokens * f * ITEMSIZE
+    views = [source] + [source.clone() for _ in range(1, turns(needed, device.type))]
+    return [partial(run, view[:, :f]) for view in views], {"required_mb": needed / 1e6, "error": error}
+
+
+def check(y: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> float:
+    """The largest ||y - expected|| / ||expected|| of a token (row), less `slack` [T]; an error above TOLERANCE."""
+    difference = ((y - expected).float().norm(dim=1) - slack).clamp(min=0)
+    worst = float((difference / expected.float().norm(dim=1)).max().nan_to_num(torch.inf))
+    _demand(worst <= TOLERANCE, f"an output within {TOLERANCE:g} of the reference, token by token", f"{worst:.2g} away")
+    return worst
+
+
+def check_cats(
+    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], g: Tensor, z: Tensor, tau: Tensor, ff: PackedFF
+) -> float:
+    """As `check`, but a neuron with |g| within 2^-7 of tau, one step of bfloat16, may be kept or not."""
+    band = ((g.abs().float() / tau[:, None]) - 1).abs() <= 2**-7
+    off = ((found[1] - expected[1]).abs() > band.sum(dim=1)).sum()
+    _demand(int(off) == 0, "as many neurons kept as the reference, but for roundings", f"{int(off)} tokens otherwise")
+    # Rows of W_2 are random and so nearly orthogonal: a sum of some of them is as long as their squares tell.
+    lengths = ff.down_plus[: ff.num_neurons].float().norm(dim=1)
+    slack = torch.where(band, z.float() * lengths, 0).norm(dim=1)
+    return check(found[0], expected[0], slack)
+
+
+def _demand(fine: bool, expected: str, found: str) -> None:
+    if not fine:
+        raise CapreseError("kernel", expected=expected, found=found, fix="report this bug; the case has no row")

@@ -1,0 +1,1 @@
+"""The paper's LoRA baseline: trained (`training`) and served (`served`)."""

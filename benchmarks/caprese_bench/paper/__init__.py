@@ -1,0 +1,1 @@
+"""What the paper reports, and the published shapes of models: figures to set measured ones beside."""

@@ -1,0 +1,1 @@
+"""What distillation gives back: accuracy, error, parameters, time."""

@@ -1,0 +1,179 @@
+"""One pass of a model, and the FF errors of many methods and densities: sums that give every rank's best L, R.
+
+Shapes as in `caprese_distill.layer_wise.moments`; a case is a method and a density. X and X'X are the same for all
+cases of a layer, so they are summed once. Per layer and case two D x D matrices of float64, for X'E, and one for E'E
+where the spectrum is asked for: 13 MB each at D = 1,280, 103 MB at D = 3,584; for a large model take a few layers at
+a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caprese_distill.data.samples import Sample
+from caprese_distill.layer_wise.closed_form import make_batches
+from caprese_distill.layer_wise.moments import Batch, Moments, keep_mask, select
+from caprese_distill.layer_wise.solve import RIDGES, reduced_rank
+from caprese_kernels.config import Method
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.reference import griffin_count, griffin_select
+
+CaseMethod = Literal["top-k", "griffin", "cats"]
+
+
+class Case(NamedTuple):
+    """What is dropped: by GRIFFIN or CATS, or by an oracle that keeps the k largest |z| of each token (figure 2)."""
+
+    method: CaseMethod
+    density: float
+
+    def keep(self, batch: Batch, g: Tensor, z: Tensor) -> Tensor:
+        """Neurons kept by the batch's generated tokens, [N, F] bool; g, z [B, T, F]."""
+        if self.method == "top-k":
+            return griffin_select(z.flatten(0, 1)[batch.rows()].abs(), griffin_count(self.density, z.shape[-1]))
+        method = Method(self.method, self.density, (), 0)
+        return keep_mask(method, batch, select(method, batch, g, z), g)
+
+
+@dataclass
+class CaseSums:
+    """Of one layer and case: X'E [D, D], and E'E [D, D] of the samples held out, whose eigenvalues are the spectrum."""
+
+    fit: Moments
+    held_out: Moments
+    gram: Tensor | None
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of E'E of the samples held out, largest first, [D]: the squared singular values of E."""
+        assert self.gram is not None
+        return torch.linalg.eigvalsh(self.gram).flip(0).clamp(min=0)
+
+
+Sums = dict[int, dict[Case, CaseSums]]  # by layer
+
+
+@torch.no_grad()
+def run_cases(
+    model: Any,
+    blocks: Mapping[int, nn.Module],
+    samples: Sequence[Sample],
+    cases: Sequence[Case],
+    spectrum: bool,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> Sums:
+    """The sums of all cases at all `blocks` (gate_proj, up_proj, down_proj, act_fn), from one pass over the samples.
+
+    A tenth of the samples is held out. `spectrum` asks for E'E as well. `advance` is told the tokens of each batch.
+    Raises CapreseError for activations that are not finite.
+    """
+    device = next(model.parameters()).device
+    depth = model.config.hidden_size
+    sums: Sums = {}
+    for layer in blocks:
+        fit, held_out = (Moments.zeros(depth, device) for _ in range(2))
+        sums[layer] = {
+            case: CaseSums(_sharing(fit), _sharing(held_out), torch.zeros_like(fit.xe) if spectrum else None)
+            for case in cases
+        }
+    model.eval()
+    current: list[Batch] = []
+
+    def measure(layer: int, x: Tensor, g: Tensor, z: Tensor, y: Tensor) -> None:
+        _add(layer, blocks[layer], current[0], sums[layer], x, g, z, y)
+
+    with _watched(blocks, measure):
+        for batch in make_batches(samples, device):
+            current[:] = [batch]
+            model.get_decoder()(input_ids=batch.ids(), use_cache=False)
+            advance(batch.num_tokens)
+    return sums
+
+
+def _sharing(other: Moments) -> Moments:
+    """Moments whose X'X, tr(Y'Y) and number of rows are those of `other`, the tensors themselves."""
+    return Moments(other.xx, other.xe.clone(), other.ee.clone(), other.yy, other.rows)
+
+
+def _add(
+    layer: int, block: Any, batch: Batch, sums: Mapping[Case, CaseSums], x: Tensor, g: Tensor, z: Tensor, y: Tensor
+) -> None:
+    """Add a batch's generated tokens: x, y [B, T, D] and g, z [B, T, F] of one layer."""
+    rows = batch.rows()
+    x, y, dropped = (each.flatten(0, 1)[rows] for each in (x, y, z))
+    first = True
+    for case, case_sums in sums.items():
+        e = F.linear(torch.where(case.keep(batch, g, z), 0, dropped), block.down_proj.weight).float()
+        if not bool(torch.isfinite(e).all() & torch.isfinite(x).all()):
+            raise CapreseError(
+                f"activations of layer {layer}",
+                expected="finite values",
+                found=f"NaN or Inf in a batch that begins with line {batch.samples[0].line}",
+                fix="use float32, or take the line out",
+            )
+        part = case_sums.held_out if batch.held_out else case_sums.fit
+        if first:
+            part.add(x, e, y)  # the shared sums once
+        else:
+            part.xe += x.float().t() @ e
+            part.ee += e.square().sum(dtype=torch.float64)
+        first = False
+        if batch.held_out and case_sums.gram is not None:
+            case_sums.gram += e.t() @ e
+
+
+@contextmanager
+def _watched(blocks: Mapping[int, Any], measure: Callable[..., None]) -> Iterator[None]:
+    """Calls measure(layer, x, g, z, y) after each forward of a block: what it was given, made inside, and gave."""
+    handles = []
+    for layer, block in blocks.items():
+        inner: dict[str, Tensor] = {}
+
+        def see_g(_: Any, __: Any, g: Tensor, inner: dict[str, Tensor] = inner) -> None:
+            inner["g"] = g
+
+        def see_z(_: Any, args: Any, inner: dict[str, Tensor] = inner) -> None:
+            inner["z"] = args[0]
+
+        def see(_: Any, args: Any, y: Tensor, layer: int = layer, inner: dict[str, Tensor] = inner) -> None:
+            measure(layer, args[0], inner.pop("g"), inner.pop("z"), y)
+
+        handles += [block.act_fn.register_forward_hook(see_g), block.down_proj.register_forward_pre_hook(see_z)]
+        handles.append(block.register_forward_hook(see))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """L [D, r], R [r, D] in float64 and ||E - X L R||^2 of the samples held out."""
+
+    left: Tensor
+    right: Tensor
+    error: float
+
+
+def fit_ranks(fit: Moments, held_out: Moments, ranks: Sequence[int]) -> dict[int, Fitted]:
+    """The closed form of eq. 7 for several ranks at once; each with the ridge of least held-out error, as `solve`.
+
+    R's rows are the eigenvectors of one matrix whatever the rank, so the solution of a rank is the first columns of L
+    and rows of R of the highest. Rank 0 is no correction. No positive definite X'X gives L = R = 0.
+    """
+    depth, best = len(fit.xx), dict[int, Fitted]()
+    nothing = fit.xx.new_zeros(depth, max(ranks)), fit.xx.new_zeros(max(ranks), depth)
+    for ridge in RIDGES if max(ranks) else (0.0,):
+        left, right = (max(ranks) and reduced_rank(fit, max(ranks), ridge)) or nothing
+        for rank in ranks:
+            error = held_out.error(left[:, :rank], right[:rank])
+            if rank not in best or error < best[rank].error:
+                best[rank] = Fitted(left[:, :rank], right[:rank], error)
+    return best

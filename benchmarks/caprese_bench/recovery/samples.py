@@ -1,0 +1,70 @@
+"""The model and the samples that the analyses look at: the demo's, or the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caprese_kernels.errors import CapreseError
+from caprese_serve.demo import MODEL
+
+if TYPE_CHECKING:
+    from caprese_distill.data.samples import Sample
+    from caprese_kernels.config import BaseModelInfo
+
+MAX_LENGTH = 2048  # tokens; longer samples are left out
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in float32, its tokenizer and dimensions, and samples of what it answers."""
+
+    model: Any
+    tokenizer: Any
+    info: BaseModelInfo
+    samples: list[Sample]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample.ids) for sample in self.samples)
+
+
+def load(model: str, data: str | None, count: int) -> Subject:
+    """`count` samples of `data` (a file or dataset, as for `caprese distill`), or of the demo's training problems."""
+    from caprese_distill.data.samples import Row, encode
+    from caprese_distill.data.sources import read_source
+    from caprese_distill.loading import load_model, load_small_parts
+    from caprese_kernels.config import BaseModelInfo
+    from caprese_serve.demo.problems import TASKS, problems
+
+    config, tokenizer = load_small_parts(model)
+    if data is not None:
+        rows = read_source(data, count).rows
+    else:
+        each = [problems(task, "train", count // len(TASKS), seed=1) for task in TASKS]
+        mixed = (problem for group in zip(*each, strict=True) for problem in group)
+        rows = [Row(n, problem.prompt, problem.response) for n, problem in enumerate(mixed, start=1)]
+    samples, skipped = encode(tokenizer, rows, MAX_LENGTH)
+    if len(samples) < 2:
+        raise CapreseError(
+            f"samples of {data or 'the demo'}",
+            expected="2 or more usable (one is held out)",
+            found=f"{len(samples)} of {len(rows)} ({dict(skipped)})",
+            fix="give more data",
+        )
+    name = "demo" if Path(model) == MODEL else model  # where a checkout lies says nothing
+    return Subject(load_model(model, "float32"), tokenizer, BaseModelInfo.from_hf(config, name), samples)
+
+
+def numbers(option: str, text: str, low: float, high: float) -> list[float]:
+    """Comma-separated numbers within [low, high], ascending, each once; CapreseError otherwise."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+        if low <= found[0] and found[-1] <= high:
+            return found
+    except ValueError:
+        pass
+    raise CapreseError(
+        option, expected=f"comma-separated numbers from {low:g} to {high:g}", found=repr(text), fix="correct it"
+    )

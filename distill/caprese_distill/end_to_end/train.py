@@ -1,0 +1,297 @@
+"""End-to-end distillation (paper, section 3.2, eq. 8): L and R of all layers together, from the layer-wise ones.
+
+    min over L, R of the mean over generated tokens of ||M(x) - M_student(x)||^2
+
+with M the last hidden state before the head. Adam, linear schedule with warm-up (paper, appendix E, table 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.errors import CapreseError
+
+from .. import checkpoint
+from ..blocks import find_blocks
+from ..data.samples import Sample, split
+from ..layer_wise.adam import schedule
+from ..layer_wise.closed_form import Keeper, make_batches, pack
+from ..placement import device_of, return_freed
+from ..progress import progress_bar
+from ..student import SharedModel, Student, frozen
+
+# Batches are cut from this many times their size of shuffled samples, sorted by length: little padding, and hardly
+# less chance in who meets whom.
+SORTED_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are table 6's."""
+
+    learning_rate: float
+    batch: int = 16  # samples of an optimizer step
+    epochs: int = 3
+    warmup: float = 0.02  # share of the steps
+    seed: int = 0
+    gradient_checkpointing: bool = True
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """From 2e-4 at D <= 2048 to 4e-6 at D >= 8192, a straight line between in logarithms.
+
+    The paper gives the interval, and that larger models learn better at smaller rates, no more.
+    """
+    share = min(max(math.log(hidden_size / 2048) / math.log(8192 / 2048), 0.0), 1.0)
+    return 2e-4 * (4e-6 / 2e-4) ** share
+
+
+class Group:
+    """The processes that share every step's samples: here one."""
+
+    rank, size = 0, 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up over the processes, in place."""
+
+
+def steps_of(samples: Sequence[Sample], recipe: Recipe) -> list[list[Sample]]:
+    """The samples of every optimizer step, all epochs, longest first within a step.
+
+    An epoch's order is drawn by the seed and the epoch's number, so that a resumed run sees the same.
+    """
+    steps = []
+    for epoch in range(recipe.epochs):
+        draw = random.Random(f"{recipe.seed} {epoch}")
+        order = draw.sample(list(samples), len(samples))
+        chunk = recipe.batch * SORTED_BATCHES
+        ordered = [
+            s for i in range(0, len(order), chunk) for s in sorted(order[i : i + chunk], key=lambda s: -len(s.ids))
+        ]
+        batches = [ordered[i : i + recipe.batch] for i in range(0, len(ordered), recipe.batch)]
+        steps += draw.sample(batches, len(batches))
+    return steps
+
+
+class Trainer:
+    """The student, its optimizer and how far they have come; `run` goes to the end."""
+
+    def __init__(
+        self,
+        model: Any,
+        student: SharedModel,
+        samples: Sequence[Sample],
+        recipe: Recipe,
+        group: Group,
+    ):
+        self.student, self.recipe, self.group = student, recipe, group
+        self.device = device_of(model.get_input_embeddings())
+        fit, _ = split(samples)
+        self.steps = steps_of(fit, recipe)
+        self.held_out = [batch for batch in make_batches(samples, self.device) if batch.held_out]
+        self.optimizer = torch.optim.Adam(student.parameters(), lr=recipe.learning_rate)
+        self.step, self.seconds = 0, 0.0
+        self.errors: list[float] = []  # held out, relative; before the first epoch and after each
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step} of {len(self.steps)}"
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and progress for a checkpoint, between steps."""
+        tensors: dict[str, Tensor] = {}
+        for n, p in enumerate(self.student.parameters()):
+            tensors[f"parameter.{n}"] = p.detach()
+            tensors |= {f"{key}.{n}": value for key, value in self.optimizer.state[p].items()}
+        return tensors, {"step": self.step, "seconds": self.seconds, "errors": self.errors}
+
+    @torch.no_grad()
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        for n, p in enumerate(self.student.parameters()):
+            p.copy_(tensors[f"parameter.{n}"])
+            state = {key.removesuffix(f".{n}"): tensor for key, tensor in tensors.items() if key.endswith(f".{n}")}
+            del state["parameter"]
+            if state:  # none yet before the first step; Adam keeps its "step" on the CPU
+                self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+        self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
+
+    def agree(self, path: Path | None) -> None:
+        """CapreseError unless all processes go on from the same step: a node that does not see the file begins anew."""
+        steps = torch.zeros(self.group.size, dtype=torch.int64)
+        steps[self.group.rank] = self.step
+        self.group.sum_(steps)
+        if len(steps.unique()) > 1:
+            raise CapreseError(
+                f"checkpoint {path}",
+                expected="one file that all nodes see",
+                found=f"steps {steps.tolist()} by worker",
+                fix="give an --output in a directory that the nodes share",
+            )
+
+    def run(self, keeper: Keeper, console: Console | None, writer: Any = None) -> None:
+        """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
+        tokens = [sum(len(s.ids) for s in part) for part in self.steps]
+        per_epoch = len(self.steps) // self.recipe.epochs
+        started = time.monotonic() - self.seconds
+        with progress_bar(console, "tok/s") as bar:
+            done = sum(tokens[: self.step])
+            line = bar.add_task(self.student.title, total=sum(tokens), completed=done, first=done)
+            self._look(bar, writer)
+            while self.step < len(self.steps):
+                loss = self._step(self.steps[self.step])
+                self.step += 1
+                self.seconds = time.monotonic() - started
+                self._tell(bar, line, loss, tokens[self.step - 1], writer)
+                if self.step % per_epoch == 0:
+                    self._look(bar, writer)
+                if self.group.rank == 0:
+                    keeper.save_if_due()
+        self.seconds = time.monotonic() - started
+
+    def _step(self, samples: Sequence[Sample]) -> float:
+        """One optimizer step; the loss, mean over the generated tokens of all samples."""
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * schedule(
+            self.step, len(self.steps), self.recipe.warmup
+        )
+        self.optimizer.zero_grad(set_to_none=False)
+        rows, mine = sum(s.num_rows for s in samples), samples[self.group.rank :: self.group.size]
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in pack(mine, self.device) if mine else ():
+            target = self.student.original(batch).float()
+            loss = (self.student(batch).float() - target).square().sum() / rows
+            loss.backward()
+            total += loss.item()
+            return_freed()
+        self.group.sum_(total)
+        for p in self.student.parameters():
+            if p.grad is None:  # this process had no part in the step
+                p.grad = torch.zeros_like(p)
+            self.group.sum_(p.grad)
+        if not math.isfinite(float(total)):
+            raise CapreseError(
+                f"{self.student.title} loss",
+                expected="a finite number",
+                found=f"{float(total)} in step {self.step + 1}, samples of lines {[s.line for s in samples]}",
+                fix="use a lower --learning-rate, or --dtype bfloat16 or float32",
+            )
+        self.optimizer.step()
+        return float(total)
+
+    @torch.no_grad()
+    def _look(self, bar: Progress, writer: Any) -> None:
+        """The held-out error ||M - M_student||^2 / ||M||^2, once an epoch."""
+        epoch = self.step * self.recipe.epochs // len(self.steps)
+        if len(self.errors) > epoch:
+            return
+        sums = torch.zeros(2, dtype=torch.float64)
+        mine = self.held_out[self.group.rank :: self.group.size]
+        line = bar.add_task(f"held out, epoch {epoch}", total=sum(b.num_tokens for b in mine), visible=bool(mine))
+        for batch in mine:
+            target = self.student.original(batch).float()
+            sums[0] += float((self.student(batch).float() - target).square().sum(dtype=torch.float64))
+            sums[1] += float(target.square().sum(dtype=torch.float64))
+            bar.advance(line, batch.num_tokens)
+        bar.remove_task(line)
+        self.group.sum_(sums)
+        self.errors.append(float(sums[0] / sums[1]))
+        if writer:
+            writer.add_scalar("held-out error", self.errors[-1], self.step)
+
+    def _tell(self, bar: Progress, line: TaskID, loss: float, tokens: int, writer: Any) -> None:
+        bar.update(line, advance=tokens, description=f"{self.student.title}, loss {loss:.3g}")
+        if writer:
+            writer.add_scalar("loss", loss, self.step)
+            writer.add_scalar("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
+
+
+def train(
+    model: Any,
+    student: SharedModel,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    resume: Path | None,
+    identity: Mapping[str, Any],
+    console: Console | None = None,
+    writer: Any = None,
+    group: Group | None = None,
+) -> Trainer:
+    """Train the student to the end, from the checkpoint `resume` where it is of a run with the same identity."""
+    trainer = Trainer(model, student, samples, recipe, group or Group())
+    keeper = Keeper(trainer, resume, console, identity)
+    trainer.agree(resume)
+    trainer.run(keeper, console, writer)
+    return trainer
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes and values."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def identify(
+    model: Any, samples: Sequence[Sample], method: Method, initial: Mapping[str, Tensor], recipe: Recipe
+) -> dict[str, Any]:
+    """All that the result of a training depends on."""
+    versions = {
+        "dtype": str(model.dtype),
+        "device": str(device_of(model.get_input_embeddings())),
+        "torch": torch.__version__,
+    }
+    settings = {"method": method.name, "density": method.density, "initial adapters": digest(initial)}
+    return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
+
+
+def distill_end_to_end(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    initial: Adapters,
+    recipe: Recipe,
+    resume: Path | None = None,
+    console: Console | None = None,
+    writer: Any = None,
+    group: Group | None = None,
+) -> Adapters:
+    """Adapters for `model` (a transformers causal LM) by eq. 8, beginning with `initial`, in the model's dtype.
+
+    The same tenth of the samples is held out as layer-wise. `training` gains the recipe, the seconds and the held-out
+    error ||M - M_student||^2 / ||M||^2 before the first epoch and after each. With `resume`, a killed run whose model,
+    samples, initial adapters and settings are the same goes on from that file, to the same bits. `writer` is a
+    TensorBoard SummaryWriter.
+    """
+    identity = identify(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
+    blocks = find_blocks(model, info, method.layers)
+    with (
+        frozen(model, recipe.gradient_checkpointing),
+        Student(model, blocks, method, initial.left, initial.right) as student,
+    ):
+        trainer = train(model, student, samples, recipe, resume, identity, console, writer, group)
+        left, right = (
+            {i: p.detach().to(model.dtype).cpu() for i, p in part.items()} for part in (student.left, student.right)
+        )
+    before = initial.config.training
+    training = before | {
+        "stage": "end-to-end",
+        "seconds": round(before["seconds"] + trainer.seconds, 1),
+        "end_to_end": asdict(recipe)
+        | {"steps": trainer.step, "seconds": round(trainer.seconds, 1), "held_out_errors": trainer.errors},
+    }
+    return Adapters(initial.config.model_copy(update={"training": training}), left, right)

@@ -1,0 +1,1 @@
+"""The layer-wise stage (eq. 7): closed form, Adam, weighted."""

@@ -1,0 +1,279 @@
+"""The closed form again, weighted by the end-to-end gradient: tokens count by what an error there does to the answer.
+
+Equation 7 counts every generated token alike; most of them come out right whatever the FF block loses. Here the row of
+generated token n counts, in layer i,
+
+    w_n = ||g_n|| / mean ||g|| + FLOOR,   g_n = d KL(original || student) / d FF_i(x_n),
+
+the divergence of the two distributions of the next token, summed over the generated tokens; g_n of token n and layer i
+sees all later layers and tokens. The student is the sparse model with the adapters of the unweighted closed form: the
+gradient says what those left wrong. One pass more over the samples, forward and backward; no activation is stored.
+
+    adapters = distill_weighted(model, samples, info, method, distill_layer_wise(model, samples, info, method))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.errors import CapreseError
+
+from ..blocks import find_blocks
+from ..data.samples import Sample
+from ..end_to_end.train import digest
+from ..placement import device_of
+from ..progress import progress_bar
+from ..student import Student, frozen
+from .closed_form import Keeper, Pass, devices_of, identity_of, make_batches
+from .moments import Batch, Moments, Observer
+from .solve import Solution, ratio, solve
+
+FLOOR = 1.0  # with less (0.1), the demo model's easy task loses what its hard one wins: see docs/distill.md
+LOGIT_ROWS = 256  # tokens whose distributions, [LOGIT_ROWS, vocabulary] in float32, are held at once
+
+
+@dataclass
+class WeightedPass:
+    """Sums of one pass, as far as it has come. `alike` counts every row once, `scaled` by ||g_n||: the weights' mean is
+    known only at the end, and sums add up."""
+
+    alike: Pass
+    scaled: Pass
+    norms: dict[int, Tensor]  # sum of ||g_n|| over the rows to fit, [] float64
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, devices: Mapping[int, torch.device], depth: int) -> WeightedPass:
+        """All zero, each layer's on its device."""
+        norms = {i: torch.zeros((), dtype=torch.float64, device=device) for i, device in devices.items()}
+        return cls(Pass.begin(devices, depth), Pass.begin(devices, depth), norms)
+
+    @property
+    def batches(self) -> int:
+        return self.alike.batches
+
+    @property
+    def place(self) -> str:
+        return self.alike.place
+
+    def add(self, layer: int, held_out: bool, rows: tuple[Tensor, Tensor, Tensor], gradient: Tensor) -> None:
+        """Add N rows of a layer: x, e, y and the gradient at its FF block's output, [N, D] each."""
+        norm = gradient.float().norm(dim=1)
+        root = norm.sqrt()[:, None]
+        x, e, y = (part.float() for part in rows)
+        for sums, factor in ((self.alike, None), (self.scaled, root)):
+            part = sums.held_out if held_out else sums.fit
+            part[layer].add(*((x, e, y) if factor is None else (x * factor, e * factor, y * factor)))
+        if not held_out:
+            self.norms[layer] += norm.sum(dtype=torch.float64)
+
+    def weighted(self, layer: int) -> tuple[Moments, Moments]:
+        """The weighted moments to fit and held out; every row alike where there is no gradient at all."""
+        alike, scaled = self.alike, self.scaled
+        mean = float(self.norms[layer]) / max(int(alike.fit[layer].rows), 1)
+        if mean == 0.0:
+            return alike.fit[layer], alike.held_out[layer]
+        pairs = ((alike.fit, scaled.fit), (alike.held_out, scaled.held_out))
+        return tuple(_blend(a[layer], s[layer], mean) for a, s in pairs)  # type: ignore[return-value]
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"norms.{i}": norm for i, norm in self.norms.items()}
+        for name, part in (("alike", self.alike), ("scaled", self.scaled)):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in part.snapshot()[0].items()}
+        return tensors, {"batches": self.batches, "seconds": self.seconds}
+
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        for name, part in (("alike", self.alike), ("scaled", self.scaled)):
+            part.resume(
+                {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}, progress
+            )
+        for i, norm in self.norms.items():
+            norm.copy_(tensors[f"norms.{i}"])
+        self.seconds = progress["seconds"]
+
+
+def _blend(alike: Moments, scaled: Moments, mean: float) -> Moments:
+    """Moments of weights ||g_n|| / mean + FLOOR; `rows` still counts rows."""
+    sums = {
+        f.name: getattr(scaled, f.name) / mean + FLOOR * getattr(alike, f.name)
+        for f in fields(Moments)
+        if f.name != "rows"
+    }
+    return Moments(**sums, rows=alike.rows)
+
+
+class _Rows(dict[str, Tensor]):
+    """A layer's rows of one batch: what `Observer` gives."""
+
+    def add(self, x: Tensor, e: Tensor, y: Tensor) -> None:
+        self.update(x=x, e=e, y=y)
+
+
+class Gradients:
+    """g_n of a batch: the gradient of KL(original || student) at each sparse FF block's output."""
+
+    def __init__(self, model: Any, blocks: Mapping[int, nn.Module], student: Student):
+        self.student, self.head = student, model.get_output_embeddings()
+        config = model.config.get_text_config()
+        # What lies between head and softmax: Cohere's and Granite's factors, Gemma 2's cap.
+        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.probes: dict[int, Tensor] = {}
+        self.handles = [block.register_forward_hook(self._hook(i)) for i, block in blocks.items()]
+
+    def __enter__(self) -> Gradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def __call__(self, batch: Batch, target: Tensor) -> dict[int, Tensor]:
+        """By layer, [N, D] in the model's dtype; `target` [N, D] is `student.original(batch)`."""
+        self.probes = {
+            i: torch.zeros_like(target, device=left.device, requires_grad=True) for i, left in self.student.left.items()
+        }
+        with torch.enable_grad():
+            hidden = self.student(batch)
+            chunks = zip(hidden.detach().split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True)
+            at_hidden = torch.cat([self._divergence_gradient(*chunk) for chunk in chunks])
+            found = torch.autograd.grad(hidden, list(self.probes.values()), at_hidden)
+        return dict(zip(self.probes, found, strict=True))
+
+    def _divergence_gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """d KL / d hidden of some tokens."""
+        hidden = hidden.requires_grad_()
+        likely = self._logits(target).softmax(dim=-1)
+        loss = F.cross_entropy(self._logits(hidden), likely, reduction="sum")  # KL plus a constant
+        return torch.autograd.grad(loss, hidden)[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def _hook(self, layer: int) -> Any:
+        def add_probe(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
+            if not self.student.sparse:
+                return None
+            assert self.student.batch is not None
+            return y.flatten(0, 1).index_add(0, self.student.batch.rows(), self.probes[layer]).view_as(y)
+
+        return add_probe
+
+
+def identify(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
+    """What the weighted sums depend on: a checkpoint of another identity is of no use."""
+    return identity_of(model, samples, method) | {
+        "weighting": "gradient",
+        "initial adapters": digest(initial.tensors()),
+    }
+
+
+@torch.no_grad()
+def run_weighted_pass(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    initial: Adapters,
+    resume: Path | None = None,
+    console: Console | None = None,
+    gradient_checkpointing: bool = True,
+) -> WeightedPass:
+    """Feed every sample to the original model and to the student with the adapters `initial`, forward and backward, and
+    sum the weighted moments. `resume` as in `run_pass`: a killed run goes on from that file, to the same bits.
+
+    CapreseError for a gradient that is not finite names the layer and the samples.
+    """
+    device = device_of(model.get_input_embeddings())
+    blocks = find_blocks(model, info, method.layers)
+    state = WeightedPass.begin(devices_of(model, info, method), info.hidden_size)
+    batches = make_batches(samples, device)
+    identity = identify(model, samples, method, initial) if resume else {}
+    keeper = Keeper(state, resume, console, identity)
+    started = time.monotonic() - state.seconds
+    with (
+        progress_bar(console, "tok/s") as bar,
+        frozen(model, gradient_checkpointing),
+        Observer(blocks, method) as observer,
+        Student(model, blocks, method, initial.left, initial.right) as student,
+        Gradients(model, blocks, student) as gradients,
+    ):
+        done = sum(b.num_tokens for b in batches[: state.batches])
+        line = bar.add_task("gradients", total=sum(b.num_tokens for b in batches), completed=done, first=done)
+        for batch in batches[state.batches :]:
+            rows = {i: _Rows() for i in method.layers}
+            observer.expect(batch, rows)
+            target = student.original(batch)
+            observer.expect(batch, {})  # the student's pass is not the original's
+            for i, gradient in gradients(batch, target).items():
+                if not torch.isfinite(gradient).all():
+                    raise CapreseError(
+                        f"gradient at layer {i}",
+                        expected="finite values",
+                        found=f"NaN or Inf, samples of lines {[s.line for s in batch.samples]}",
+                        fix="use --dtype bfloat16 or float32",
+                    )
+                state.add(i, batch.held_out, (rows[i]["x"], rows[i]["e"], rows[i]["y"]), gradient)
+            state.alike.batches += 1
+            state.seconds = time.monotonic() - started
+            bar.advance(line, batch.num_tokens)
+            keeper.save_if_due()
+    return state
+
+
+def distill_weighted(
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    initial: Adapters,
+    resume: Path | None = None,
+    console: Console | None = None,
+    gradient_checkpointing: bool = True,
+) -> Adapters:
+    """Adapters by the weighted closed form, from those of the unweighted one, in the model's dtype.
+
+    The ridge is the one of least weighted held-out error. The `errors` in `training` stay those of eq. 7, every row
+    alike, to compare: they are larger than those of `initial`, whose aim they were.
+    """
+    state = run_weighted_pass(model, samples, info, method, initial, resume, console, gradient_checkpointing)
+    started, solutions = time.monotonic(), {}
+    with progress_bar(console, "layers/s") as bar:
+        for i in bar.track(method.layers, description="closed form, weighted"):
+            found = solve(*state.weighted(i), method.rank, model.dtype)
+            solutions[i] = _judge(found, state.alike.fit[i], state.alike.held_out[i])
+    seconds = state.seconds + time.monotonic() - started
+    before = initial.config.training
+    numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
+    training = before | {
+        "weighting": "gradient",
+        "seconds": round(before["seconds"] + seconds, 1),
+        "errors": {str(i): {key: getattr(s, key) for key in numbers} for i, s in solutions.items()},
+    }
+    config = initial.config.model_copy(update={"training": training})
+    return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
+
+
+def _judge(found: Solution, fit: Moments, held_out: Moments) -> Solution:
+    """The same L and R with their errors over these moments."""
+    pair = found.left.double(), found.right.double()
+    error = held_out.error(*pair)
+    return replace(
+        found,
+        error_before=ratio(float(held_out.ee), float(held_out.yy)),
+        error_after=ratio(error, float(held_out.yy)),
+        remaining=ratio(error, float(held_out.ee)),
+        remaining_fit=ratio(fit.error(*pair), float(fit.ee)),
+    )
