@@ -162,8 +162,9 @@ import sys
 from pathlib import Path
 for name in ("vllm", "pydantic", "transformers", "openai", "httpx", "datasets"):
     sys.modules[name] = None
-from benchmarks import decode, engine_models, kernel_bench
-engine_models.ARCHS["tiny"] = {TINY!r}
+from caprese_bench.engine import decode, models
+from caprese_bench.kernels import bench
+models.ARCHS["tiny"] = {TINY!r}
 decode.decode(arch="tiny", context=16, batch="1", rank=8, repeats=3, out=Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -282,7 +282,6 @@ class Written:
 
 
 def test_one_process_needs_no_ray() -> None:
-    code = (
-        "import sys, caprese_distill.cli, caprese_distill.stages, caprese_distill.cluster; print('ray' in sys.modules)"
-    )
+    modules = "caprese_distill.cli, caprese_distill.stages, caprese_distill.scale.cluster"
+    code = f"import sys, {modules}; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -258,8 +258,8 @@ def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path
     data, model = write_rows(make_rows(120)), str(model_dir("llama"))
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from caprese_distill import layerwise; layerwise.CHECKPOINT_SECONDS = 0.0\n"
-        "from caprese_distill.end_to_end import Trainer; import time\n"
+        "from caprese_distill.layer_wise import closed_form; closed_form.CHECKPOINT_SECONDS = 0.0\n"
+        "from caprese_distill.end_to_end.train import Trainer; import time\n"
         "step = Trainer._step; Trainer._step = lambda *args: (time.sleep(0.05), step(*args))[1]\n"
         "from caprese_serve.cli import main; main()"
     )

@@ -1,0 +1,94 @@
+"""What all verbs of the `caprese` command share: how much they print, JSON output, and exit codes.
+
+A verb prints its result to stdout (a table, or JSON with `--json`) and everything else (the plan, progress, warnings)
+to stderr through `notes()`, so that `caprese VERB --json > result.json` always writes clean JSON.
+
+Exit codes: 0 success; 1 a `CapreseError`, printed as one line on stderr; 2 wrong usage, such as an unknown option;
+130 interrupted (Ctrl-C); 143 terminated.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+PIPE_WIDTH = 150  # columns of a table that is not printed to a terminal
+
+
+class Verbosity(IntEnum):
+    QUIET = -1
+    NORMAL = 0
+    VERBOSE = 1
+
+
+_verbosity = Verbosity.NORMAL
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; everything else goes to stderr.")]
+
+
+def verbosity() -> Verbosity:
+    """What -q or -v of the running command chose."""
+    return _verbosity
+
+
+def set_verbosity(chosen: Verbosity) -> None:
+    """Apply -q or -v to `notes()` and to Python's logging."""
+    global _verbosity
+    _verbosity = chosen
+    level = {Verbosity.QUIET: logging.ERROR, Verbosity.NORMAL: logging.WARNING, Verbosity.VERBOSE: logging.DEBUG}
+    logging.getLogger("caprese").setLevel(level[chosen])
+
+
+def notes() -> Console:
+    """The console for plans, progress and remarks: stderr; prints nothing with -q."""
+    return Console(stderr=True, quiet=_verbosity == Verbosity.QUIET)
+
+
+def result() -> Console:
+    """The console for a verb's result: stdout, wide enough for tables where it is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    return console
+
+
+def print_json(value: Any) -> None:
+    """Print a result as indented JSON on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as a command with -v and -q besides its own options: `app.command("inspect")(verb(inspect))`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
+        if verbose or quiet:
+            set_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE)
+        function(*args, **options)
+
+    flags = {
+        "verbose": _flag("--verbose", "-v", help="Print more, and the traceback of an error."),
+        "quiet": _flag("--quiet", "-q", help="Print the result and errors only."),
+    }
+    # typer reads the signature; annotations that `from __future__ import annotations` left as strings are resolved
+    # here, against the function's own module.
+    types = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    own = [p.replace(annotation=types.get(p.name, p.annotation)) for p in parameters]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, keyword, default=False, annotation=flag) for name, flag in flags.items()]
+    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {**types, **flags}
+    return run
+
+
+def _flag(*names: str, help: str) -> Any:
+    return Annotated[bool, typer.Option(*names, help=help, rich_help_panel="Output")]
