@@ -53,6 +53,7 @@ class PackedFF:
     down_plus     [F + r, D]   rows of W_2 (neuron-major), then R
     activation                 a key of ACTIVATION_FUNCTIONS
     gate_up_bias  [2F] or [F]  and down_bias [D]; None where the block has none
+    scale         [F] float32  factors of CATS's magnitudes: |g_j| scale_j is compared with tau; None: |g_j|
     r may be 0: the plain sparse block without a low-rank layer.
 
     Views: gate [F, D] (None without a gate), up_plus [F + r, D], and their biases [F].
@@ -64,6 +65,7 @@ class PackedFF:
     rank: int = 0
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    scale: Tensor | None = None
     gate: Tensor | None = field(init=False)
     up_plus: Tensor = field(init=False)
     gate_bias: Tensor | None = field(init=False, default=None)

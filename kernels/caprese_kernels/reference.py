@@ -62,12 +62,13 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """CATS for T generated tokens: token t keeps the neurons with |g| >= tau[slots[t]] (eq. 5-6), compared in float32.
 
+    Where the block has a scale, |g_j| scale_j is compared instead.
     `tau` [S] float32, one threshold a slot; `slots` [T] int64, -1 for padding, where y is zero and nothing is kept.
     Returns y [T, D] and the number of neurons kept [T] int64.
     """
     g, z = activations(x, ff)
     valid = slots[:, None] >= 0
-    keep = (g.abs().float() >= tau[slots, None]) & valid
+    keep = (magnitudes(g, ff.scale) >= tau[slots, None]) & valid
     return torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0), keep.sum(dim=1)
 
 
@@ -78,27 +79,37 @@ def _down_plus(x: Tensor, z: Tensor, ff: PackedFF) -> Tensor:
     return y if ff.down_bias is None else y + ff.down_bias
 
 
-def griffin_norms(z: Tensor) -> Tensor:
+def down_norms(ff: PackedFF) -> Tensor:
+    """||w2_j|| of every neuron's row of W_2: float32 [F]. The `scale` of the weighted score, and of scaled CATS."""
+    rows = ff.down_plus[: ff.num_neurons]
+    return torch.cat([part.float().norm(dim=1) for part in rows.split(ROWS)])
+
+
+def griffin_norms(z: Tensor, scale: Tensor | None = None) -> Tensor:
     """||z_i|| of each token in z [T, F]: float32 [T]. For a block whose neurons are split among devices.
 
+    With `scale` [F] float32, of z_ij scale_j instead (computed in float32).
     Over all its neurons it is torch.hypot of the parts' norms; not finite where z is not, or float32 cannot hold it.
     """
     parts = []
     for part in z.split(ROWS):
-        part = part.float()
+        part = part.float() if scale is None else part.float() * scale
         largest = part.abs().amax(dim=1, keepdim=True)
         squares = torch.where(largest > 0, part / largest, 0.0).square()
         parts.append(squares.sum(dim=1).sqrt() * largest[:, 0])
     return torch.cat(parts)
 
 
-def griffin_statistic(z: Tensor, norms: Tensor | None = None) -> Tensor:
+def griffin_statistic(z: Tensor, norms: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """s^2 of the tokens in z [T, F]: sum_i z_ij^2 / ||z_i||^2, float32 [F] (paper, section 2.2).
+
+    With `scale` [F] float32 the score is weighted: z_ij scale_j takes z_ij's place. For scale_j = ||w2_j|| that is the
+    size of what neuron j adds to the block's output.
 
     A token with ||z_i|| = 0 adds nothing. Add the results of a prompt's chunks. Where z holds a part of the block's
     neurons, `norms` [T] float32 are ||z_i|| over all of them; a token whose norm is not finite adds nothing.
     """
-    z = z.float()
+    z = z.float() if scale is None else z.float() * scale
     if norms is not None:
         norms = norms[:, None]
         return torch.where((norms > 0) & norms.isfinite(), z / norms, 0.0).square().sum(dim=0)
@@ -110,16 +121,24 @@ def griffin_statistic(z: Tensor, norms: Tensor | None = None) -> Tensor:
     return torch.where(norms > 0, squares / norms, 0.0).sum(dim=0)
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
+def griffin_observe(
+    z: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    statistic: Tensor,
+    norms: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
     """statistic[slots[i]] += s^2 of the rows offsets[i] to offsets[i + 1] of z, for each of n segments.
 
     z [P, F]; `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `statistic` [S, F] float32.
     `norms` [P] float32 are ||z_i|| where z holds a part of the block's neurons (`griffin_norms`); None: of z itself.
+    `scale` [F] float32 weights the score (`griffin_statistic`); `norms` are then of the scaled z.
     """
     for begin, end, slot in _segments(offsets, slots):
         for first in range(begin, end, ROWS):
             rows = slice(first, min(first + ROWS, end))
-            statistic[slot] += griffin_statistic(z[rows], None if norms is None else norms[rows])
+            statistic[slot] += griffin_statistic(z[rows], None if norms is None else norms[rows], scale)
 
 
 def griffin_count(density: float, num_neurons: int) -> int:
@@ -134,22 +153,65 @@ def griffin_select(statistic: Tensor, k: int) -> Tensor:
     return keep.scatter_(-1, order[..., :k], True)
 
 
-def magnitude_bins(g: Tensor) -> Tensor:
-    """The histogram bin of each |g|: its bits once rounded to bfloat16. int64, flat."""
+def core_count(core: float, k: int) -> int:
+    """floor(kappa k): how many of a selection's k neurons every request shares."""
+    return math.floor(core * k)
+
+
+def griffin_core(prior: Tensor, count: int) -> Tensor:
+    """Mask, bool [F], of the `count` neurons of largest prior p [F]; ties go to the lower index."""
+    return griffin_select(prior, count)
+
+
+def griffin_blend(statistic: Tensor, prior: Tensor | None, weight: float) -> Tensor:
+    """b_j = (1 - lambda) s_j^2 / sum_l s_l^2 + lambda p_j / sum_l p_l: float32, the shape of `statistic` [F] or [n, F].
+
+    `weight` is lambda, `prior` p [F] float32. Sums are over the neurons given, so that a device which holds a part of
+    a block's neurons needs none of the others'. A row of zeros (no prompt token counted) leaves the prior alone.
+    With lambda = 0 the statistic is returned as it is: the same order, to the bit.
+    """
+    if weight == 0.0 or prior is None:
+        return statistic
+    total = statistic.sum(dim=-1, keepdim=True)
+    own = torch.where(total > 0, statistic / total, 0.0)
+    return (1.0 - weight) * own + weight * (prior / prior.sum())
+
+
+def griffin_select_tail(blended: Tensor, k: int, core: Tensor) -> Tensor:
+    """Mask, bool, of k neurons in each row of b [F] or [n, F]: the core, and the largest b_j among the rest.
+
+    `core` [F] bool holds at most k neurons. Ties go to the lower index.
+    """
+    rest = (~core).nonzero()[:, 0]
+    keep = core.expand(blended.shape).clone()
+    keep[..., rest] = griffin_select(blended[..., rest], k - int(core.sum()))
+    return keep
+
+
+def magnitudes(g: Tensor, scale: Tensor | None = None) -> Tensor:
+    """|g|, or |g_j| scale_j with `scale` [F] float32: what CATS's threshold is compared with, in float32."""
+    return g.detach().abs().float() if scale is None else g.detach().abs().float() * scale
+
+
+def magnitude_bins(magnitudes: Tensor) -> Tensor:
+    """The histogram bin of each magnitude: its bits once rounded to bfloat16. int64, flat."""
     # Non-negative bfloat16 numbers order as their bit patterns do.
-    return g.detach().abs().to(torch.bfloat16).view(torch.int16).long().flatten()
+    return magnitudes.detach().abs().to(torch.bfloat16).view(torch.int16).long().flatten()
 
 
-def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+def cats_observe(
+    gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
+) -> None:
     """Count |g|, g = activation(gate), of the rows offsets[i] to offsets[i + 1] into histogram[slots[i]].
 
+    With `scale` [F] float32, |g_j| scale_j.
     gate [P, F] is what goes into the activation: x W_g, or x W_1 without a gate; its rows may be strided.
     `offsets` [n + 1] int64, ascending; `slots` [n] int64, different, -1 to skip; `histogram` [S, NUM_MAGNITUDES] int64.
     """
     act = ACTIVATION_FUNCTIONS[activation]
     for begin, end, slot in _segments(offsets, slots):
         for part in gate[begin:end].split(ROWS):
-            histogram[slot] += torch.bincount(magnitude_bins(act(part)), minlength=NUM_MAGNITUDES)
+            histogram[slot] += torch.bincount(magnitude_bins(magnitudes(act(part), scale)), minlength=NUM_MAGNITUDES)
 
 
 def _segments(offsets: Tensor, slots: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -188,6 +250,7 @@ class CatsStatistic:
 
     num_values: int
     dtype: torch.dtype
+    scale: Tensor | None = None  # [F] float32: |g_j| scale_j in place of |g_j|
     histogram: Tensor | None = None  # [NUM_MAGNITUDES] int64
     values: list[Tensor] = field(default_factory=list)  # float32
 
@@ -198,9 +261,9 @@ class CatsStatistic:
     def add(self, g: Tensor) -> None:
         """Add the tokens of g [T, F]."""
         if self.exact:
-            self.values.append(g.detach().abs().float().flatten())
+            self.values.append(magnitudes(g, self.scale).flatten())
             return
-        counts = torch.bincount(magnitude_bins(g), minlength=NUM_MAGNITUDES)
+        counts = torch.bincount(magnitude_bins(magnitudes(g, self.scale)), minlength=NUM_MAGNITUDES)
         self.histogram = counts if self.histogram is None else self.histogram + counts
 
     def threshold(self, density: float) -> Tensor:

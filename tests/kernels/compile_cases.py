@@ -6,6 +6,7 @@ are; each launch is compiled for its arguments instead of being run. `test_gpu.p
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,6 +122,20 @@ def test_any_size(compiled: dict[str, Any], ff: PackedFF, tokens: int) -> None:
         gpu.cats_ff(x, ff, tau, slots, path=path)
     gpu.dense_ff(x, ff)
     assert set(compiled) == {"plan_rows", "griffin_up", "cats_up", "down", "_activate_and_mask"}
+
+
+def test_scales(compiled: dict[str, Any]) -> None:
+    """Each kernel that knows neurons' scales also compiles with them."""
+    scale, slots = torch.ones(64), torch.zeros(2, dtype=torch.int64)
+    ff = replace(block(48, 64, 4, torch.bfloat16, "silu", True, False), scale=scale)
+    for path in ("gather", "masked"):
+        gpu.cats_ff(torch.zeros(2, 48, dtype=torch.bfloat16), ff, torch.zeros(2), slots, path=path)
+    z, offsets = torch.zeros(40, 64, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    for norms in (None, gpu.griffin_norms(z, scale)):
+        gpu.griffin_observe(z, offsets, slots[:1], torch.zeros(2, 64), norms, scale)
+    histogram = torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64)
+    gpu.cats_observe(z, "silu", offsets, slots[:1], histogram, scale)
+    assert {"cats_up", "_activate_and_mask", "_norms", "_partial_statistics", "_count"} <= set(compiled)
 
 
 @pytest.mark.parametrize(("tokens", "neurons", "segments"), [(1, 1, 1), (40, 64, 3)])

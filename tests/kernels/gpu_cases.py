@@ -17,7 +17,7 @@ from torch import Tensor
 from caprese_kernels import gpu, reference
 from caprese_kernels.gpu import crossover, gather, gather_kernels, masked, statistics, tuning
 from caprese_kernels.packed import PackedFF
-from tests.kernels import conformance, observation
+from tests.kernels import conformance, observation, scaled
 from tests.kernels.cases import FULL, INTEGERS, SMALL, Case
 from tests.kernels.problem import Problem, problem
 
@@ -46,6 +46,7 @@ def backend(path: str) -> Any:
 BACKENDS = {path: backend(path) for path in PATHS}
 # Compiling a kernel for each kind of case takes a GPU's test far longer than running it.
 CASES = SMALL[::8] if CUDA else SMALL
+INTEGER_CASES = [case for case in CASES if case.integers][:: 1 if CUDA else 4]
 FF_CHECKS = (conformance.check_griffin, conformance.check_cats)
 ONCE_CHECKS = (  # of what does not depend on the path
     conformance.check_dense,
@@ -84,6 +85,8 @@ def each(checks: tuple[Callable[..., None], ...], cases: list[Case], paths: tupl
         *each(ONCE_CHECKS, CASES[::5], ("gather",)),
         *each((*SLOW_CHECKS, stands_alone), CASES[::8], ("gather",)),
         *each((stands_alone,), CASES[3::8], ("masked",)),
+        *each((scaled.check_scaled_statistic, scaled.check_scaled_histogram), CASES[2::8], ("gather",)),
+        *each((scaled.check_scaled_cats,), INTEGER_CASES, PATHS),
     ],
 )
 def test_conforms(check: Callable[..., None], path: str, case: Case) -> None:

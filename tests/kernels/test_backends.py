@@ -16,7 +16,7 @@ from torch import Tensor
 from caprese_kernels import reference
 from caprese_kernels.backend import Backend
 from caprese_kernels.packed import ACTIVATION_FUNCTIONS, PackedFF
-from tests.kernels import conformance, observation
+from tests.kernels import conformance, observation, scaled
 from tests.kernels.cases import FULL, SMALL, Case
 from tests.kernels.problem import problem
 
@@ -31,6 +31,9 @@ CASE_CHECKS = (
     observation.check_shards,
     observation.check_cats_observe,
     observation.check_segment_stands_alone,
+    scaled.check_scaled_statistic,
+    scaled.check_scaled_histogram,
+    scaled.check_scaled_cats,
 )
 
 

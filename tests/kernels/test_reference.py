@@ -6,6 +6,7 @@ the number of steps.
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -168,18 +169,20 @@ def test_sparse_block(block: Block, count: int, data: st.DataObject) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(block=blocks, count=st.integers(1, 4), data=st.data())
-def test_cats_block(block: Block, count: int, data: st.DataObject) -> None:
-    """Each token has its own threshold; a magnitude equal to it is kept."""
+@given(block=blocks, count=st.integers(1, 4), scaled=st.booleans(), data=st.data())
+def test_cats_block(block: Block, count: int, scaled: bool, data: st.DataObject) -> None:
+    """Each token has its own threshold; a magnitude, times its neuron's scale if there is one, equal to it is kept."""
+    scale = torch.arange(1, block.ff.num_neurons + 1).float() / 3 if scaled else None
+    ff = replace(block.ff, scale=scale)
     x = block.tokens(count)
     rows = torch.cat([x[:1], x.flip(0)])  # a row of padding, and slots in another order than tokens
     g, _ = reference.activations(rows, block.ff)
-    magnitudes = g[1:].flip(0).abs().float().tolist()
+    magnitudes = (g[1:].flip(0).abs().float() * (1.0 if scale is None else scale)).tolist()
     tau = [data.draw(st.sampled_from([*row, 0.0, math.inf])) for row in magnitudes]
     keep = [[m >= t for m in row] for row, t in zip(magnitudes, tau, strict=True)]
     y, magnitude = block.loops(x, keep, low_rank=True)
     slots = torch.tensor([-1, *reversed(range(count))])
-    found, kept = reference.cats_ff(rows, block.ff, torch.tensor(tau), slots)
+    found, kept = reference.cats_ff(rows, ff, torch.tensor(tau), slots)
     assert not found[0].any()
     assert_within(found[1:].flip(0), y, block.tolerance(magnitude))
     assert kept.tolist() == [0, *(sum(row) for row in reversed(keep))]
@@ -252,6 +255,63 @@ def test_griffin_select(statistic: list[int], data: st.DataObject) -> None:
 def test_griffin_select_breaks_ties_in_long_rows() -> None:
     """An unstable sort shows its order only beyond a few dozen equal values."""
     assert reference.griffin_select(torch.ones(10_007), 5_000).nonzero().flatten().tolist() == list(range(5_000))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(-4, 4), min_size=5, max_size=5), min_size=1, max_size=6),
+    scale=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_weighted_statistic(rows: list[list[int]], scale: list[int], dtype: torch.dtype) -> None:
+    """The statistic of z_ij scale_j, with its own norms and with given ones."""
+    z, factors = torch.tensor(rows).to(dtype), torch.tensor(scale).float()
+    wanted = reference.griffin_statistic(torch.tensor(rows).float() * factors)
+    # Products are exact; one rounding of the norm counts twice in each share, of at most 6.
+    torch.testing.assert_close(reference.griffin_statistic(z, None, factors), wanted, rtol=0, atol=0)
+    norms = reference.griffin_norms(z, factors)
+    assert norms.tolist() == pytest.approx((z.double() * factors.double()).norm(dim=1).tolist(), rel=1e-6)
+    torch.testing.assert_close(reference.griffin_statistic(z, norms, factors), wanted, rtol=2e-6, atol=1e-12)
+    table = torch.zeros(2, 5)
+    reference.griffin_observe(z, torch.tensor([0, len(z)]), torch.tensor([1]), table, None, factors)
+    torch.testing.assert_close(table[1], wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_down_norms_leave_the_low_rank_rows_out() -> None:
+    ff = PackedFF(torch.zeros(8, 2), torch.tensor([[3.0, 4.0], [0, 0], [0, 2], [9, 9], [9, 9]]), "silu", rank=2)
+    assert reference.down_norms(ff).tolist() == [5.0, 0.0, 2.0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=20),
+    weight=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    core=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    data=st.data(),
+)
+def test_core_and_tail(counts: list[tuple[int, int]], weight: float, core: float, data: st.DataObject) -> None:
+    """The floor(kappa k) of largest prior, then the k - core of largest blend among the rest; ties to the lower."""
+    own, prior = ([pair[i] for pair in counts] for i in (0, 1))
+    k = data.draw(st.integers(0, len(own)))
+    total, whole = sum(own), sum(prior)
+    blend = [(1 - weight) * (s / total if total else 0.0) + weight * p / whole for s, p in zip(own, prior, strict=True)]
+    found = reference.griffin_blend(torch.tensor(own).float(), torch.tensor(prior).float(), weight)
+    assert found.tolist() == pytest.approx(blend if weight else own, rel=1e-6)
+    best = sorted(range(len(own)), key=lambda j: (-prior[j], j))[: math.floor(core * k)]
+    mask = reference.griffin_core(torch.tensor(prior).float(), reference.core_count(core, k))
+    assert mask.nonzero().flatten().tolist() == sorted(best)
+    rest = sorted(set(range(len(own))) - set(best), key=lambda j: (-found[j].item(), j))
+    keep = reference.griffin_select_tail(torch.stack([found, found.flip(0)]), k, mask)
+    assert keep[0].nonzero().flatten().tolist() == sorted([*best, *rest[: k - len(best)]])
+    assert keep[1][mask].all()
+    assert keep[1].sum() == k
+
+
+def test_without_a_prior_the_selection_is_griffins() -> None:
+    statistic = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    assert reference.griffin_blend(statistic, None, 0.0) is statistic
+    none = torch.zeros(50, dtype=torch.bool)
+    assert torch.equal(reference.griffin_select_tail(statistic, 20, none), reference.griffin_select(statistic, 20))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class _Block(ctypes.Structure):
         *((name, _pointer) for name in ("gate", "up_plus", "down_plus", "gate_bias", "up_bias", "down_bias")),
         *((name, _int) for name in ("depth", "neurons", "rank")),
         *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+        ("scale", _pointer),
     ]
 
 
@@ -170,6 +171,7 @@ def described(
         ff.native = _Block(
             *(_address("packed weights", tensor, dtype) for tensor in weights),
             *(ff.hidden_size, ff.num_neurons, ff.rank, _dtype(x), ACTIVATIONS[ff.activation]),
+            _address("scale of neurons", ff.scale, torch.float32),
         )
     batch = _Batch(
         *(x.data_ptr(), _address("y", y, dtype), len(x), x.stride(0), _address("slots", slots, torch.int64)),
@@ -179,21 +181,29 @@ def described(
     return ctypes.byref(ff.native), ctypes.byref(batch)
 
 
-def griffin_norms(z: Tensor) -> Tensor:
+def griffin_norms(z: Tensor, scale: Tensor | None = None) -> Tensor:
     z, norms = _rows(z), torch.empty(len(z))
     library().caprese_griffin_norms(
-        *(_pointer(z.data_ptr()), _int(z.stride(0)), _int(len(z)), _int(z.shape[1])),
-        *(_dtype(z), _pointer(norms.data_ptr()), torch.get_num_threads()),
+        *(_pointer(z.data_ptr()), _int(z.stride(0)), _int(len(z)), _int(z.shape[1]), _dtype(z)),
+        *(_scale(scale, z.shape[1]), _pointer(norms.data_ptr()), torch.get_num_threads()),
     )
     return norms
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
+def griffin_observe(
+    z: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    statistic: Tensor,
+    norms: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
     z = _rows(z)
     for begin, end, slot in _segments(offsets, slots, len(z), len(statistic)):
         library().caprese_griffin_observe(
             _pointer(z[begin:end].data_ptr()), _int(z.stride(0)), _int(end - begin), _int(z.shape[1]),
-            _dtype(z), _pointer(None if norms is None else _address("norms", norms[begin:end], torch.float32)),
+            _dtype(z), _scale(scale, z.shape[1]),
+            _pointer(None if norms is None else _address("norms", norms[begin:end], torch.float32)),
             _pointer(_address("statistic", statistic[slot], torch.float32)), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -207,14 +217,25 @@ def griffin_select(statistic: Tensor, k: int) -> Tensor:
     return keep.view(statistic.shape)
 
 
-def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+def cats_observe(
+    gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
+) -> None:
     gate = _rows(gate)
     for begin, end, slot in _segments(offsets, slots, len(gate), len(histogram)):
         library().caprese_cats_observe(
             _pointer(gate[begin:end].data_ptr()), _int(gate.stride(0)), _int(end - begin), _int(gate.shape[1]),
-            _dtype(gate), ACTIVATIONS[activation],
+            _dtype(gate), ACTIVATIONS[activation], _scale(scale, gate.shape[1]),
             _pointer(_address("histogram", histogram[slot], torch.int64)), torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _scale(scale: Tensor | None, neurons: int) -> ctypes.c_void_p:
+    """The address of the neurons' scale [F] float32; null for none."""
+    if scale is not None and scale.shape != (neurons,):
+        raise CapreseError(
+            "scale of neurons", expected=f"shape [{neurons}]", found=str(list(scale.shape)), fix="give one a neuron"
+        )
+    return _pointer(_address("scale of neurons", scale, torch.float32))
 
 
 def _segments(offsets: Tensor, slots: Tensor, rows: int, size: int) -> list[tuple[int, int, int]]:

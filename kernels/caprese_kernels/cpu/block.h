@@ -1,6 +1,7 @@
 // What Python hands over (cpu/__init__.py), and how work is shared among threads.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -9,6 +10,7 @@ struct Block {
     const void *gate, *up_plus, *down_plus, *gate_bias, *up_bias, *down_bias;  // packed.PackedFF
     int64_t depth, neurons, rank;
     int32_t dtype, activation;  // 0 float32, 1 bfloat16, 2 float16
+    const float* scale;         // CATS [F]: |g_j| scale_j is compared; null: |g_j|
 };
 struct Batch {
     const void* x;  // [tokens, D], rows x_stride apart
@@ -19,6 +21,11 @@ struct Batch {
     const float* tau;      // CATS [slots], or null
     int64_t* kept;         // CATS [tokens], or null
 };
+}
+
+// What CATS compares with tau: |g_j| scale_j, in float32.
+inline float magnitude(const Block& block, float g, int64_t j) {
+    return block.scale ? std::fabs(g) * block.scale[j] : std::fabs(g);
 }
 
 // Part `part` of `total` things in `parts` equal parts: [first, second).

@@ -44,7 +44,7 @@ public:
         chosen(list);
     }
 
-    // CATS: |g| >= tau[t] decides, so the gate of all neurons in [begin, end); then the rest of those that a token keeps.
+    // CATS: |g_j| scale_j >= tau[t] decides, so the gate of all neurons in [begin, end); then the rest of those that a token keeps.
     void above_one(int64_t begin, int64_t end, float threshold, int64_t& kept) {
         int pending = 0;
         for (int64_t j = begin; j < end; j += GROUP) {
@@ -59,7 +59,7 @@ public:
             alignas(64) float values[GROUP];
             store(values, activate_one(project_one<T>(rows, after, x, depth), neurons));
             for (int r = 0; r < count; ++r) {
-                if (!(std::fabs(values[r]) >= threshold)) continue;
+                if (!(magnitude(block, values[r], j + r) >= threshold)) continue;
                 ++kept;
                 g[0][pending] = values[r];
                 neuron[pending++] = j + r;
@@ -92,7 +92,7 @@ public:
                 activate_row(u[r], j + r);
                 bool any = false;
                 for (int t = 0; t < tokens; ++t) {
-                    const bool keeps = std::fabs(u[r][t]) >= tau[t];
+                    const bool keeps = magnitude(block, u[r][t], j + r) >= tau[t];
                     kept[t] += keeps;
                     any |= keeps;
                 }
@@ -138,7 +138,7 @@ private:
     float* y;
     int tokens;
     int64_t depth, stride = padded<typename R::Token>(depth), y_stride = padded<float>(depth);
-    // Who keeps what: bit j % 32 of words[(j - base) / 32][t], or |g| >= tau[t], or all.
+    // Who keeps what: bit j % 32 of words[(j - base) / 32][t], or by tau[t], or all.
     std::vector<uint32_t> words;
     int64_t base = 0;
     const float* tau = nullptr;
@@ -227,7 +227,7 @@ private:
     // z = 0 for the tokens that do not keep the neuron.
     void drop(int r) {
         if (tau) {
-            for (int t = 0; t < tokens; ++t) u[r][t] = std::fabs(g[r][t]) >= tau[t] ? u[r][t] : 0.0f;
+            for (int t = 0; t < tokens; ++t) u[r][t] = magnitude(block, g[r][t], neuron[r]) >= tau[t] ? u[r][t] : 0.0f;
         } else if (!words.empty()) {
             const uint32_t *word = &words[(neuron[r] - base) / 32 * TOKENS], bit = 1u << (neuron[r] - base) % 32;
             for (int t = 0; t < tokens; ++t) u[r][t] = word[t] & bit ? u[r][t] : 0.0f;

@@ -28,11 +28,11 @@ void mask(const Block& block, const Batch& batch, const T* gate_up, T* z, int64_
             const int n = std::min<int64_t>(W, neurons - j);
             const auto take = [n](const T* p) { return n == W ? load(p) : load_first(p, n); };
             const V g = rounded(activate(take(gate + j), block.activation), T{});
-            float magnitude[W], product[W];
-            store(magnitude, g);
+            float values[W], product[W];
+            store(values, g);
             store(product, block.gate ? rounded(g * take(gate + neurons + j), T{}) : g);
             for (int i = 0; i < n; ++i) {
-                const bool keeps = keep ? keep[j + i] != 0 : std::fabs(magnitude[i]) >= batch.tau[slot];
+                const bool keeps = keep ? keep[j + i] != 0 : magnitude(block, values[i], j + i) >= batch.tau[slot];
                 kept += keeps;
                 from_float(keeps ? product[i] : 0.0f, out[j + i]);
             }

@@ -12,6 +12,14 @@ namespace {
 // Tokens that are looked at twice, for their norms and for their columns: a tile of them stays in the caches.
 constexpr int64_t TILE = 64;
 
+// z[j] to z[j + n], times the neurons' scales where the score is weighted.
+template <class T>
+V scaled(const T* z, const float* scale, int64_t j, int n) {
+    const V v = n == W ? load(z + j) : load_first(z + j, n);
+    if (!scale) return v;
+    return v * (n == W ? load(scale + j) : load_first(scale + j, n));
+}
+
 // A token's length: the largest entry's size and the sum of the squares of z / top. Scaled by the largest entry, the
 // squares of half-precision outliers stay finite.
 struct Length {
@@ -20,12 +28,10 @@ struct Length {
 };
 
 template <class T>
-Length length(const T* row, int64_t neurons) {
+Length length(const T* row, const float* factors, int64_t neurons) {
     V largest = zero(), square = zero();
     const auto each = [&](auto&& take) {
-        int64_t j = 0;
-        for (; j + W <= neurons; j += W) take(load(row + j));
-        if (j < neurons) take(load_first(row + j, neurons - j));
+        for (int64_t j = 0; j < neurons; j += W) take(scaled(row, factors, j, std::min<int64_t>(W, neurons - j)));
     };
     each([&](V v) { largest = max(largest, max(v, -v)); });
     float values[W];
@@ -41,17 +47,18 @@ Length length(const T* row, int64_t neurons) {
 }
 
 template <class T>
-void norms_of(const T* z, int64_t stride, int64_t tokens, int64_t neurons, float* norms, int threads) {
+void norms_of(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* factors, float* norms,
+              int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < tokens; ++t) {
-        const Length found = length(z + t * stride, neurons);
+        const Length found = length(z + t * stride, factors, neurons);
         norms[t] = found.top * std::sqrt(found.square);
     }
 }
 
 template <class T>
-void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* norms, float* statistic,
-             int threads) {
+void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* factors, const float* norms,
+             float* statistic, int threads) {
     std::vector<float> scale(TILE), weight(TILE);
     float *const scales = scale.data(), *const weights = weight.data();
 #pragma omp parallel num_threads(threads)
@@ -68,7 +75,7 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const 
                     scales[t] = inverse < INFINITY ? inverse : -norm;
                     continue;
                 }
-                const Length own = length(z + (tile + t) * stride, neurons);
+                const Length own = length(z + (tile + t) * stride, factors, neurons);
                 // The square is NaN where an entry is infinite or NaN: such a token adds nothing.
                 weights[t] = own.square > 0 ? 1.0f / own.square : 0.0f;
                 scales[t] = own.exact ? own.inverse : -own.top;
@@ -79,8 +86,7 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const 
                 V total = n == W ? load(statistic + j) : load_first(statistic + j, n);
                 for (int64_t t = 0; t < count; ++t) {
                     if (weights[t] == 0.0f) continue;
-                    const T* at = z + (tile + t) * stride + j;
-                    const V v = n == W ? load(at) : load_first(at, n);
+                    const V v = scaled(z + (tile + t) * stride, factors, j, n);
                     const V a = scales[t] > 0 ? v * set1(scales[t]) : v / set1(-scales[t]);
                     total = fma(a * a, set1(weights[t]), total);
                 }
@@ -95,7 +101,7 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const 
 
 constexpr int BINS = 1 << 15;
 
-uint32_t bin_of(float g) {
+uint32_t bin_of(float g) {  // of |g|
     Bf16 rounded;
     from_float(std::fabs(g), rounded);
     return rounded.bits;
@@ -107,41 +113,42 @@ float activated(float x, int activation) {
     return values[0];
 }
 
-// The bin of act(v) for every value of a 16-bit type: there are only 65,536.
+// act(v), rounded to T, of every value v of a 16-bit type: there are only 65,536.
 template <class T>
-std::vector<uint16_t> bins(int activation) {
-    std::vector<uint16_t> table(1 << 16);
+std::vector<float> activations_of(int activation) {
+    std::vector<float> table(1 << 16);
     for (uint32_t bits = 0; bits < table.size(); ++bits) {
         T g;
         from_float(activated(to_float(T{static_cast<uint16_t>(bits)}), activation), g);
-        table[bits] = bin_of(to_float(g));
+        table[bits] = to_float(g);
     }
     return table;
 }
 
 template <class T>
-struct Bins {
-    const std::vector<uint16_t>& table;
-    explicit Bins(int activation) : table(of(activation)) {}
-    uint32_t operator()(T v) const { return table[v.bits]; }
+struct Activation {
+    const std::vector<float>& table;
+    explicit Activation(int activation) : table(of(activation)) {}
+    float operator()(T v) const { return table[v.bits]; }
 
 private:
-    static const std::vector<uint16_t>& of(int activation) {
-        static const std::vector<uint16_t> tables[] = {bins<T>(SILU), bins<T>(GELU), bins<T>(GELU_TANH), bins<T>(RELU)};
+    static const std::vector<float>& of(int activation) {
+        static const std::vector<float> tables[] = {activations_of<T>(SILU), activations_of<T>(GELU),
+                                                    activations_of<T>(GELU_TANH), activations_of<T>(RELU)};
         return tables[activation];
     }
 };
 template <>
-struct Bins<float> {
+struct Activation<float> {
     int activation;
-    explicit Bins(int activation) : activation(activation) {}
-    uint32_t operator()(float v) const { return bin_of(activated(v, activation)); }
+    explicit Activation(int activation) : activation(activation) {}
+    float operator()(float v) const { return activated(v, activation); }
 };
 
 template <class T>
-void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int activation, int64_t* histogram,
-          int threads) {
-    const Bins<T> bin(activation);
+void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int activation, const float* scale,
+          int64_t* histogram, int threads) {
+    const Activation<T> act(activation);
     std::vector<uint32_t> counts(static_cast<size_t>(threads) * BINS);
     uint32_t* const all = counts.data();
 #pragma omp parallel num_threads(threads)
@@ -150,7 +157,10 @@ void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int ac
         uint32_t* const own = all + static_cast<size_t>(part) * BINS;
         const auto [first, last] = share(tokens, part, parts);
         for (int64_t t = first; t < last; ++t)
-            for (int64_t j = 0; j < neurons; ++j) ++own[bin(gate[t * stride + j]) & (BINS - 1)];
+            for (int64_t j = 0; j < neurons; ++j) {
+                const float g = act(gate[t * stride + j]);
+                ++own[bin_of(scale ? std::fabs(g) * scale[j] : g) & (BINS - 1)];
+            }
 #pragma omp barrier
         const auto [begin, end] = share(BINS, part, parts);
         for (int p = 0; p < parts; ++p)
@@ -162,34 +172,36 @@ void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int ac
 
 extern "C" {
 
-// norms[tokens] = ||z_i||, z [tokens, F].
-void caprese_griffin_norms(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype, float* norms,
-                           int threads) {
+// norms[tokens] = ||z_i||, z [tokens, F]; `scale` [F], or null: of z_ij scale_j.
+void caprese_griffin_norms(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
+                           const float* scale, float* norms, int threads) {
     switch (dtype) {
-        case 0: return norms_of(static_cast<const float*>(z), stride, tokens, neurons, norms, threads);
-        case 1: return norms_of(static_cast<const Bf16*>(z), stride, tokens, neurons, norms, threads);
-        default: return norms_of(static_cast<const Half*>(z), stride, tokens, neurons, norms, threads);
+        case 0: return norms_of(static_cast<const float*>(z), stride, tokens, neurons, scale, norms, threads);
+        case 1: return norms_of(static_cast<const Bf16*>(z), stride, tokens, neurons, scale, norms, threads);
+        default: return norms_of(static_cast<const Half*>(z), stride, tokens, neurons, scale, norms, threads);
     }
 }
 
 // statistic[F] += s^2 of z [tokens, F], token after token: the bits do not depend on how a prompt is cut. `norms`
-// [tokens], or null: those of z itself.
+// [tokens], or null: those of z itself. `scale` [F], or null: s^2 of z_ij scale_j.
 void caprese_griffin_observe(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
-                             const float* norms, float* statistic, int threads) {
+                             const float* scale, const float* norms, float* statistic, int threads) {
     switch (dtype) {
-        case 0: return griffin(static_cast<const float*>(z), stride, tokens, neurons, norms, statistic, threads);
-        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, norms, statistic, threads);
-        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, norms, statistic, threads);
+        case 0:
+            return griffin(static_cast<const float*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
+        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
+        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
     }
 }
 
-// histogram[BINS] += the magnitudes of act(gate), gate [tokens, F].
+// histogram[BINS] += the magnitudes of act(gate), gate [tokens, F]; `scale` [F], or null: of |act(gate)| scale_j.
 void caprese_cats_observe(const void* gate, int64_t stride, int64_t tokens, int64_t neurons, int dtype, int activation,
-                          int64_t* histogram, int threads) {
+                          const float* scale, int64_t* histogram, int threads) {
+    const auto count = [&](auto* rows) { cats(rows, stride, tokens, neurons, activation, scale, histogram, threads); };
     switch (dtype) {
-        case 0: return cats(static_cast<const float*>(gate), stride, tokens, neurons, activation, histogram, threads);
-        case 1: return cats(static_cast<const Bf16*>(gate), stride, tokens, neurons, activation, histogram, threads);
-        default: return cats(static_cast<const Half*>(gate), stride, tokens, neurons, activation, histogram, threads);
+        case 0: return count(static_cast<const float*>(gate));
+        case 1: return count(static_cast<const Bf16*>(gate));
+        default: return count(static_cast<const Half*>(gate));
     }
 }
 

@@ -66,7 +66,9 @@ def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor
     kept, arrived = zeros[: len(x)], zeros[len(x) :].view(torch.int32)
     tiles = triton.cdiv(ff.num_neurons, call.up.rows) + triton.cdiv(ff.rank, call.up.rows)
     kernels.cats_up[(tiles, call.token_tiles)](
-        *(x, ff.gate_up_plus, ff.gate_up_bias, tau, slots, call.z, kept, *call.sizes), **call.up_options
+        *(x, ff.gate_up_plus, ff.gate_up_bias, tau, slots, call.z, kept, ff.scale, *call.sizes),
+        SCALED=ff.scale is not None,
+        **call.up_options,
     )
     return call.down(arrived), kept
 

@@ -108,6 +108,7 @@ def cats_up(
     slots,
     z,
     kept_count,
+    scale,
     T,
     D,
     F,
@@ -115,12 +116,14 @@ def cats_up(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
+    SCALED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """z[t, j] of neurons with |g| >= tau[slot], else zero, and of the rows of L^T; how many neurons a token keeps.
+    """z[t, j] of neurons with |g| >= tau[slot] (SCALED: |g_j| scale_j), else zero, and of the rows of L^T; and how many
+    neurons a token keeps.
 
     A tile's gate comes first, whole; of W_1 it then reads the rows that some token keeps.
     """
@@ -137,7 +140,10 @@ def cats_up(
         gate = project(x, weights, tokens, j, live, T, D, TOKENS, ROWS, COLUMNS, STAGES)
         g = rounded_activation(gate, bias, j, neuron, ACT, BIASED, DTYPE)
         threshold = tl.load(tau + slot, mask=slot >= 0, other=float("inf"))[:, None]
-        kept = (tl.abs(g.to(tl.float32)) >= threshold) & (slot >= 0)[:, None] & neuron[None, :]
+        magnitude = tl.abs(g.to(tl.float32))
+        if SCALED:
+            magnitude *= tl.load(scale + j, mask=neuron, other=0.0)[None, :]
+        kept = (magnitude >= threshold) & (slot >= 0)[:, None] & neuron[None, :]
         needed = tl.max(kept.to(tl.int32), axis=0) > 0
         value = g
         if GATED:

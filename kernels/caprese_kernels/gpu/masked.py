@@ -69,9 +69,10 @@ def _combine(
     z = h.new_empty(len(h), width)
     if len(h):
         _activate_and_mask[(len(h), triton.cdiv(width, tuning.MASK_BLOCK))](
-            *(h, low_rank, table, slots, z, kept, h.stride(0), 0 if low_rank is None else low_rank.stride(0)),
-            *(ff.num_neurons, rank),
+            *(h, low_rank, table, slots, z, kept, ff.scale),
+            *(h.stride(0), 0 if low_rank is None else low_rank.stride(0), ff.num_neurons, rank),
             METHOD=method,
+            SCALED=ff.scale is not None,
             ACT=ff.activation,
             GATED=ff.gate is not None,
             BLOCK=tuning.MASK_BLOCK,
@@ -88,11 +89,13 @@ def _activate_and_mask(
     slots,
     z,
     kept_count,
+    scale,
     h_stride,
     low_rank_stride,
     F,
     R,
     METHOD: tl.constexpr,
+    SCALED: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,7 +115,10 @@ def _activate_and_mask(
         if METHOD == "griffin":
             kept = tl.load(table + slot * F + j, mask=kept, other=0) != 0
         else:
-            kept &= tl.abs(g.to(tl.float32)) >= tl.load(table + slot, mask=slot >= 0, other=float("inf"))
+            magnitude = tl.abs(g.to(tl.float32))
+            if SCALED:
+                magnitude *= tl.load(scale + j, mask=neuron, other=0.0)
+            kept &= magnitude >= tl.load(table + slot, mask=slot >= 0, other=float("inf"))
             # Integers: their sum has one value in any order.
             tl.atomic_add(kept_count + t, tl.sum(kept.to(tl.int64)), sem="relaxed")
         value = tl.where(kept, value, 0.0)

@@ -23,28 +23,35 @@ COLUMNS = 64  # neurons of one program that adds up partial statistics: 256 byte
 PARTS = 32
 
 
-def griffin_norms(z: Tensor) -> Tensor:
+def griffin_norms(z: Tensor, scale: Tensor | None = None) -> Tensor:
     """As reference.griffin_norms; z's rows may be strided."""
     tokens, neurons = z.shape
     norms = torch.empty(tokens, dtype=torch.float32, device=z.device)
     if tokens:
         block = triton.next_power_of_2(neurons)
-        _norms[(tokens,)](z, norms, z.stride(0), neurons, BLOCK=block, num_warps=tuning.row_warps(block))
+        _norms[(tokens,)](
+            *(z, scale, norms, z.stride(0), neurons),
+            SCALED=scale is not None,
+            BLOCK=block,
+            num_warps=tuning.row_warps(block),
+        )
     return norms
 
 
 @triton.jit
-def _norms(z, norms, stride, F, BLOCK: tl.constexpr):
+def _norms(z, scale, norms, stride, F, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(value)))
-    value *= scale
-    tl.store(norms + t, tl.sqrt(tl.sum(value * value)) / scale)
+    if SCALED:
+        value *= tl.load(scale + j, mask=j < F, other=0.0)
+    power = _power_of_2(tl.max(tl.abs(value)))
+    value *= power
+    tl.store(norms + t, tl.sqrt(tl.sum(value * value)) / power)
 
 
 @triton.jit
-def _scale(largest):
+def _power_of_2(largest):
     """2^-e, with 2^e the power of two of the largest magnitude.
 
     Multiplied by it, which is exact, squares neither overflow nor vanish. It is from 2^-126 to 2^126: fast division on
@@ -54,7 +61,14 @@ def _scale(largest):
     return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
-def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor, norms: Tensor | None = None) -> None:
+def griffin_observe(
+    z: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    statistic: Tensor,
+    norms: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
     """As reference.griffin_observe; z's rows may be strided."""
     tokens, neurons = z.shape
     segments = len(slots)
@@ -66,8 +80,9 @@ def griffin_observe(z: Tensor, offsets: Tensor, slots: Tensor, statistic: Tensor
     options = {"SEGMENTS": triton.next_power_of_2(segments), "TOKENS": tuning.OBSERVED_TOKENS}
     block = triton.next_power_of_2(neurons)
     _partial_statistics[(blocks,)](
-        *(z, offsets, slots, norms, partial, z.stride(0), segments, neurons),
+        *(z, offsets, slots, norms, scale, partial, z.stride(0), segments, neurons),
         NORMED=norms is not None,
+        SCALED=scale is not None,
         BLOCK=block,
         STAGES=tuning.row_stages(block * z.element_size()),
         num_warps=tuning.row_warps(block),
@@ -97,6 +112,7 @@ def _partial_statistics(
     offsets,
     slots,
     norms,
+    scale,
     partial,
     stride,
     segments,
@@ -104,10 +120,11 @@ def _partial_statistics(
     SEGMENTS: tl.constexpr,
     TOKENS: tl.constexpr,
     NORMED: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial[b] = sum of z_i^2 / ||z_i||^2 over the tokens i of block b."""
+    """partial[b] = sum of z_i^2 / ||z_i||^2 over the tokens i of block b; SCALED: of z_ij scale_j in z_ij's place."""
     block = tl.program_id(0)
     segment, begins, ends, block_ends = _blocks(offsets, segments, SEGMENTS, TOKENS)
     mine = tl.sum((block_ends <= block).to(tl.int32))
@@ -121,16 +138,21 @@ def _partial_statistics(
     first_block = tl.sum(tl.where(here, block_ends, 0)) - blocks_here
     begin = tl.sum(tl.where(here, begins, 0)) + (block - first_block) * TOKENS
     j = tl.arange(0, BLOCK)
+    factor = 1.0
+    if SCALED:
+        factor = tl.load(scale + j, mask=j < F, other=0.0)
     total = tl.zeros([BLOCK], tl.float32)
     for t in tl.range(begin, tl.minimum(begin + TOKENS, end), num_stages=STAGES):
         value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
+        if SCALED:
+            value *= factor
         if NORMED:
             norm = tl.load(norms + t)
-            scale = _scale(norm)
-            share = value * scale * (1.0 / (norm * scale))
+            power = _power_of_2(norm)
+            share = value * power * (1.0 / (norm * power))
             share *= share
         else:
-            value *= _scale(tl.max(tl.abs(value)))
+            value *= _power_of_2(tl.max(tl.abs(value)))
             square = value * value
             norm = tl.sum(square)
             share = square * (1.0 / norm)
@@ -171,7 +193,9 @@ def _add_statistics(
     tl.store(cell, tl.load(cell, mask=mask) + tl.sum(total, axis=0), mask=mask)
 
 
-def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor) -> None:
+def cats_observe(
+    gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
+) -> None:
     """As reference.cats_observe; gate's rows may be strided.
 
     An integer atomic in L2 for each magnitude, which rather than bytes should bound it: unmeasured. Triton's histogram
@@ -182,8 +206,9 @@ def cats_observe(gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, 
     if not tokens or not segments:
         return
     _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
-        *(gate, offsets, slots, histogram, gate.stride(0), histogram.stride(0), segments, neurons),
+        *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
         ACT=activation,
+        SCALED=scale is not None,
         BORDERS=triton.next_power_of_2(segments + 1),
         BLOCK=tuning.COUNT_BLOCK,
         num_warps=8,
@@ -196,11 +221,13 @@ def _count(
     offsets,
     slots,
     histogram,
+    scale,
     gate_stride,
     histogram_stride,
     segments,
     F,
     ACT: tl.constexpr,
+    SCALED: tl.constexpr,
     BORDERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -216,7 +243,10 @@ def _count(
         return
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(gate + t * gate_stride + j, mask=j < F, other=0.0)
-    g = activate(u.to(tl.float32), ACT).to(u.dtype).to(tl.bfloat16)
+    g = activate(u.to(tl.float32), ACT).to(u.dtype)
+    if SCALED:
+        g = tl.abs(g.to(tl.float32)) * tl.load(scale + j, mask=j < F, other=0.0)
+    g = g.to(tl.bfloat16)
     magnitude = (g.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
     # Integers: their sum has one value in any order.
     one = tl.full([BLOCK], 1, tl.int64)
