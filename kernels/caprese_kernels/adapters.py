@@ -1,7 +1,9 @@
-"""The adapter file, version 1: write, read, validate, refuse.
+"""The adapter file, versions 1 and 2: write, read, validate, refuse.
 
 One safetensors file holds, for each sparse layer i, `layers.{i}.L` [D, r] and `layers.{i}.R` [r, D]
 (paper, section 3.1), all of one dtype, and in its header `format`, `format_version` and `config`.
+Version 2 adds `layers.{i}.prior` [F] float32, which sums to 1: each neuron's share of the statistic of the
+distillation data's responses. It may leave L and R out (rank 0). A file without a prior is written as version 1.
 Never pickle: a file that is not safetensors is refused unread.
 """
 
@@ -24,53 +26,75 @@ from . import __version__
 from .config import AdapterConfig, validate
 from .errors import CapreseError
 
-FORMAT, FORMAT_VERSION = "caprese", "1"
+FORMAT, FORMAT_VERSIONS = "caprese", ("1", "2")
+VERSION_2_SETTINGS = {"score", "prior", "core"}
 DEFAULT_FILE_NAME = "adapters.safetensors"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d*)\.([LR])")
+PRIOR_SUM_ERROR = 1e-3  # how far from 1 a prior may sum: float32's rounding over a million neurons, with room
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d*)\.(L|R|prior)")
 
 
 @dataclass
 class Adapters:
-    """All L, R of a model: `left[i]` [D, r] and `right[i]` [r, D] of sparse layer i."""
+    """All L, R of a model, `left[i]` [D, r] and `right[i]` [r, D] of sparse layer i, and the priors `prior[i]` [F].
+
+    Either may be absent: rank 0 has no L and R, a file of version 1 no priors.
+    """
 
     config: AdapterConfig
     left: dict[int, Tensor] = field(repr=False)
     right: dict[int, Tensor] = field(repr=False)
+    prior: dict[int, Tensor] = field(repr=False, default_factory=dict)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.left.values())).dtype
+    def dtype(self) -> torch.dtype | None:
+        """Of L and R; None where there are none."""
+        return next((tensor.dtype for tensor in self.left.values()), None)
 
     @property
     def num_parameters(self) -> int:
         return sum(t.numel() for t in (*self.left.values(), *self.right.values()))
 
+    @property
+    def version(self) -> str:
+        """The file version that holds these: 2 with priors, 1 without."""
+        return "2" if self.prior else "1"
+
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""
-        named = {}
-        for i in self.left:
-            named[f"layers.{i}.L"], named[f"layers.{i}.R"] = self.left[i], self.right[i]
+        named: dict[str, Tensor] = {}
+        for part, tensors in (("L", self.left), ("R", self.right), ("prior", self.prior)):
+            named |= {f"layers.{i}.{part}": tensor for i, tensor in tensors.items()}
         return named
 
     @classmethod
     def from_tensors(cls, config: AdapterConfig, tensors: Mapping[str, Tensor], where: str) -> Adapters:
         """Check every name, shape, dtype and value against `config`; raise CapreseError with the offending name."""
         _check_layers(config, tensors, where)
-        depth, rank = config.base_model.hidden_size, config.rank
-        first = next(iter(tensors.values())).dtype
+        base, rank = config.base_model, config.rank
+        shapes = {"L": (base.hidden_size, rank), "R": (rank, base.hidden_size), "prior": (base.intermediate_size,)}
+        low_rank = [name for name in tensors if not name.endswith(".prior")]
         for name, tensor in tensors.items():
-            shape = (depth, rank) if name.endswith("L") else (rank, depth)
+            shape = shapes[name.rpartition(".")[2]]
             if tuple(tensor.shape) != shape:
                 _refuse(where, f"{name} of shape {list(shape)}", f"shape {list(tensor.shape)}")
-            if tensor.dtype not in DTYPES:
-                _refuse(where, f"{name} in bfloat16, float16 or float32", str(tensor.dtype).removeprefix("torch."))
-            if tensor.dtype != first:
-                _refuse(where, f"all tensors in one dtype, {first}", f"{name} in {tensor.dtype}")
+            allowed = DTYPES if name in low_rank else (torch.float32,)
+            if tensor.dtype not in allowed:
+                names = "bfloat16, float16 or float32" if name in low_rank else "float32"
+                _refuse(where, f"{name} in {names}", str(tensor.dtype).removeprefix("torch."))
+            if name in low_rank and tensor.dtype != tensors[low_rank[0]].dtype:
+                _refuse(
+                    where, f"all of L and R in one dtype, {tensors[low_rank[0]].dtype}", f"{name} in {tensor.dtype}"
+                )
             if not torch.isfinite(tensor).all():
                 _refuse(where, f"finite values in {name}", "NaN or Inf")
-        layers = sorted(config.layers)
-        return cls(config, {i: tensors[f"layers.{i}.L"] for i in layers}, {i: tensors[f"layers.{i}.R"] for i in layers})
+            if name not in low_rank:
+                _check_prior(name, tensor, where)
+        parts = (
+            {i: tensors[f"layers.{i}.{part}"] for i in sorted(config.layers) if f"layers.{i}.{part}" in tensors}
+            for part in shapes
+        )
+        return cls(config, *parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it appears whole or not at all."""
@@ -80,7 +104,8 @@ class Adapters:
         Adapters.from_tensors(config, tensors, str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.model_dump_json()}
+        settings = config.model_dump_json(exclude=None if self.version == "2" else VERSION_2_SETTINGS)
+        header = {"format": FORMAT, "format_version": self.version, "config": settings}
         try:
             partial.touch()
             mode = partial.stat().st_mode  # the user's usual one; save_file's files only their owner can read
@@ -112,10 +137,10 @@ def read_config(path: str | os.PathLike[str]) -> AdapterConfig:
             found=f"format {header.get('format')!r}",
             fix="this safetensors file is not a Caprese adapter (a model's weights?); make one with `caprese distill`",
         )
-    if header.get("format_version") != FORMAT_VERSION:
+    if header.get("format_version") not in FORMAT_VERSIONS:
         raise CapreseError(
             where,
-            expected=f"format_version {FORMAT_VERSION!r}",
+            expected=f"format_version {' or '.join(map(repr, FORMAT_VERSIONS))}",
             found=repr(header.get("format_version")),
             fix="upgrade caprese-vllm, or write the adapter again with this version",
         )
@@ -126,6 +151,10 @@ def read_config(path: str | os.PathLike[str]) -> AdapterConfig:
     except (ValueError, RecursionError) as error:  # not JSON, a number too long, lists too deep
         _refuse(where, "JSON in the header's 'config'", str(error))
     config = validate(AdapterConfig, value, f"config of {where}")
+    config.version = header["format_version"]
+    if config.version == "1" and (config.rank < 1 or config.uses_version_2):
+        found = "rank 0" if config.rank < 1 else f"score {config.score}, prior {config.prior}, core {config.core}"
+        _refuse(f"config of {where}", "rank 1 or more, score paper, prior 0, core 0 in a file of version 1", found)
     if len(set(config.layers)) != len(config.layers) or max(config.layers) >= config.base_model.num_hidden_layers:
         _refuse(
             f"config of {where}",
@@ -194,14 +223,28 @@ def _download(repo: str) -> Path:
 
 
 def _check_layers(config: AdapterConfig, names: Mapping[str, Tensor], where: str) -> None:
-    expected = {f"layers.{i}.{part}" for i in config.layers for part in "LR"}
+    parts = ("L", "R") if config.rank else ()
+    has_prior = any(name.endswith(".prior") for name in names)
+    if not has_prior and (not config.rank or config.uses_version_2):
+        _refuse(where, f"priors of layers {sorted(config.layers)} (its config says that it has them)", "none")
+    parts = (*parts, "prior") if has_prior else parts
+    expected = {f"layers.{i}.{part}" for i in config.layers for part in parts}
     missing = sorted(expected - set(names), key=_natural)
     surplus = sorted(set(names) - expected, key=_natural)
     if missing:
         _refuse(where, f"tensor {missing[0]} (its config lists layers {sorted(config.layers)})", "no such tensor")
     if surplus:
-        kind = "a layer that its config does not list" if _TENSOR_NAME.fullmatch(surplus[0]) else "an unknown name"
-        _refuse(where, f"only L and R of layers {sorted(config.layers)}", f"tensor {surplus[0]}, {kind}")
+        known = _TENSOR_NAME.fullmatch(surplus[0])
+        kind = "which its config does not announce" if known else "an unknown name"
+        _refuse(where, f"only {', '.join(parts)} of layers {sorted(config.layers)}", f"tensor {surplus[0]}, {kind}")
+
+
+def _check_prior(name: str, prior: Tensor, where: str) -> None:
+    if bool((prior < 0).any()):
+        _refuse(where, f"shares of 0 or more in {name}", f"{float(prior.min()):g}")
+    total = float(prior.double().sum())
+    if abs(total - 1.0) > PRIOR_SUM_ERROR:
+        _refuse(where, f"shares that sum to 1 in {name}", f"a sum of {total:g}")
 
 
 def _natural(name: str) -> list[int | str]:

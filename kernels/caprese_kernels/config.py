@@ -19,7 +19,9 @@ from .errors import CapreseError
 MethodName = Literal["griffin", "cats"]
 KernelName = Literal["auto", "triton", "cpu", "reference"]
 LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, strict=True)]]
+Score = Literal["paper", "weighted"]
 Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -96,16 +98,28 @@ class BaseModelInfo(BaseModel):
 
 
 class AdapterConfig(BaseModel):
-    """The `config` entry of an adapter file's header (file version 1)."""
+    """The `config` entry of an adapter file's header.
+
+    File version 2 adds `score`, `prior` and `core`, and allows rank 0: a prior without L and R.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
     base_model: BaseModelInfo
     method: MethodName
     density: Density
-    rank: int = Field(ge=1, strict=True)
+    rank: int = Field(ge=0, strict=True)
+    score: Score = "paper"
+    prior: Share = 0.0
+    core: Share = 0.0
     layers: list[Annotated[int, Field(ge=0, strict=True)]] = Field(min_length=1)
     training: dict[str, Any] = Field(default_factory=dict)
     caprese_version: str = ""
+    version: str = Field(default="1", exclude=True)  # of the file that it was read from
+
+    @property
+    def uses_version_2(self) -> bool:
+        """Whether it says what only version 2 can say."""
+        return (self.score, self.prior, self.core) != ("paper", 0.0, 0.0)
 
 
 class CapreseConfig(BaseModel):
@@ -116,6 +130,15 @@ class CapreseConfig(BaseModel):
     method: MethodName | None = Field(None, description="sparse method; without weights, the plain baseline")
     density: Density | None = Field(None, description="share of neurons that a generated token keeps")
     layers: LayerChoice | None = Field(None, description="layers whose FF blocks are replaced")
+    score: Score | None = Field(
+        None, description="what ranks neurons: the paper's |z_ij|, or weighted by the norm of the neuron's row of W_2"
+    )
+    prior: Share | None = Field(
+        None, description="griffin: weight lambda of the adapter's prior beside the prompt's own statistic"
+    )
+    core: Share | None = Field(
+        None, description="griffin: share kappa of a selection that all requests share, by the adapter's prior"
+    )
     reselect_interval: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         None, description="rho: decode steps between reselections"
     )
@@ -195,10 +218,28 @@ class Method:
     name: MethodName
     density: float
     layers: tuple[int, ...]
-    rank: int  # 0: the plain baseline, no adapter
+    rank: int  # 0: no L and R
+    score: Score = "paper"
+    prior: float = 0.0  # lambda: the prior's weight in the blend
+    core: float = 0.0  # kappa: the share of a selection that all requests share
 
     def __str__(self) -> str:
-        return f"method {self.name}, density {self.density:g}, rank {self.rank}"
+        chosen = f"method {self.name}, density {self.density:g}, rank {self.rank}"
+        chosen += f", score {self.score}" if self.score != "paper" else ""
+        return chosen + (f", prior {self.prior:g}, core {self.core:g}" if self.needs_prior else "")
+
+    @property
+    def weighted(self) -> bool:
+        return self.score == "weighted"
+
+    @property
+    def needs_prior(self) -> bool:
+        return self.prior > 0 or self.core > 0
+
+    @property
+    def needs_statistic(self) -> bool:
+        """Whether a prompt's own activations take part in its selection."""
+        return not (self.name == "griffin" and (self.core == 1.0 or self.prior == 1.0))
 
 
 def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
@@ -243,6 +284,15 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
         name: MethodName = config.method
         density = config.density if config.density is not None else DEFAULT_DENSITY
         rank = 0
+        score: Score = config.score or "paper"
+        prior, core = config.prior or 0.0, config.core or 0.0
+        if prior or core:
+            raise CapreseError(
+                f"{'prior' if prior else 'core'} in the configuration",
+                expected="weights with a prior",
+                found="no weights",
+                fix="give --caprese-weights FILE made by `caprese calibrate` or `caprese distill`",
+            )
         choice = DEFAULT_LAYERS[name] if config.layers is None else config.layers
         layers = resolve_layers(choice, served.num_hidden_layers)
     else:
@@ -258,6 +308,22 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
         if config.density is not None and config.density != adapter.density:
             warnings.append(f"density {config.density:g} is served with an adapter distilled at {adapter.density:g}")
             density = config.density
+        score, prior, core = (
+            getattr(adapter, key) if getattr(config, key) is None else getattr(config, key)
+            for key in ("score", "prior", "core")
+        )
+        if (prior or core) and adapter.version == "1":
+            raise CapreseError(
+                f"{'prior' if prior else 'core'} with adapter {config.weights}",
+                expected="a file of version 2, which has a prior",
+                found="a file of version 1",
+                fix="make one with `caprese calibrate` or `caprese distill`",
+            )
+        if rank and (score, prior, core) != (adapter.score, adapter.prior, adapter.core):
+            warnings.append(
+                f"score {score}, prior {prior:g}, core {core:g} are served with L and R distilled at score "
+                f"{adapter.score}, prior {adapter.prior:g}, core {adapter.core:g}"
+            )
         layers = tuple(sorted(adapter.layers))
         if config.layers is not None:
             layers = resolve_layers(config.layers, served.num_hidden_layers)
@@ -276,4 +342,11 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
             found=f"{density:g}",
             fix=f"use {1 / served.intermediate_size:.4g} or more",
         )
-    return Method(name, density, layers, rank), warnings
+    if name == "cats" and (prior or core):
+        raise CapreseError(
+            f"{'prior' if prior else 'core'} with method 'cats'",
+            expected="0: CATS's neurons are chosen token by token",
+            found=f"{prior or core:g}",
+            fix="leave it out, or use method 'griffin'",
+        )
+    return Method(name, density, layers, rank, score, prior, core), warnings

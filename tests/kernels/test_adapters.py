@@ -145,7 +145,8 @@ def test_round_trip(
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     Adapters(config, left, right).save(path)
     loaded = Adapters.load(path)
-    assert loaded.config.model_dump() == raw | {"caprese_version": __version__}
+    settings = {"score": "paper", "prior": 0.0, "core": 0.0}
+    assert loaded.config.model_dump() == raw | settings | {"caprese_version": __version__}
     assert all(torch.equal(loaded.left[i], left[i]) and loaded.left[i].dtype == dtype for i in layers)
     assert all(torch.equal(loaded.right[i], right[i]) for i in layers)
 
@@ -211,7 +212,7 @@ WRONG_HEADERS: dict[str, tuple[dict[str, str | None], tuple[str, ...]]] = {
     "no format": ({"format": None}, ("format 'caprese'", "format None", "caprese distill")),
     "another format": ({"format": "pt"}, ("format 'caprese'", "format 'pt'", "caprese distill")),
     "no version": ({"format_version": None}, ("format_version '1'", "None", "upgrade")),
-    "unknown version": ({"format_version": "2"}, ("format_version '1'", "'2'", "upgrade")),
+    "unknown version": ({"format_version": "3"}, ("format_version '1' or '2'", "'3'", "upgrade")),
     "no config": ({"config": None}, ("'config'", "none")),
     "bad JSON": ({"config": '{"method": '}, ("JSON in the header's 'config'", "char 11")),
     "JSON list": ({"config": "[]"}, ("config", "a JSON object", "[]")),
@@ -231,7 +232,12 @@ WRONG_CONFIGS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("density", -0.5, ("'density'", "greater than 0", "-0.5")),
     ("density", 1.01, ("'density'", "less than or equal to 1", "1.01")),
     ("density", "0.5", ("'density'", "number", "'0.5'")),
-    ("rank", 0, ("'rank'", "greater than or equal to 1", "found 0")),
+    ("rank", -1, ("'rank'", "greater than or equal to 0", "found -1")),
+    ("rank", 0, ("version 1", "rank 0")),
+    ("core", 0.5, ("version 1", "core 0.5")),
+    ("core", 1.5, ("'core'", "less than or equal to 1", "1.5")),
+    ("prior", "all", ("'prior'", "number", "'all'")),
+    ("score", "best", ("'score'", "'paper' or 'weighted'", "'best'")),
     ("rank", 2.5, ("'rank'", "integer", "2.5")),
     ("layers", [], ("'layers'", "at least 1", "[]")),
     ("layers", "all", ("'layers'", "list", "'all'")),
@@ -368,3 +374,56 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(CapreseError) as caught:
             find_adapter(weights)
         assert_told(caught.value, f"'{weights}'", "local path", "check the path, the Hub id")
+
+
+# -- version 2 -------------------------------------------------------------------------------------------------------
+
+
+def make_priors(neurons: int = 10) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shares = {f"layers.{i}.prior": torch.rand(neurons, generator=generator) for i in LAYERS}
+    return {name: each / each.sum() for name, each in shares.items()}
+
+
+@pytest.mark.parametrize("rank", [RANK, 0])
+def test_a_file_with_priors_is_of_version_2(tmp_path: Path, rank: int) -> None:
+    """With L and R, and without; the priors stay float32 beside them."""
+    raw = make_config(rank=rank, score="weighted", prior=0.25, core=0.8)
+    tensors = make_priors() | (make_tensors(torch.bfloat16) if rank else {})
+    path = tmp_path / "a.safetensors"
+    Adapters.from_tensors(AdapterConfig.model_validate(raw), tensors, "here").save(path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format_version"] == "2"
+        assert json.loads(file.metadata()["config"]) == raw | {"caprese_version": __version__}
+    loaded = Adapters.load(path)
+    assert loaded.tensors().keys() == tensors.keys()
+    assert all(torch.equal(loaded.tensors()[name], t) for name, t in tensors.items())
+    assert loaded.dtype == (torch.bfloat16 if rank else None)
+    assert loaded.config.version == "2"
+    assert loaded.num_parameters == 4 * DEPTH * rank
+
+
+def write_version_2(path: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+    settings = make_config() | {"rank": 0, "score": "weighted", "prior": 0.5, "core": 0.8} | config
+    return write(path, tensors, format_version="2", config=json.dumps(settings))
+
+
+WRONG_PRIORS: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "none": (lambda t: t.clear(), ("priors of layers [0, 2]", "none")),
+    "one layer's": (lambda t: t.pop("layers.2.prior"), ("tensor layers.2.prior",)),
+    "surplus": (lambda t: t.update({"layers.1.prior": t["layers.0.prior"] + 0}), ("tensor layers.1.prior",)),
+    "L at rank 0": (lambda t: t.update(make_tensors()), ("tensor layers.0.L", "does not announce")),
+    "short": (lambda t: t.update({"layers.0.prior": torch.full((9,), 1 / 9)}), ("layers.0.prior", "[10]", "[9]")),
+    "half": (lambda t: t.update({"layers.0.prior": t["layers.0.prior"].half()}), ("layers.0.prior", "float32")),
+    "NaN": (lambda t: t["layers.2.prior"].__setitem__(3, torch.nan), ("layers.2.prior", "NaN or Inf")),
+    "negative": (lambda t: t["layers.0.prior"].__setitem__(3, -0.5), ("layers.0.prior", "0 or more", "-0.5")),
+    "sums to 2": (lambda t: t["layers.0.prior"].mul_(2), ("layers.0.prior", "sum to 1", "2")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PRIORS)
+def test_refuses_priors(tmp_path: Path, case: str) -> None:
+    change, named = WRONG_PRIORS[case]
+    tensors = make_priors()
+    change(tensors)
+    assert_told(refused(write_version_2(tmp_path / "a.safetensors", tensors)), *named)

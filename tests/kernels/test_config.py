@@ -49,6 +49,9 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "method": "cats",
         "density": 0.25,
         "layers": [3, 1],
+        "score": "weighted",
+        "prior": 0.5,
+        "core": 1.0,
         "reselect_interval": 64,
         "statistics_page": 256,
         "statistics_mib": 100,
@@ -65,6 +68,9 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "method": None,
         "density": None,
         "layers": None,
+        "score": None,
+        "prior": None,
+        "core": None,
         "reselect_interval": None,
         "statistics_page": 512,
         "statistics_mib": None,
@@ -157,6 +163,20 @@ def test_resolve_warns_of_another_density() -> None:
     assert resolve(config(weights="a", density=0.5), adapter(), served())[1] == []
 
 
+def test_resolve_takes_score_prior_and_core_from_the_adapter_unless_they_are_given() -> None:
+    calibrated = adapter(rank=0, version="2", score="weighted", prior=0.25, core=0.8)
+    method, warnings = resolve(config(weights="a"), calibrated, served())
+    assert (method, warnings) == (Method("griffin", 0.5, (0, 1), 0, "weighted", 0.25, 0.8), [])
+    assert str(method) == "method griffin, density 0.5, rank 0, score weighted, prior 0.25, core 0.8"
+    method, warnings = resolve(config(weights="a", core=0.0, prior=0.0, score="paper"), calibrated, served())
+    assert (method, warnings) == (Method("griffin", 0.5, (0, 1), 0), [])
+    distilled = adapter(version="2", score="weighted", prior=0.25, core=0.8)
+    method, warnings = resolve(config(weights="a", core=1.0), distilled, served())
+    assert method.core == 1.0
+    assert len(warnings) == 1
+    assert "core 1 are served with L and R distilled at score weighted, prior 0.25, core 0.8" in warnings[0]
+
+
 def test_resolve_may_use_fewer_layers_than_the_adapter_has() -> None:
     full = adapter(layers=[0, 1, 2, 3, 4])
     assert resolve(config(weights="a", layers=[3, 1]), full, served())[0].layers == (1, 3)
@@ -177,6 +197,9 @@ def test_resolve_may_use_fewer_layers_than_the_adapter_has() -> None:
         ({"method": "cats", "layers": [1, 1]}, None, ("different indices", "[1, 1]")),
         ({"method": "griffin", "density": 0.006}, None, ("density", "at least one of 160", "0.006", "0.00625")),
         ({"weights": "a.st", "density": 0.006}, {}, ("density", "at least one of 160", "0.006", "0.00625")),
+        ({"method": "griffin", "core": 0.5}, None, ("core in the configuration", "weights with a prior", "calibrate")),
+        ({"weights": "a.st", "prior": 0.5}, {}, ("prior with adapter a.st", "version 2", "version 1", "calibrate")),
+        ({"weights": "a.st", "core": 1.0}, {"method": "cats", "version": "2"}, ("core with method 'cats'", "found 1")),
     ],
 )
 def test_resolve_refuses(given: dict[str, Any], adapted: dict[str, Any] | None, named: tuple[str, ...]) -> None:
@@ -239,3 +262,14 @@ def test_an_error_is_one_line_and_survives_pickling() -> None:
     assert isinstance(again, CapreseError)
     assert isinstance(again, ValueError)
     assert (str(again), again.what, again.fix) == (str(error), "a\nb", "g")
+
+
+def test_when_a_prompts_own_statistic_takes_part() -> None:
+    def needed(name: str = "griffin", **settings: Any) -> bool:
+        return Method(name, 0.5, (0,), 0, **settings).needs_statistic  # type: ignore[arg-type]
+
+    assert needed()
+    assert needed(prior=0.5, core=0.8)
+    assert not needed(core=1.0)
+    assert not needed(prior=1.0)
+    assert needed("cats")
