@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import CapreseError
-from .packed import PackedFF
+from .packed import CoreFF, PackedFF
 
 if TYPE_CHECKING:  # config needs pydantic, the kernels do not
     from .config import KernelName
@@ -30,6 +30,7 @@ class Backend(Protocol):
 
     def dense_ff(self, x: Tensor, ff: PackedFF) -> Tensor: ...
     def griffin_ff(self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor: ...
+    def core_ff(self, x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor: ...
     def cats_ff(self, x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]: ...
     def griffin_norms(self, z: Tensor, scale: Tensor | None = None) -> Tensor: ...
     def griffin_observe(

@@ -96,6 +96,38 @@ class PackedFF:
         if self.gate_up_bias is not None and extra:
             self.gate_bias, self.up_bias = self.gate_up_bias.split(neurons)
 
+    def permute(self, order: Tensor) -> None:
+        """Put neuron order[j] in place j, in the storage they are in; `order` [F] int64 is a permutation.
+
+        One matrix at a time: the transient is the largest matrix's copy.
+        """
+        neurons = self.num_neurons
+        for rows in (self.gate, self.up_plus[:neurons], self.down_plus[:neurons], self.gate_bias, self.up_bias):
+            if rows is not None:
+                rows.copy_(rows[order])
+        if self.scale is not None:
+            self.scale.copy_(self.scale[order])
+
+    def core(self, count: int) -> CoreFF:
+        """The last `count` neurons, with L and R behind them: views of the same storage."""
+        first = self.num_neurons - count
+        return CoreFF(
+            None if self.gate is None else self.gate[first:],
+            self.up_plus[first:],
+            self.down_plus[first:],
+            self.activation,
+            self.rank,
+            None if self.gate_bias is None else self.gate_bias[first:],
+            None if self.up_bias is None else self.up_bias[first:],
+            self.down_bias,
+        )
+
+    def without_low_rank(self) -> PackedFF:
+        """The same neurons, without L, R and the output's bias: what a core leaves to the tail. Views."""
+        inputs = len(self.gate_up_plus) - self.rank
+        parts = (self.gate_up_plus[:inputs], self.down_plus[: self.num_neurons])
+        return PackedFF(*parts, self.activation, 0, self.gate_up_bias)
+
     @property
     def act(self) -> Activation:
         return ACTIVATION_FUNCTIONS[self.activation]
@@ -152,3 +184,35 @@ class PackedFF:
         bias = up_bias if gate_bias is None or up_bias is None else torch.cat([gate_bias, up_bias])
         rank = 0 if left is None else left.shape[1]
         return cls(rows, down_rows, activation, rank, bias, down_bias)
+
+
+@dataclass
+class CoreFF:
+    """c neurons that every generated token keeps, and the low-rank rows behind them: one dense block for any batch.
+
+    y = [act(x gate^T + b_g) * (x up^T + b_u), x L] [down; R] + b, with up_plus [c + r, D] and down_plus [c + r, D]
+    contiguous; gate [c, D], None without a gate (g = z = act(x up^T + b_u)).
+    """
+
+    gate: Tensor | None
+    up_plus: Tensor
+    down_plus: Tensor
+    activation: str
+    rank: int
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    scale: Tensor | None = field(init=False, default=None)  # a core is of GRIFFIN
+    native: object = field(init=False, default=None, repr=False, compare=False)
+
+    @property
+    def act(self) -> Activation:
+        return ACTIVATION_FUNCTIONS[self.activation]
+
+    @property
+    def hidden_size(self) -> int:  # D
+        return self.up_plus.shape[1]
+
+    @property
+    def num_neurons(self) -> int:  # c
+        return self.up_plus.shape[0] - self.rank

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import ACTIVATION_FUNCTIONS, PackedFF
+from .packed import ACTIVATION_FUNCTIONS, CoreFF, PackedFF
 
 NAME = "reference"
 NUM_MAGNITUDES = 1 << 15  # a bfloat16's bits without the sign
@@ -57,6 +57,23 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
     """
     y = sparse_ff(x, ff, keep[slots])
     return torch.where(slots[:, None] >= 0, y, 0)
+
+
+def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
+    """The part of y (eq. 9-10) that all generated tokens share: core neurons, L and R, bias. [T, D] -> [T, D].
+
+    y = [act(x W_g) * (x W_1), x L] [W_2; R] over the core's neurons. `slots` [T] int64: -1 is padding, y is zero there.
+    The tail is added to it: `griffin_ff` of the block without L and R, with selections that leave the core out.
+    """
+    bias = None if ff.up_bias is None else F.pad(ff.up_bias, (0, ff.rank))
+    z = F.linear(x, ff.up_plus, bias)
+    neurons = z[:, : ff.num_neurons]
+    if ff.gate is None:
+        neurons.copy_(ff.act(neurons))
+    else:
+        neurons.mul_(ff.act(F.linear(x, ff.gate, ff.gate_bias)))
+    y = z @ ff.down_plus
+    return torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0)
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

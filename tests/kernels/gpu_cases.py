@@ -17,7 +17,7 @@ from torch import Tensor
 from caprese_kernels import gpu, reference
 from caprese_kernels.gpu import crossover, gather, gather_kernels, masked, statistics, tuning
 from caprese_kernels.packed import PackedFF
-from tests.kernels import conformance, observation, scaled
+from tests.kernels import conformance, observation, scaled, shared_core
 from tests.kernels.cases import FULL, INTEGERS, SMALL, Case
 from tests.kernels.problem import Problem, problem
 
@@ -86,6 +86,7 @@ def each(checks: tuple[Callable[..., None], ...], cases: list[Case], paths: tupl
         *each((*SLOW_CHECKS, stands_alone), CASES[::8], ("gather",)),
         *each((stands_alone,), CASES[3::8], ("masked",)),
         *each((scaled.check_scaled_statistic, scaled.check_scaled_histogram), CASES[2::8], ("gather",)),
+        *each((shared_core.check_core, shared_core.check_core_padding), CASES[1::8], ("gather",)),
         *each((scaled.check_scaled_cats,), INTEGER_CASES, PATHS),
     ],
 )

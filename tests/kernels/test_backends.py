@@ -16,7 +16,7 @@ from torch import Tensor
 from caprese_kernels import reference
 from caprese_kernels.backend import Backend
 from caprese_kernels.packed import ACTIVATION_FUNCTIONS, PackedFF
-from tests.kernels import conformance, observation, scaled
+from tests.kernels import conformance, observation, scaled, shared_core
 from tests.kernels.cases import FULL, SMALL, Case
 from tests.kernels.problem import problem
 
@@ -34,6 +34,8 @@ CASE_CHECKS = (
     scaled.check_scaled_statistic,
     scaled.check_scaled_histogram,
     scaled.check_scaled_cats,
+    shared_core.check_core,
+    shared_core.check_core_padding,
 )
 
 
@@ -69,6 +71,7 @@ class Target:
             library = module.library(self.march)
             monkeypatch.setattr(module, "library", lambda: library)
             monkeypatch.setattr(module, "GATHER_UP_TO", self.gathers_below - 1)
+            monkeypatch.setattr(module, "CORE_GATHER_UP_TO", self.gathers_below - 1)
             monkeypatch.setattr(module, "SHARED_UNION", module.SHARED_UNION if self.gathers_below else -1)
         return module
 

@@ -404,6 +404,25 @@ def test_packing(rank: int) -> None:
         assert torch.equal(ff.down_plus[7:], parts["right"])
 
 
+@settings(max_examples=30, deadline=None)
+@given(block=blocks, data=st.data())
+def test_permuted_neurons(block: Block, data: st.DataObject) -> None:
+    """The same block in another order of its neurons, in the same storage; L and R stay where they are."""
+    ff = block.ff
+    order = torch.tensor(data.draw(st.permutations(range(ff.num_neurons))))
+    gate, up, down = (None if t is None else t.clone() for t in (ff.gate, ff.up_plus, ff.down_plus))
+    biases, storage = [None if b is None else b.clone() for b in (ff.gate_bias, ff.up_bias)], ff.up_plus.data_ptr()
+    ff.permute(order)
+    rows = torch.cat([order, torch.arange(ff.num_neurons, ff.num_neurons + ff.rank)])
+    assert ff.up_plus.data_ptr() == storage
+    for found, before, moved in (
+        (ff.gate, gate, order), (ff.up_plus, up, rows), (ff.down_plus, down, rows),
+        (ff.gate_bias, biases[0], order), (ff.up_bias, biases[1], order),
+    ):  # fmt: skip
+        assert (found is None) == (before is None)
+        assert found is None or before is None or torch.equal(found, before[moved])
+
+
 def test_packing_refuses_what_does_not_fit() -> None:
     silu = "silu"
     gate, up, down = torch.zeros(7, 5), torch.zeros(7, 5), torch.zeros(5, 7)

@@ -16,19 +16,20 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import CapreseError
-from ..packed import ACTIVATION_FUNCTIONS, PackedFF
+from ..packed import ACTIVATION_FUNCTIONS, CoreFF, PackedFF
 from ..reference import cats_threshold
 from .build import Unavailable, library
 
 __all__ = [
-    "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "dense_ff", "griffin_ff", "griffin_norms",
-    "griffin_observe", "griffin_select", "library", "read_memory",
+    "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "core_ff", "dense_ff", "griffin_ff",
+    "griffin_norms", "griffin_observe", "griffin_select", "library", "read_memory",
 ]  # fmt: skip
 
 NAME = "cpu"
 # Measured by taking either path, 1536 x 8960, density .5, two cores of an EPYC 9004: with selections of their own 64
 # tokens take as long gathered as masked, 256 tokens 1.6 times as long; with one selection gathering wins at 256 still.
 GATHER_UP_TO = 64  # tokens
+CORE_GATHER_UP_TO = 64  # tokens of a core
 SHARED_UNION = 0.6  # of F: up to here gathering wins for more tokens too
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
@@ -61,6 +62,10 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
     return _sparse(x, ff, slots, keep=keep)
 
 
+def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
+    return _gather(x, ff, slots) if len(x) <= CORE_GATHER_UP_TO else reference.core_ff(x, ff, slots)
+
+
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     kept = slots.new_zeros(len(x))
     return _sparse(x, ff, slots, tau=tau, kept=kept), kept
@@ -81,7 +86,7 @@ def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
     return int(union) <= SHARED_UNION * ff.num_neurons
 
 
-def _gather(x: Tensor, ff: PackedFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
+def _gather(x: Tensor, ff: PackedFF | CoreFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
     """Only the rows that are needed. Without slots: every neuron, no low-rank rows."""
     x, y = _rows(x), x.new_zeros(x.shape)
     library().caprese_ff(*described(x, ff, y, slots, **selections), torch.get_num_threads())
@@ -140,7 +145,7 @@ def _dtype(tensor: Tensor) -> int:
 
 def described(
     x: Tensor,
-    ff: PackedFF,
+    ff: PackedFF | CoreFF,
     y: Tensor | None,
     slots: Tensor | None,
     keep: Tensor | None = None,

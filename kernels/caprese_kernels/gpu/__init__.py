@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..packed import PackedFF
+from ..reference import core_ff  # three products of cuBLAS
 from . import crossover, gather, masked
 from .crossover import Path
 from .gather import Plan, plan
@@ -21,6 +22,7 @@ __all__ = [
     "cats_ff",
     "cats_observe",
     "cats_threshold",
+    "core_ff",
     "dense_ff",
     "griffin_ff",
     "griffin_norms",
