@@ -61,6 +61,11 @@ class FeedForward:
         g = self.call("act", gate)
         return g, g * up
 
+    def down_norms(self) -> Tensor:
+        """||w2_j|| of each neuron j, [F]."""
+        weight = self.parts["down"].weight
+        return weight.norm(dim=0 if isinstance(self.parts["down"], nn.Linear) else 1)  # GPT-2's Conv1D is transposed
+
     def down(self, z: Tensor) -> Tensor:
         return self.call("down", z)
 
@@ -77,6 +82,16 @@ class FeedForward:
             del module.forward
 
 
+@dataclass(frozen=True)
+class Shared:
+    """How a selection weighs neurons, and what of it all requests share; as it is, the paper's method."""
+
+    score: str = "paper"  # or weighted: |z_ij| ||w2_j||, and for CATS |g_j| ||w2_j||
+    weight: float = 0.0  # lambda, of the prior
+    core: float = 0.0  # kappa
+    priors: Mapping[int, Tensor] = field(default_factory=dict)  # [F] of each layer
+
+
 @dataclass
 class SparseBlock:
     """One request's state at one FF block."""
@@ -87,6 +102,8 @@ class SparseBlock:
     left: Tensor | None
     right: Tensor | None
     tp: int = 1
+    shared: Shared = field(default_factory=Shared)
+    prior: Tensor | None = None
     generating: bool = False
     keep: Tensor | None = None  # GRIFFIN: [F] bool
     tau: Tensor | None = None  # CATS
@@ -100,35 +117,59 @@ class SparseBlock:
             return self.ff.down(z)
         keep = self.keep
         if self.tau is not None:
-            keep = g.abs() >= self.tau
+            magnitudes = self.scaled(g).abs()
+            keep = magnitudes >= self.tau
             if self.tau > 0:  # a ReLU's zeros are exact
-                self.closest = min(self.closest, float(((g.abs() - self.tau).abs() / self.tau).min()))
+                self.closest = min(self.closest, float(((magnitudes - self.tau).abs() / self.tau).min()))
         y = self.ff.down(torch.where(keep, z, torch.zeros_like(z)))
         if self.left is not None and self.right is not None:
             y = y + (x @ self.left) @ self.right
         return y
 
+    def scaled(self, values: Tensor) -> Tensor:
+        """g or z as the score counts them."""
+        return values * self.ff.down_norms() if self.shared.score == "weighted" else values
+
     def choose(self, g: Tensor, z: Tensor) -> None:
         """From g, z [S, F] of the whole prompt."""
         if self.method == "griffin":
+            z = self.scaled(z)
             norms = z.norm(dim=1, keepdim=True)
             relative = torch.where(norms > 0, z / norms, torch.zeros_like(z))
             statistic = relative.square().sum(dim=0).tolist()
             assert len(statistic) % self.tp == 0
             size = len(statistic) // self.tp
-            count = int(self.density * size)
             self.keep = torch.zeros(len(statistic), dtype=torch.bool)
             for start in range(0, len(statistic), size):
-                best_first = sorted(range(start, start + size), key=lambda j: (-statistic[j], j))
-                self.keep[best_first[:count]] = True
-                if 0 < count < size:
-                    last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
-                    # A ReLU's zeros are exact.
-                    self.closest = min(self.closest, (last - first) / last if last > 0 else math.inf)
+                self.choose_among(range(start, start + size), statistic)
         else:
             # Linear interpolation between order statistics, as torch.quantile's default.
-            self.tau = torch.quantile(g.abs().flatten(), 1.0 - self.density)
+            self.tau = torch.quantile(self.scaled(g).abs().flatten(), 1.0 - self.density)
         self.tokens_seen += len(g)
+
+    def choose_among(self, neurons: range, statistic: list[float]) -> None:
+        """Core, then tail, of one device's neurons."""
+        assert self.keep is not None
+        k = int(self.density * len(neurons))
+        size, lead = 0, self.shared.weight
+        if self.prior is not None:
+            prior = self.prior.tolist()
+            by_prior = sorted(neurons, key=lambda j: (-prior[j], j))
+            size = int(self.shared.core * k)
+            self.keep[by_prior[:size]] = True
+            if lead:
+                own, whole = sum(statistic[j] for j in neurons), sum(prior[j] for j in neurons)
+                statistic = list(statistic)
+                for j in neurons:
+                    statistic[j] = (1 - lead) * statistic[j] / own + lead * prior[j] / whole
+        rest = [j for j in neurons if not self.keep[j]]
+        best_first = sorted(rest, key=lambda j: (-statistic[j], j))
+        count = k - size
+        self.keep[best_first[:count]] = True
+        if 0 < count < len(rest):
+            last, first = statistic[best_first[count - 1]], statistic[best_first[count]]
+            # A ReLU's zeros are exact.
+            self.closest = min(self.closest, (last - first) / last if last > 0 else math.inf)
 
 
 class HFReference:
@@ -156,6 +197,7 @@ class HFReference:
         forced: Sequence[int] | None = None,
         tp: int = 1,
         process: Callable[[list[int], Tensor], Tensor] | None = None,
+        shared: Shared | None = None,
     ) -> Generation:
         """`method` None is the original model. `layers` None is the method's default.
 
@@ -168,8 +210,12 @@ class HFReference:
         if method is not None:
             if layers is None:
                 layers = range(len(self.blocks) // 2 if method == "griffin" else len(self.blocks))
+            shared = shared or Shared()
             states = {
-                i: SparseBlock(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i), tp)
+                i: SparseBlock(
+                    *(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i), tp),
+                    *(shared, shared.priors.get(i)),
+                )
                 for i in layers
             }
         for i, state in states.items():
