@@ -7,7 +7,7 @@ Statistics are float32 whatever the model's dtype, and *add up* over chunks of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -194,14 +194,16 @@ def griffin_blend(statistic: Tensor, prior: Tensor | None, weight: float) -> Ten
     return (1.0 - weight) * own + weight * (prior / prior.sum())
 
 
-def griffin_select_tail(blended: Tensor, k: int, core: Tensor) -> Tensor:
+def griffin_select_tail(
+    blended: Tensor, k: int, core: Tensor, find: Callable[[Tensor, int], Tensor] = griffin_select
+) -> Tensor:
     """Mask, bool, of k neurons in each row of b [F] or [n, F]: the core, and the largest b_j among the rest.
 
-    `core` [F] bool holds at most k neurons. Ties go to the lower index.
+    `core` [F] bool holds at most k neurons. Ties go to the lower index. `find` is a backend's griffin_select.
     """
     rest = (~core).nonzero()[:, 0]
     keep = core.expand(blended.shape).clone()
-    keep[..., rest] = griffin_select(blended[..., rest], k - int(core.sum()))
+    keep[..., rest] = find(blended[..., rest], k - int(core.sum()))
     return keep
 
 
