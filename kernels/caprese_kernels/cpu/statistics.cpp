@@ -12,13 +12,16 @@ namespace {
 // Tokens that are looked at twice, for their norms and for their columns: a tile of them stays in the caches.
 constexpr int64_t TILE = 64;
 
-// z[j] to z[j + n], times the neurons' scales where the score is weighted.
-template <class T>
-V scaled(const T* z, const float* scale, int64_t j, int n) {
-    const V v = n == W ? load(z + j) : load_first(z + j, n);
-    if (!scale) return v;
-    return v * (n == W ? load(scale + j) : load_first(scale + j, n));
-}
+// What multiplies z_ij before it counts: nothing, or the neurons' scales of a weighted score.
+struct Plain {
+    V whole(V v, int64_t) const { return v; }
+    V first(V v, int64_t, int) const { return v; }
+};
+struct Weighted {
+    const float* scale;
+    V whole(V v, int64_t j) const { return v * load(scale + j); }
+    V first(V v, int64_t j, int n) const { return v * load_first(scale + j, n); }
+};
 
 // A token's length: the largest entry's size and the sum of the squares of z / top. Scaled by the largest entry, the
 // squares of half-precision outliers stay finite.
@@ -27,11 +30,13 @@ struct Length {
     bool exact;  // else a denormal's inverse is infinite: divide by top
 };
 
-template <class T>
-Length length(const T* row, const float* factors, int64_t neurons) {
+template <class T, class S>
+Length length(const T* row, const S& score, int64_t neurons) {
     V largest = zero(), square = zero();
     const auto each = [&](auto&& take) {
-        for (int64_t j = 0; j < neurons; j += W) take(scaled(row, factors, j, std::min<int64_t>(W, neurons - j)));
+        int64_t j = 0;
+        for (; j + W <= neurons; j += W) take(score.whole(load(row + j), j));
+        if (j < neurons) take(score.first(load_first(row + j, neurons - j), j, neurons - j));
     };
     each([&](V v) { largest = max(largest, max(v, -v)); });
     float values[W];
@@ -46,18 +51,17 @@ Length length(const T* row, const float* factors, int64_t neurons) {
     return {top, scale, sum(square), exact};
 }
 
-template <class T>
-void norms_of(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* factors, float* norms,
-              int threads) {
+template <class T, class S>
+void norms_of(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const S& score, float* norms, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < tokens; ++t) {
-        const Length found = length(z + t * stride, factors, neurons);
+        const Length found = length(z + t * stride, score, neurons);
         norms[t] = found.top * std::sqrt(found.square);
     }
 }
 
-template <class T>
-void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const float* factors, const float* norms,
+template <class T, class S>
+void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const S& score, const float* norms,
              float* statistic, int threads) {
     std::vector<float> scale(TILE), weight(TILE);
     float *const scales = scale.data(), *const weights = weight.data();
@@ -75,7 +79,7 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const 
                     scales[t] = inverse < INFINITY ? inverse : -norm;
                     continue;
                 }
-                const Length own = length(z + (tile + t) * stride, factors, neurons);
+                const Length own = length(z + (tile + t) * stride, score, neurons);
                 // The square is NaN where an entry is infinite or NaN: such a token adds nothing.
                 weights[t] = own.square > 0 ? 1.0f / own.square : 0.0f;
                 scales[t] = own.exact ? own.inverse : -own.top;
@@ -86,7 +90,8 @@ void griffin(const T* z, int64_t stride, int64_t tokens, int64_t neurons, const 
                 V total = n == W ? load(statistic + j) : load_first(statistic + j, n);
                 for (int64_t t = 0; t < count; ++t) {
                     if (weights[t] == 0.0f) continue;
-                    const V v = scaled(z + (tile + t) * stride, factors, j, n);
+                    const T* at = z + (tile + t) * stride + j;
+                    const V v = n == W ? score.whole(load(at), j) : score.first(load_first(at, n), j, n);
                     const V a = scales[t] > 0 ? v * set1(scales[t]) : v / set1(-scales[t]);
                     total = fma(a * a, set1(weights[t]), total);
                 }
@@ -113,28 +118,31 @@ float activated(float x, int activation) {
     return values[0];
 }
 
-// act(v), rounded to T, of every value v of a 16-bit type: there are only 65,536.
+// act(v), rounded to T, of every value v of a 16-bit type: there are only 65,536. And the bin of each.
 template <class T>
-std::vector<float> activations_of(int activation) {
-    std::vector<float> table(1 << 16);
-    for (uint32_t bits = 0; bits < table.size(); ++bits) {
-        T g;
-        from_float(activated(to_float(T{static_cast<uint16_t>(bits)}), activation), g);
-        table[bits] = to_float(g);
+struct Table {
+    std::vector<float> values;
+    std::vector<uint16_t> bins;
+    explicit Table(int activation) : values(1 << 16), bins(1 << 16) {
+        for (uint32_t bits = 0; bits < values.size(); ++bits) {
+            T g;
+            from_float(activated(to_float(T{static_cast<uint16_t>(bits)}), activation), g);
+            values[bits] = to_float(g);
+            bins[bits] = bin_of(values[bits]);
+        }
     }
-    return table;
-}
+};
 
 template <class T>
 struct Activation {
-    const std::vector<float>& table;
+    const Table<T>& table;
     explicit Activation(int activation) : table(of(activation)) {}
-    float operator()(T v) const { return table[v.bits]; }
+    float value(T v) const { return table.values[v.bits]; }
+    uint32_t bin(T v) const { return table.bins[v.bits]; }
 
 private:
-    static const std::vector<float>& of(int activation) {
-        static const std::vector<float> tables[] = {activations_of<T>(SILU), activations_of<T>(GELU),
-                                                    activations_of<T>(GELU_TANH), activations_of<T>(RELU)};
+    static const Table<T>& of(int activation) {
+        static const Table<T> tables[] = {Table<T>(SILU), Table<T>(GELU), Table<T>(GELU_TANH), Table<T>(RELU)};
         return tables[activation];
     }
 };
@@ -142,7 +150,8 @@ template <>
 struct Activation<float> {
     int activation;
     explicit Activation(int activation) : activation(activation) {}
-    float operator()(float v) const { return activated(v, activation); }
+    float value(float v) const { return activated(v, activation); }
+    uint32_t bin(float v) const { return bin_of(value(v)); }
 };
 
 template <class T>
@@ -156,15 +165,28 @@ void cats(const T* gate, int64_t stride, int64_t tokens, int64_t neurons, int ac
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         uint32_t* const own = all + static_cast<size_t>(part) * BINS;
         const auto [first, last] = share(tokens, part, parts);
-        for (int64_t t = first; t < last; ++t)
-            for (int64_t j = 0; j < neurons; ++j) {
-                const float g = act(gate[t * stride + j]);
-                ++own[bin_of(scale ? std::fabs(g) * scale[j] : g) & (BINS - 1)];
-            }
+        for (int64_t t = first; t < last; ++t) {
+            const T* const row = gate + t * stride;
+            if (scale)
+                for (int64_t j = 0; j < neurons; ++j)
+                    ++own[bin_of(std::fabs(act.value(row[j])) * scale[j]) & (BINS - 1)];
+            else
+                for (int64_t j = 0; j < neurons; ++j) ++own[act.bin(row[j]) & (BINS - 1)];
+        }
 #pragma omp barrier
         const auto [begin, end] = share(BINS, part, parts);
         for (int p = 0; p < parts; ++p)
             for (int64_t b = begin; b < end; ++b) histogram[b] += all[static_cast<size_t>(p) * BINS + b];
+    }
+}
+
+// `call` with z as what it is.
+template <class F>
+void typed(const void* z, int dtype, F&& call) {
+    switch (dtype) {
+        case 0: return call(static_cast<const float*>(z));
+        case 1: return call(static_cast<const Bf16*>(z));
+        default: return call(static_cast<const Half*>(z));
     }
 }
 
@@ -175,34 +197,28 @@ extern "C" {
 // norms[tokens] = ||z_i||, z [tokens, F]; `scale` [F], or null: of z_ij scale_j.
 void caprese_griffin_norms(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
                            const float* scale, float* norms, int threads) {
-    switch (dtype) {
-        case 0: return norms_of(static_cast<const float*>(z), stride, tokens, neurons, scale, norms, threads);
-        case 1: return norms_of(static_cast<const Bf16*>(z), stride, tokens, neurons, scale, norms, threads);
-        default: return norms_of(static_cast<const Half*>(z), stride, tokens, neurons, scale, norms, threads);
-    }
+    typed(z, dtype, [&](auto* rows) {
+        if (scale) return norms_of(rows, stride, tokens, neurons, Weighted{scale}, norms, threads);
+        norms_of(rows, stride, tokens, neurons, Plain{}, norms, threads);
+    });
 }
 
 // statistic[F] += s^2 of z [tokens, F], token after token: the bits do not depend on how a prompt is cut. `norms`
 // [tokens], or null: those of z itself. `scale` [F], or null: s^2 of z_ij scale_j.
 void caprese_griffin_observe(const void* z, int64_t stride, int64_t tokens, int64_t neurons, int dtype,
                              const float* scale, const float* norms, float* statistic, int threads) {
-    switch (dtype) {
-        case 0:
-            return griffin(static_cast<const float*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
-        case 1: return griffin(static_cast<const Bf16*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
-        default: return griffin(static_cast<const Half*>(z), stride, tokens, neurons, scale, norms, statistic, threads);
-    }
+    typed(z, dtype, [&](auto* rows) {
+        if (scale) return griffin(rows, stride, tokens, neurons, Weighted{scale}, norms, statistic, threads);
+        griffin(rows, stride, tokens, neurons, Plain{}, norms, statistic, threads);
+    });
 }
 
 // histogram[BINS] += the magnitudes of act(gate), gate [tokens, F]; `scale` [F], or null: of |act(gate)| scale_j.
 void caprese_cats_observe(const void* gate, int64_t stride, int64_t tokens, int64_t neurons, int dtype, int activation,
                           const float* scale, int64_t* histogram, int threads) {
-    const auto count = [&](auto* rows) { cats(rows, stride, tokens, neurons, activation, scale, histogram, threads); };
-    switch (dtype) {
-        case 0: return count(static_cast<const float*>(gate));
-        case 1: return count(static_cast<const Bf16*>(gate));
-        default: return count(static_cast<const Half*>(gate));
-    }
+    typed(gate, dtype, [&](auto* rows) {
+        cats(rows, stride, tokens, neurons, activation, scale, histogram, threads);
+    });
 }
 
 // keep[F] = 1 for the k largest of statistic[F], of equals the lower index. Never negative, NaN counts as largest.
