@@ -1,7 +1,6 @@
 // What Python hands over (cpu/__init__.py), and how work is shared among threads.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -23,10 +22,8 @@ struct Batch {
 };
 }
 
-// What CATS compares with tau: |g_j| scale_j, in float32.
-inline float magnitude(const Block& block, float g, int64_t j) {
-    return block.scale ? std::fabs(g) * block.scale[j] : std::fabs(g);
-}
+// CATS compares |g_j| times this with tau, in float32: times 1, exactly, where neurons have no scales.
+inline float scale_of(const Block& block, int64_t j) { return block.scale ? block.scale[j] : 1.0f; }
 
 // Part `part` of `total` things in `parts` equal parts: [first, second).
 inline std::pair<int64_t, int64_t> share(int64_t total, int part, int parts) {

@@ -56,10 +56,12 @@ public:
                 rows[r] = first_row(neurons[r]);
                 after[r] = first_row(std::min(j + GROUP + r, end - 1));
             }
-            alignas(64) float values[GROUP];
-            store(values, activate_one(project_one<T>(rows, after, x, depth), neurons));
+            alignas(64) float values[GROUP], sizes[GROUP];
+            const V activated = activate_one(project_one<T>(rows, after, x, depth), neurons);
+            store(values, activated);
+            store(sizes, max(activated, -activated) * (block.scale ? load_first(block.scale + j, count) : set1(1.0f)));
             for (int r = 0; r < count; ++r) {
-                if (!(magnitude(block, values[r], j + r) >= threshold)) continue;
+                if (!(sizes[r] >= threshold)) continue;
                 ++kept;
                 g[0][pending] = values[r];
                 neuron[pending++] = j + r;
@@ -91,8 +93,9 @@ public:
             for (int r = 0; r < count; ++r) {
                 activate_row(u[r], j + r);
                 bool any = false;
+                const float scale = scale_of(block, j + r);
                 for (int t = 0; t < tokens; ++t) {
-                    const bool keeps = magnitude(block, u[r][t], j + r) >= tau[t];
+                    const bool keeps = std::fabs(u[r][t]) * scale >= tau[t];
                     kept[t] += keeps;
                     any |= keeps;
                 }
@@ -227,7 +230,8 @@ private:
     // z = 0 for the tokens that do not keep the neuron.
     void drop(int r) {
         if (tau) {
-            for (int t = 0; t < tokens; ++t) u[r][t] = magnitude(block, g[r][t], neuron[r]) >= tau[t] ? u[r][t] : 0.0f;
+            const float scale = scale_of(block, neuron[r]);
+            for (int t = 0; t < tokens; ++t) u[r][t] = std::fabs(g[r][t]) * scale >= tau[t] ? u[r][t] : 0.0f;
         } else if (!words.empty()) {
             const uint32_t *word = &words[(neuron[r] - base) / 32 * TOKENS], bit = 1u << (neuron[r] - base) % 32;
             for (int t = 0; t < tokens; ++t) u[r][t] = word[t] & bit ? u[r][t] : 0.0f;

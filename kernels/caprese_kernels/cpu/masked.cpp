@@ -32,7 +32,7 @@ void mask(const Block& block, const Batch& batch, const T* gate_up, T* z, int64_
             store(values, g);
             store(product, block.gate ? rounded(g * take(gate + neurons + j), T{}) : g);
             for (int i = 0; i < n; ++i) {
-                const bool keeps = keep ? keep[j + i] != 0 : magnitude(block, values[i], j + i) >= batch.tau[slot];
+                const bool keeps = keep ? keep[j + i] != 0 : std::fabs(values[i]) * scale_of(block, j + i) >= batch.tau[slot];
                 kept += keeps;
                 from_float(keeps ? product[i] : 0.0f, out[j + i]);
             }
