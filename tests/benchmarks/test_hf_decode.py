@@ -11,7 +11,7 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import Problem, problems
-from tests.engine import conftest  # noqa: F401  the environment of engines in this process
+from tests.support import environment  # noqa: F401  the environment of engines in this process
 from tests.support.hf_reference import HFReference
 
 MAX_TOKENS = 64

@@ -26,7 +26,7 @@ from tests.support.models import make_adapter, make_model
 LOAD = int(os.environ.get("CAPRESE_LOAD", "150"))
 CONCURRENCY = 64
 NAME = "tiny"
-ROUNDING = 1e-4  # as in tests/engine/test_equality.py: two logits closer than that may change places
+ROUNDING = 1e-4  # as in tests/support/equality.py: two logits closer than that may change places
 # Fewer places than clients, and fewer blocks than places need: requests wait, and are preempted.
 FLAGS = (
     *(

@@ -21,9 +21,9 @@ from caprese_vllm.architectures import Block, Names
 from caprese_vllm.ff import SparseFF, State
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
-from tests.engine.test_equality import check, new_case
 from tests.support import graph_emulator
 from tests.support.engine import generate, greedy, scheduler
+from tests.support.equality import check, new_case
 from tests.support.full_graphs import CAPTURED, Watched, captured_engine
 from tests.support.graph_emulator import CaptureError, Graph, Recorder
 from tests.support.models import random_prompts

@@ -16,8 +16,8 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.test_equality import NEW_TOKENS, Case, check, differing, new_case
 from tests.support.engine import engine, generate, greedy, scheduler
+from tests.support.equality import NEW_TOKENS, Case, check, differing, new_case
 from tests.support.models import EOS, VOCABULARY, make_model, make_tokenizer, random_prompts
 
 ModelDir = Callable[[str], Path]

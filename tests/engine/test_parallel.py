@@ -10,8 +10,8 @@ import torch
 from caprese_kernels.reference import NUM_MAGNITUDES
 from caprese_vllm.ff import merge
 from caprese_vllm.ranks import Ranks
-from tests.engine.test_equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
 from tests.support.engine import engine, generate, greedy
+from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
 
 ModelDir = Callable[[str], Path]

@@ -9,8 +9,8 @@ import torch
 from vllm import LLM
 
 from caprese_vllm.statistics import page_nbytes
-from tests.engine.test_equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, new_case
 from tests.support.engine import engine, generate, greedy
+from tests.support.equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, new_case
 from tests.support.models import LAYERS, random_prompts
 
 ModelDir = Callable[[str], Path]

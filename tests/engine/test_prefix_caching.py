@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine.test_equality import BLOCK, BUDGET, Case, check, new_case
 from tests.support.engine import engine, greedy, scheduler
+from tests.support.equality import BLOCK, BUDGET, Case, check, new_case
 from tests.support.models import random_prompts
 
 PAGE = 2 * BLOCK

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from caprese_kernels.errors import CapreseError
-from tests.engine.test_equality import Case, check, differing, new_case
 from tests.support.engine import engine, generate, greedy
+from tests.support.equality import Case, check, differing, new_case
 from tests.support.models import random_prompts
 
 ModelDir = Callable[[str], Path]

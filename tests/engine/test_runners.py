@@ -1,38 +1,20 @@
 """The ways in which vLLM runs a model besides V1 eager: the V2 runner (the GPU's default) and torch.compile."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.test_equality import BLOCK, LENGTHS, NEW_TOKENS, check, new_case
 from tests.support.engine import DEFAULTS, engine, generate, greedy
+from tests.support.equality import BLOCK, LENGTHS, NEW_TOKENS, check, new_case
 from tests.support.models import random_prompts
+from tests.support.v2_process import run_v2
 
-ROOT = Path(__file__).parents[2]
 ModelDir = Callable[[str], Path]
-
-
-def run_v2(job: dict[str, Any], *options: str) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.v2_runner", *options],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 # Gemma 2's two kinds of attention hold blocks each.

@@ -17,9 +17,9 @@ from vllm import LLM
 
 import caprese_vllm.enable
 import caprese_vllm.scheduler
-from tests.engine.test_equality import BLOCK, ROUNDING, Case, new_case
-from tests.engine.test_equality import check as check_tokens
 from tests.support.engine import engine, generate, greedy, leaks
+from tests.support.equality import BLOCK, ROUNDING, Case, new_case
+from tests.support.equality import check as check_tokens
 from tests.support.models import random_prompts
 from tests.support.schedules import MAX_NEW, Answer, Element, differences, make_pool, play, preempt, watch
 

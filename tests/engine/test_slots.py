@@ -8,8 +8,8 @@ import pytest
 
 from caprese_vllm.ff import State
 from caprese_vllm.requests import Scheduled
-from tests.engine.test_equality import check, new_case
 from tests.support.engine import engine, greedy
+from tests.support.equality import check, new_case
 from tests.support.models import random_prompts
 
 NEW_TOKENS = 24

@@ -28,8 +28,7 @@ from caprese_kernels.config import BaseModelInfo
 from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activation_of_module, find_block
 from caprese_vllm.blocks import _repack
 from caprese_vllm.ranks import Ranks
-from tests.engine import test_architectures, test_equality
-from tests.support import models
+from tests.support import equality, models
 
 # Text models that do not name experts in vLLM's source, and are not supported.
 LEFT_OUT = {
@@ -159,7 +158,7 @@ def test_each_is_shown_by_tokens_or_by_structure() -> None:
     """docs/compatibility.md says which."""
     by_tokens = {
         registry_name(models.ARCHITECTURES[name]["model_type"])
-        for name in [*test_equality.ARCHITECTURES, *(name for name, _ in test_architectures.CASES)]
+        for name in [*equality.ARCHITECTURES, *(name for name, _ in equality.MORE_CASES)]
     }
     rows = (Path(__file__).parents[2] / "docs/compatibility.md").read_text().splitlines()
     for shown, names in (("tokens", by_tokens), ("structure", set(ARCHITECTURES) - by_tokens)):

@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, freed when its block ends; tests/engine/conftest.py sets its environment."""
+"""A vLLM engine in this process, freed when its block ends; tests/support/environment.py sets its environment."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,0 +1,48 @@
+"""Where tests keep what they share: in tests/support, or in a module beside them that pytest does not collect."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# Modules that still import a test module or a conftest.
+EXCEPTIONS = {
+    "benchmarks/test_error_moments.py",
+    "benchmarks/test_lora.py",
+    "distill/test_adam.py",
+    "distill/test_card.py",
+    "distill/test_cluster.py",
+    "distill/test_data.py",
+    "distill/test_distill.py",
+    "distill/test_end_to_end.py",
+    "distill/test_estimate.py",
+    "distill/test_generate.py",
+    "distill/test_moments.py",
+    "distill/test_placement.py",
+    "distill/test_weighted.py",
+    "serve/test_cli.py",
+}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every dotted name that the file imports, `from a import b` as a and as a.b; relative imports too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+
+
+def is_test_module(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last == "conftest" or (last.startswith("test_") and (name.startswith("tests.") or last == name))
+
+
+def test_no_module_imports_a_test_module() -> None:
+    importing = {}
+    for path in sorted(TESTS.rglob("*.py")):
+        found = sorted(set(filter(is_test_module, imported_modules(path))))
+        if found and path.relative_to(TESTS).as_posix() not in EXCEPTIONS:
+            importing[path.relative_to(TESTS).as_posix()] = found
+    assert not importing, "move what is shared to tests/support"
