@@ -14,7 +14,6 @@ from tests.support.models import make_adapter, random_prompts
 LENGTHS = (1, 7, 33, BUDGET + 1)
 
 
-@pytest.mark.usefixtures("looked_at_here")
 @pytest.mark.parametrize(("name", "method"), MORE_CASES)
 def test_tokens_equal_the_reference(model_dir: Callable[[str], Path], tmp_path: Path, name: str, method: str) -> None:
     """With an adapter: mixed lengths in a batch, the last prompt in two chunks; and the same requests switched off.

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from caprese_kernels.errors import CapreseError
 from tests.support.engine import engine, generate, greedy
 from tests.support.equality import Case, check, differing, new_case
+from tests.support.hf_reference import HFReference
 from tests.support.models import random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -68,6 +69,7 @@ def int8_linear(linear: nn.Linear) -> Any:
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_quantized_attention(model_dir: ModelDir, tmp_path: Path, method: str) -> None:
     case = new_case(model_dir, tmp_path, "llama", method, True)
+    case.model = HFReference(case.model_dir)  # which the loop below changes
     for layer in case.model.model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = getattr(layer.self_attn, name)

@@ -135,7 +135,7 @@ def build(architecture: str, directory: Path, **settings: Any) -> tuple[nn.Modul
     return model, served
 
 
-@pytest.mark.usefixtures("distributed", "looked_at_here")
+@pytest.mark.usefixtures("distributed", "inspected_in_process")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -> None:
     """Packed and computed by the kernels' definition, each is the module that vLLM built."""

@@ -11,6 +11,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.transformers.base import Base
 
+from tests.support.quick_start import quick_start
+
 # 32 is the smallest block that the CPU's attention likes: short prompts then fill several blocks of the prefix cache.
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -19,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 8,
     "block_size": 32,
     "disable_log_stats": True,
+    "kv_cache_memory_bytes": 64 * 2**20,  # a thousand blocks of the tiny models
 }
 
 
@@ -27,7 +30,7 @@ def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: An
     """`LLM(model_dir)`, with `caprese` as the plugin's configuration; None: installed, not enabled."""
     if caprese is not None:
         options["additional_config"] = {"caprese": caprese}
-    with _transformers_kept():
+    with quick_start(), _transformers_kept():
         llm = LLM(str(model_dir), **(DEFAULTS | options))
         try:
             yield llm

@@ -4,7 +4,6 @@ import os
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",

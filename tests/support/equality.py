@@ -6,7 +6,7 @@ change places; the prompts are chosen so that the reference never sees such a ti
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ NEW_TOKENS = 24
 LENGTHS = (1, 2, 7, BLOCK + 1, BUDGET, BUDGET + 1, 100)
 
 
+@lru_cache(maxsize=16)
+def _reference(model_dir: Path) -> HFReference:
+    return HFReference(model_dir)
+
+
 @dataclass
 class Case:
     """A model with a method, served and referenced alike."""
@@ -56,9 +61,11 @@ class Case:
 
     @cached_property
     def model(self) -> HFReference:
-        return HFReference(self.model_dir)
+        """Shared by all cases of the model: a test that changes it sets one of its own."""
+        return _reference(self.model_dir)
 
     def one(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS, **options: Any) -> Generation:
+        """The reference's answer to one prompt; `options` of HFReference.generate go before the case's."""
         tensors = load_file(self.adapter) if self.adapter is not None else {}
         settings = {
             "method": self.method,
