@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup demo test lint gpu-check clean
+.PHONY: help setup demo check test lint gpu-check clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,8 +39,30 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt requirements/*/pyproject.
 demo: setup  ## Compare the full model, GRIFFIN, CATS and Caprese through vLLM; writes out/demo.json
 	@$(BIN)/caprese demo
 
+# Tests that start an engine, a server or several processes, or that take seconds: `make check` leaves these to
+# `make test`. Folders, files, and functions as file::function.
+SLOW := tests/engine tests/e2e \
+  tests/benchmarks/test_ablation.py tests/benchmarks/test_decode.py tests/benchmarks/test_evaluation_asking.py \
+  tests/benchmarks/test_evaluation_tasks.py tests/benchmarks/test_hf_decode.py tests/benchmarks/test_kernels_bench.py \
+  tests/benchmarks/test_lora.py tests/benchmarks/test_parameters.py tests/benchmarks/test_prefix_bench.py \
+  tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_served_lora.py \
+  tests/distill/test_adam.py tests/distill/test_cluster.py tests/distill/test_distill.py \
+  tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
+  tests/distill/test_weighted.py \
+  tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
+  tests/plugin/test_architectures.py tests/serve/test_demo.py tests/tools/test_demo_scripts.py
+
+# As many processes as cores, at most four, which need some 3 GB each; a test has one thread. worksteal keeps tests of a
+# file together, which share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+check: setup  ## Lint, types and the quick tests: under two minutes on two cores
+	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest, quick tests"; \
+	$(PYTEST) -q $(foreach test,$(SLOW),$(if $(findstring ::,$(test)),--deselect,--ignore)=$(test)) || status=1; \
+	echo "== left to make test:"; printf '   %s\n' $(SLOW); exit $$status
+
 test: setup  ## Lint, types and all tests
-	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest"; $(BIN)/pytest || status=1; exit $$status
+	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest"; $(PYTEST) || status=1; exit $$status
 
 lint: setup  ## Only ruff and mypy
 	@status=0; for tool in "ruff check" "ruff format --check" "mypy"; do \
