@@ -43,7 +43,7 @@ def far(some: Sequence[Generation], others: Sequence[Generation]) -> int:
     """How many pairs differ in a token, or in a token's log-probability.
 
     Logits of about 10 in float32, summed in another order through 4 layers, differ by 1e-5: 1e-3 is far beyond. Where
-    a neuron's |g| lies within rounding of tau, it may fall on either side: one of 160, at the border.
+    a neuron's |g| is within rounding of tau, it may fall on either side: one of 160, at the border.
     """
     count = 0
     for a, b in zip(some, others, strict=True):

@@ -180,7 +180,7 @@ class TestOneEngine:
                 found = [step[token].logprob for step, token in zip(sample.logprobs, tokens, strict=True)]
                 reference = case.one(prompt, forced=tokens)
                 # Logits of about 10 in float32, summed in another order through 4 layers: 1e-5, ten times over twice.
-                # A neuron whose |g| lies within rounding of tau may fall on either side: one of 160, at the border.
+                # A neuron whose |g| is within rounding of tau may fall on either side: one of 160, at the border.
                 slack = 1e-3 if reference.closest > 1e-5 else 1e-2
                 assert found == pytest.approx(reference.logprobs, abs=slack)
                 assert found != pytest.approx(case.one(prompt, forced=tokens, method=None).logprobs, abs=1e-1)
@@ -192,7 +192,7 @@ def test_preemption(
 ) -> None:
     """A KV cache of 10 blocks for 7 requests that end with 2 or 3 blocks each: some lose their blocks and start again.
 
-    Their generated tokens are computed anew as generated tokens, with the selection that their prompt made.
+    Their generated tokens are computed again as generated tokens, with the selection that their prompt made.
     """
     case = make_case(architecture, method, True)
     prompts = random_prompts((20, 25, 30, 31, 33, 40, 60), seed=13)

@@ -24,7 +24,7 @@ ModelDir = Callable[[str], Path]
 def test_v2_runner(
     model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool, blocks: int
 ) -> None:
-    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it anew.
+    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it again.
 
     Two prompts begin as another does, and find its first block in the cache.
     """
@@ -109,7 +109,7 @@ def test_dummy_weights(model_dir: ModelDir, tmp_path: Path) -> None:
 
 
 def test_weights_live_once(model_dir: ModelDir, tmp_path: Path) -> None:
-    """Every FF weight lies in packed storage, of which vLLM's own parameters are views; nothing was copied."""
+    """Every FF weight is in packed storage, and vLLM's own parameters are views of it; nothing was copied."""
     case = new_case(model_dir, tmp_path, "mistral", "cats", True)
     with engine(case.model_dir, case.caprese) as llm:
         model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model

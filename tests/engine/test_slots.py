@@ -55,7 +55,7 @@ def test_more_requests_with_selections_than_slots(
     assert len(parked) == len(restored) > 0
 
 
-def test_the_tables_are_part_of_the_model_and_their_size_is_told(
+def test_the_tables_are_part_of_the_model_and_their_size_is_logged(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are made while the model is loaded, so that vLLM's memory profile counts them, once for max_num_seqs."""

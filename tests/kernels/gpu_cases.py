@@ -166,7 +166,7 @@ def test_thresholds() -> None:
 
 
 def test_selects_every_bit() -> None:
-    """Neighbouring float32 numbers are told apart, from the least subnormal to the largest."""
+    """Neighbouring float32 numbers are distinguished, from the least subnormal to the largest."""
     bits = torch.tensor([0, 1, 2, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFE, 0x7F7FFFFF], dtype=torch.int32)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     values = bits[order].view(torch.float32)

@@ -61,7 +61,7 @@ def test_a_kernel_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch)
         backend.choose("cpu", CUDA)
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'g++: fatal error: out of luck' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
@@ -70,7 +70,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
         build.library()
 
 
-def test_a_compiler_that_cannot_be_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_cannot_be_run_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(broken))

@@ -46,7 +46,7 @@ LEFT_OUT = {
 }
 
 LLAMA: dict[str, Any] = {"model_type": "llama"}
-# vLLM looks at the architecture's name only: where transformers has no config of its own, a similar one will do.
+# vLLM reads only the architecture's name: where transformers has no config of its own, a similar one serves.
 LIKE: dict[str, dict[str, Any]] = {
     "ExaoneForCausalLM": {**LLAMA, "activation_function": "silu", "num_layers": 4, "layer_norm_epsilon": 1e-5},
     "Gemma4ForCausalLM": {"model_type": "gemma4_text", "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
@@ -137,7 +137,7 @@ def build(architecture: str, directory: Path, **settings: Any) -> tuple[nn.Modul
 
 @pytest.mark.usefixtures("distributed", "inspected_in_process")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -> None:
+def test_blocks_compute_what_the_plugin_assumes(architecture: str, tmp_path: Path) -> None:
     """Packed and computed by the kernels' definition, each is the module that vLLM built."""
     model, served = build(architecture, tmp_path, **tiny_configs()[architecture])
     generator = torch.Generator().manual_seed(0)
@@ -240,6 +240,6 @@ def test_an_inline_block_may_have_things_around_it_but_not_inside() -> None:
         (lambda: nn.ReLU6(), False, None),
     ],
 )
-def test_activations_are_told_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
+def test_activations_are_recognized_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
     with set_current_vllm_config(VllmConfig()):
         assert activation_of_module(module(), gated) == expected

@@ -160,7 +160,7 @@ def test_a_quantized_checkpoint_is_refused(model_dir: ModelDir, tmp_path: Path) 
 
 
 def test_drafting_models_are_refused(model_dir: ModelDir) -> None:
-    """Their own FF blocks must run dense, and Caprese was not shown to tell them from the model's."""
+    """Their own FF blocks must run dense, and no test shows that Caprese distinguishes them from the model's."""
     for method in ("draft_model", "eagle"):
         drafter = {"method": method, "model": str(model_dir("llama")), "num_speculative_tokens": 2}
         with pytest.raises(CapreseError, match=f"speculative decoding by {method}"):
@@ -187,7 +187,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path, architecture: st
         configure(tmp_path, {"method": "griffin"})
 
 
-def test_an_architecture_that_vllm_was_told_is_refused(model_dir: ModelDir) -> None:
+def test_an_overridden_architecture_is_refused(model_dir: ModelDir) -> None:
     with pytest.raises(CapreseError, match="architecture GraniteMoeForCausalLM"):
         configure(model_dir("llama"), {"method": "griffin"}, hf_overrides={"architectures": ["GraniteMoeForCausalLM"]})
 

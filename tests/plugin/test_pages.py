@@ -82,7 +82,7 @@ class Worker:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_page_stands_for_its_prefix(method: MethodName, dtype: torch.dtype, data: st.DataObject) -> None:
-    """However both prompts are cut into chunks, and wherever the page lies."""
+    """However both prompts are cut into chunks, and wherever the page is."""
     length = data.draw(st.integers(2, 40))
     ends = sorted(data.draw(st.sets(st.integers(1, length - 1), min_size=1, max_size=3)))
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=3))), length]

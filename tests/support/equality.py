@@ -109,7 +109,7 @@ def check(found: Sequence[Sequence[int]], expected: Sequence[Generation], what: 
             wrong.append(
                 f"request {i}: first difference at generated token {at}: {list(tokens)[at : at + 4]} instead of "
                 f"{reference.tokens[at : at + 4]}; the reference's lead there is {margin:.1e} (a rounding tie would be "
-                f"< {ROUNDING:.0e}), and its closest neuron lies {reference.closest:.1e} from the selection's border"
+                f"< {ROUNDING:.0e}), and its closest neuron is {reference.closest:.1e} from the selection's border"
             )
     assert not wrong, f"{what}: {len(wrong)} of {len(expected)} requests differ\n" + "\n".join(wrong)
 

@@ -38,7 +38,7 @@ PARTS = {
 
 
 class FeedForward:
-    """The original FF block of a decoder layer; OPT's has no module of its own, its parts lie in the layer."""
+    """The original FF block of a decoder layer; OPT's has no module of its own, its parts are the layer's."""
 
     def __init__(self, layer: nn.Module):
         self.inline = not hasattr(layer, "mlp")
