@@ -50,7 +50,10 @@ SLOW := tests/engine tests/e2e \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
   tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
-  tests/plugin/test_architectures.py tests/serve/test_demo.py tests/tools/test_demo_scripts.py
+  tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
+  tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
+  tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
+  tests/serve/test_demo.py tests/test_imports.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py
 
 # As many processes as cores, at most four, which need some 3 GB each; a test has one thread. worksteal keeps tests of a
 # file together, which share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
