@@ -1,1 +1,1 @@
-"""Measurements, run from a checkout: `caprese bench`."""
+"""Benchmarks of Caprese: `caprese bench`."""
