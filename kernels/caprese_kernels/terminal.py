@@ -87,8 +87,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run_verb(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
         if verbose and quiet:
             raise typer.BadParameter("give either --verbose or --quiet, not both")
-        if verbose or quiet:
-            set_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE)
+        set_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL)
         function(*args, **options)
 
     flags = {

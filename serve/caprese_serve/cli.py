@@ -33,15 +33,13 @@ class Commands(LazyGroup):
     """The verbs of all installed packages."""
 
     def verbs(self) -> Mapping[str, Verb]:
-        """This project's own by their names, then those of others; none of these replaces one of ours."""
-        found = {point.name: [] for point in entry_points(group=GROUP)}
-        for point in entry_points(group=GROUP):
-            found[point.name].append(Verb.of(point))
-        if not found:
+        """This project's own verbs, then those of others, which cannot replace one of ours."""
+        verbs = [(point.name, Verb.of(point)) for point in entry_points(group=GROUP)]
+        ours = {name: verb for name, verb in verbs if verb.distribution == DISTRIBUTION}
+        if not ours:
             note = f"no verbs, because {DISTRIBUTION} is not installed: run pip install, or make setup in a checkout"
             print(f"caprese: warning: {note}", file=sys.stderr)
-        ours = {name: each for name, verbs in found.items() for each in verbs if each.distribution == DISTRIBUTION}
-        return ours | {name: verbs[0] for name, verbs in found.items() if name not in ours}
+        return ours | {name: verb for name, verb in verbs if name not in ours}
 
 
 app = typer.Typer(

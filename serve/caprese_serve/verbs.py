@@ -84,7 +84,7 @@ class Verb:
 
 
 class LazyGroup(TyperGroup):
-    """`typer.Typer(cls=...)` for a subclass that says which commands there are."""
+    """A group whose commands `verbs` lists: `typer.Typer(cls=...)` takes a subclass that defines it."""
 
     def verbs(self) -> Mapping[str, Verb]:
         """The commands by name, in the order of --help."""
@@ -93,7 +93,7 @@ class LazyGroup(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._verbs = self.verbs()
-        # Stand-ins, to be listed: `resolve_command` replaces the one that runs.
+        # Stand-ins, to be listed and completed; `resolve_command` replaces the one that runs.
         self.commands.update({name: TyperCommand(name) for name in self._verbs})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -112,7 +112,9 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is asked for, imported."""
         name, command, rest = super().resolve_command(ctx, args)
-        return name, self._verbs[name].load(name) if name in self._verbs else command, rest
+        if name is not None and name in self._verbs:
+            command = self._verbs[name].load(name)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises CapreseError, naming the extra to install, if a package that it needs is missing."""
@@ -120,4 +122,6 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             verb = self._verbs.get(ctx.invoked_subcommand or "")
-            raise (verb and verb.missing_extra(error)) or error from error
+            if verb is None or (missing := verb.missing_extra(error)) is None:
+                raise
+            raise missing from error
