@@ -32,12 +32,19 @@ def servers(monkeypatch: pytest.MonkeyPatch, adapters: Adapters, tmp_path: Path)
     @contextmanager
     def server(model: Path, *flags: str, **_: Any) -> Iterator[SimpleNamespace]:
         started.append(flags)
-        told = {"rank": 2 if "--caprese-weights" in flags else 0, "layers": [0, 1], "density": 0.5, "method": "griffin"}
+        reported = {
+            "rank": 2 if "--caprese-weights" in flags else 0,
+            "layers": [0, 1],
+            "density": 0.5,
+            "method": "griffin",
+        }
         counts = iter(
             [{"generated_tokens": 10, "ff_weights_read": 0.9}, {"generated_tokens": 30, "ff_weights_read": 0.7}]
         )
         yield SimpleNamespace(
-            url="", startup_seconds=1.0, get=lambda path: told | next(counts) | {"kernel": "reference", "enabled": True}
+            url="",
+            startup_seconds=1.0,
+            get=lambda path: reported | next(counts) | {"kernel": "reference", "enabled": True},
         )
 
     def ask(
