@@ -1,1 +1,1 @@
-"""Benchmarks of Caprese: `caprese bench`."""
+"""Measurements, run from a checkout: `caprese bench`."""

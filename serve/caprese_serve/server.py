@@ -35,8 +35,8 @@ class VllmServer:
     """A server of one model on the local machine, which runs as long as the `with` block.
 
     The server and all its child processes end with the block: after an exception, Ctrl-C, SIGTERM, and also if this
-    process is killed with SIGKILL. The server's output goes to the file `log`. Raises CapreseError if the server ends or
-    does not answer within `timeout` seconds.
+    process is killed with SIGKILL. The server's output goes to the file `log`. Raises CapreseError if the server ends,
+    or does not answer within `timeout` seconds.
     """
 
     def __init__(
