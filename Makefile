@@ -73,8 +73,10 @@ lint: setup  ## Only ruff and mypy
 
 # Not .venv, whose torch may be a build for CPUs, and no setup: a GPU machine may have no network.
 GPU_PYTHON ?= python3
-gpu-check:  ## All that only a GPU can show, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
-	@$(GPU_PYTHON) tools/gpu_check.py
+GPU_FLAGS ?=
+SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/distill:$(CURDIR)/serve:$(CURDIR)/benchmarks
+gpu-check:  ## Run the checks that need a GPU, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
+	@PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tools.gpu_check $(GPU_FLAGS)
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}

@@ -26,9 +26,9 @@ def load_small_parts(model: str) -> tuple[Any, Any]:
         raise CapreseError(
             "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"
         )
-    try:
-        from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    try:
         return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
         raise _unloadable(model, error) from None

@@ -1,4 +1,4 @@
-"""`caprese inspect`: what an adapter file holds, and whether a model can be served with it, without an engine."""
+"""`caprese inspect`: the contents of an adapter file, and whether it fits a model; needs no engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ UNGATED = ("OPTForCausalLM",)  # FF blocks of two matrices; all others have thre
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
-    """Everything about an adapter as JSON values; raises CapreseError for what a server would refuse."""
+    """An adapter's configuration, size and norms as JSON values.
+
+    Raises CapreseError for a file that a server would refuse, or, with `model`, for a model that it does not fit.
+    """
     path = find_adapter(weights)
     adapters = Adapters.load(path)
     config = adapters.config
@@ -47,15 +50,15 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
 
 
 def model_info(model: str) -> BaseModelInfo:
-    """The dimensions of a model directory or Hub id, from its config alone."""
+    """The dimensions of a model directory or Hub id, from its config.json. Raises CapreseError if unreadable."""
     path = Path(model) / "config.json"
     try:
         try:
             from transformers import AutoConfig
-        except ImportError:  # then the values must stand in a local file
+        except ImportError:  # without transformers only a local file can be read
             return BaseModelInfo.from_hf(SimpleNamespace(**json.loads(path.read_text())), model)
         return BaseModelInfo.from_hf(AutoConfig.from_pretrained(model).get_text_config(), model)
-    except Exception as error:  # transformers raises of many kinds for a configuration that it does not like
+    except Exception as error:  # transformers raises many types for a configuration that it cannot read
         raise CapreseError(
             f"model {model}",
             expected="a directory or Hub id of a language model whose config.json can be read",

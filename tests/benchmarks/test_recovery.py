@@ -28,7 +28,7 @@ VARIANTS = ["Full", "GRIFFIN", *STAGES.values()]
 
 def run(out: Path, *more: str) -> Any:
     words = ["recovery", "--quick", "--problems", "6", "--samples", "24", "--out", str(out), *more]
-    result = CliRunner().invoke(app(words), words)
+    result = CliRunner().invoke(app, words)
     if result.exception:
         raise result.exception
     return result.output
