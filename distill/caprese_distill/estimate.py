@@ -1,7 +1,8 @@
-"""What a distillation will take, before it begins: memory by arithmetic, time by a few of its own batches.
+"""Estimates a distillation before it begins: memory by arithmetic, time by running a few of its batches.
 
-Memory is known from shapes alone (a model on torch's meta device will do), so that what cannot fit is told before any
-weight is read. Peak = process + weights + the most that a stage adds. With D the hidden size, F neurons, r the rank:
+Memory follows from shapes alone (a model on torch's meta device will do), so that a distillation that cannot fit fails
+before any weight is read. Peak = process + weights + the most that a stage adds. With D the hidden size, F neurons, r
+the rank:
 
     moments     X'X and X'E, fitted and held out, float64: 32 D^2 bytes a sparse layer
     solve       eight D x D matrices in float64 beside them
@@ -28,27 +29,32 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from .blocks import find_blocks
-from .data.samples import Sample, split
-from .end_to_end.train import Recipe, steps_of
-from .layer_wise.adam import AdamSettings, LowRank
-from .layer_wise.closed_form import feeding, make_batches, pack
-from .layer_wise.moments import Batch, Moments, Sink
+from .data.batches import Batch, make_batches, pack
+from .data.samples import split
+from .end_to_end.train import steps_of
+from .layer_wise.adam import LowRank
+from .layer_wise.closed_form import feeding
+from .layer_wise.moments import Moments, Sink
 from .layer_wise.solve import RIDGES, reduced_rank
 from .layer_wise.weighted import LOGIT_ROWS, Gradients
 from .placement import return_freed
-from .stages import Remaining
 from .student import Student, frozen
+from .work import RemainingWork, Work
 
-# What loading and running add to a process that has imported torch and transformers: the model's own code, threads'
-# stacks, the matrix library's buffers. Measured with transformers 5.19, torch 2.13: 40 to 70 MiB on a CPU.
+# What loading and running a model add to a process that has imported torch and transformers: its code, threads' stacks,
+# the matrix library's buffers. Measured with transformers 5.19, torch 2.13: 40 to 70 MiB on a CPU.
 RUNNING = 64 << 20
 PROBES = 3  # batches of a stage that are timed
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes where the model runs: `always`, and by stage what it adds; keys say what they are. `host` is the same
-    for the process beside a GPU, and empty without one. `disk` is what files beside the output take at the most."""
+    """Bytes by what takes them (the keys name it).
+
+    always  on the device where the model runs, in every stage     stages  on that device, added by each stage
+    host    in the process beside a GPU; empty without a GPU       disk    the most that files beside the output take
+    output  the adapter file
+    """
 
     always: dict[str, int]
     stages: dict[str, dict[str, int]]
@@ -65,22 +71,13 @@ class Memory:
         return sum(self.host.values()) if self.host else self.peak
 
 
-def estimate_memory(
-    model: Any,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    recipe: Recipe | None,
-    device: torch.device,
-    stored: torch.dtype,
-    adam: AdamSettings | None = None,
-    weighting: bool = False,
-) -> Memory:
-    """Memory of `run_stages` with these arguments, for `model` on any device, meta included.
+def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.dtype) -> Memory:
+    """Memory of `run_stages` for `work` on `device`; `model` may be on any device, meta included.
 
-    `stored` is the dtype of the checkpoint's files, which are mapped while they are read and count as resident
-    then; without a conversion a CPU's weights are that mapping itself.
+    `stored` is the dtype of the checkpoint's files. They are mapped while they are read, and count as resident then;
+    on a CPU, weights of that dtype are the mapping itself.
     """
+    samples, info, method, recipe, adam = work.samples, work.info, work.method, work.recipe, work.adam
     size = model.dtype.itemsize
     count = sum(p.numel() for p in model.parameters())
     depth, layers = info.hidden_size, len(method.layers)
@@ -100,33 +97,33 @@ def estimate_memory(
     else:
         stages["layer-wise"] = {"L and R, gradients, Adam": 16 * pairs + in_lists} | activations
         disk = 12 * pairs
-    if weighting:
+    if work.weighting:
         stages["weighted"] = {
-            f"moments of {layers} layers, alike and weighted": 2 * moments,
+            f"moments of {layers} layers, unweighted and weighted": 2 * moments,
             "L and R": (4 + size) * pairs,
             "activations with gradient checkpointing": max(b.weighted for b in fed),
         }
         disk = 2 * moments
     if recipe is not None:
         steps = steps_of(split(samples)[0], recipe)
-        longest = max((b for step in steps for b in pack(step, device)), key=lambda b: b.num_padded)
-        batch = _Batch(longest, model, info, method)
+        largest = max((b for step in steps for b in pack(step, device)), key=lambda b: b.num_padded)
+        batch = _Batch(largest, model, info, method)
         checkpointed = recipe.gradient_checkpointing
         stages["end to end"] = {
             "L and R, gradients, Adam": 16 * pairs + in_lists,
             "layer-wise L and R": size * pairs,
             f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(checkpointed),
         }
-        disk = max(disk, 12 * pairs) + (2 if weighting else 1) * size * pairs
+        disk = max(disk, 12 * pairs) + (2 if work.weighting else 1) * size * pairs
     process, output = psutil.Process().memory_info().rss, size * pairs
-    disk = 2 * disk + output  # a checkpoint's successor is written beside it
+    disk = 2 * disk + output  # the next checkpoint is written beside the last one
     weights = {f"weights, {count:,} in {str(model.dtype).removeprefix('torch.')}": count * size}
-    own = {"python, torch, transformers": process + RUNNING}
+    process_itself = {"python, torch, transformers": process + RUNNING}
     if device.type == "cpu":
-        return Memory(own | weights, stages, disk=disk, output=output)
+        return Memory(process_itself | weights, stages, disk=disk, output=output)
     mapped = sum(stages.pop("loading").values())
     copies = max(0 if adam else moments, 16 * pairs)
-    host = own | {"weights on their way, or a checkpoint's tensors": max(count * size + mapped, copies)}
+    host = process_itself | {"weights while loading, or a checkpoint's tensors": max(count * size + mapped, copies)}
     return Memory(weights, stages, host, disk, output)
 
 
@@ -157,24 +154,24 @@ class _Batch:
 
     @property
     def observed(self) -> int:
-        """The pass of the original model that sums the moments."""
+        """Bytes of the pass of the original model that sums the moments."""
         s, d, f = self.size, self.depth, self.neurons
         block = self.tokens * s * (f * (2 if self.cats else 1) + 7 * d)
         return block + max(self.rows * (f * (1 + 2 * s) + d * (8 + s)), self._selection) + 8 * d * d
 
     def trained(self, checkpointed: bool) -> int:
-        """Both passes of a training step, and the gradients."""
+        """Bytes of both passes of a training step, and of the gradients."""
         s, d, f = self.size, self.depth, self.neurons
         layer = self.tokens * (f * 3 * s + d * (16 + 2 * s) + self.attention)
-        own = self.tokens * f + self.rows * s * (d + self.rank)  # what a sparse layer keeps besides
+        own = self.tokens * f + self.rows * s * (d + self.rank)  # kept by a sparse layer in addition
         behind = self.layers - self.first - 1  # the input of the first block with L and R needs no gradient
         kept = behind * self.tokens * s * d + layer + own if checkpointed else behind * layer + self.sparse * own
         return kept + max(self.tokens * s * (2 * f + 2 * d), self._selection) + self.rows * d * (8 + s)
 
     @property
     def weighted(self) -> int:
-        """The weighted closed form: every sparse layer's x, e, y, probe and gradient, and the most of two moments: some
-        tokens' distributions (two, their logits and gradients, in float32), then the backward pass."""
+        """Bytes of the weighted closed form: every sparse layer's x, e, y, probe and gradient; and the larger of the
+        distributions of LOGIT_ROWS tokens (two, their logits and gradients, in float32) and the backward pass."""
         s, d = self.size, self.depth
         behind = (self.layers - self.first - 1) * self.tokens * s * d
         distributions = 5 * 4 * min(LOGIT_ROWS, self.rows) * self.words
@@ -186,8 +183,8 @@ class _Batch:
 
 
 def check_memory(memory: Memory, device: torch.device) -> str | None:
-    """CapreseError where a GPU has less free memory than the peak; on a CPU, whose system may still find some
-    (the weights' file is only mapped), a warning or None."""
+    """CapreseError if a GPU has less free memory than the peak. For the CPU's memory a warning, or None if it suffices:
+    the system may still find some, since the weights' file is only mapped."""
     fix = "use --stage layer-wise, fewer --layers, a lower --max-length, or a smaller --dtype"
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -201,13 +198,13 @@ def check_memory(memory: Memory, device: torch.device) -> str | None:
     needed = memory.host_peak - psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
     if needed > free:
-        return f"memory: {gib(needed)} more are needed, {gib(free)} are available: it may be killed; {fix}"
+        return f"memory: needs {gib(needed)} more, {gib(free)} are available: the system may kill the process; {fix}"
     return None
 
 
 def check_disk(memory: Memory, output: Path, held: int) -> None:
-    """CapreseError where the output's file system lacks room for checkpoints and output; `held` bytes of them are
-    there already."""
+    """CapreseError if the output's file system lacks room for checkpoints and output, of which `held` bytes exist
+    already."""
     place = next(p for p in output.absolute().parents if p.exists())
     free = psutil.disk_usage(str(place)).free
     if free + held < memory.disk:
@@ -225,10 +222,10 @@ def gib(size: int) -> str:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes so far: `host`, resident in this process (mapped files that were read count), and on a GPU
-    `device`, of tensors there."""
+    """The peak so far in bytes: "host", resident in this process (including mapped files that were read); and, for a
+    GPU, "device", of tensors on it."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss may be that of the process which started this one
+    if status.exists():  # ru_maxrss may come from the process that started this one
         kibibytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         found = {"host": kibibytes << 10}
     else:
@@ -238,39 +235,32 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return found | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
 
 
-def estimate_seconds(
-    model: Any,
-    info: BaseModelInfo,
-    method: Method,
-    recipe: Recipe | None,
-    samples: Sequence[Sample],
-    left: Remaining,
-    adam: AdamSettings | None = None,
-) -> dict[str, float]:
-    """Seconds of every stage that is not done yet, by running small parts of it; they change nothing."""
+def estimate_seconds(model: Any, work: Work, remaining: RemainingWork) -> dict[str, float]:
+    """Seconds of every stage with remaining work, from running small parts of it; they change nothing."""
+    info, method = work.info, work.method
     seconds: dict[str, float] = {}
     device = next(model.parameters()).device
     model.eval()
-    if left.batches:
+    if remaining.batches:
         sink: Sink
-        if adam is None:
+        if work.adam is None:
             sink = Moments.zeros(info.hidden_size, device)
         else:
             sink = LowRank(info.hidden_size, method.rank, torch.Generator().manual_seed(0), device)
-        name = "original model" if adam is None else "Adam"
-        seconds[name] = _seconds_of_pass(model, info, method, left.batches, sink)
-    if left.weighted:
-        seconds["gradients"] = _seconds_of_gradients(model, info, method, left.weighted)
-    if left.layers:
-        seconds["closed form"] = len(left.layers) * _seconds_of_solve(info.hidden_size, method.rank, device)
-    if recipe is not None and (left.steps or left.looks):
-        seconds["end to end"] = _seconds_of_training(model, info, method, recipe, samples, left)
+        name = "original model" if work.adam is None else "Adam"
+        seconds[name] = _seconds_of_pass(model, info, method, remaining.batches, sink)
+    if remaining.weighted:
+        seconds["gradients"] = _seconds_of_gradients(model, info, method, remaining.weighted)
+    if remaining.layers:
+        seconds["closed form"] = len(remaining.layers) * _seconds_of_solve(info.hidden_size, method.rank, device)
+    if work.recipe is not None and (remaining.steps or remaining.evaluations):
+        seconds["end to end"] = _seconds_of_training(model, work, remaining)
     return seconds
 
 
 @torch.no_grad()
 def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch], sink: Sink) -> float:
-    """One sink takes the rows of all layers: memory of one layer, and the same work."""
+    """One sink takes the rows of all layers: the same work with the memory of one layer."""
     device = next(model.parameters()).device
     sinks, chosen = dict.fromkeys(method.layers, sink), _spread(batches)
     with feeding(model, info, method) as feed:
@@ -280,7 +270,7 @@ def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: S
 
 
 def _seconds_of_gradients(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> float:
-    """The pass of the weighted closed form; one layer's sums, twice, stand for those of all."""
+    """The pass of the weighted closed form; one layer's sums, added to twice, stand for those of all layers."""
     device, chosen = next(model.parameters()).device, _spread(batches)
     blocks, sums = find_blocks(model, info, method.layers), Moments.zeros(info.hidden_size, device)
 
@@ -301,14 +291,14 @@ def _seconds_of_gradients(model: Any, info: BaseModelInfo, method: Method, batch
 
 
 def _zeros(info: BaseModelInfo, method: Method) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """L and R."""
+    """L and R of zeros."""
     shapes = ((info.hidden_size, method.rank), (method.rank, info.hidden_size))
     left, right = ({i: torch.zeros(shape) for i in method.layers} for shape in shapes)
     return left, right
 
 
 def _seconds_of_solve(depth: int, rank: int, device: torch.device) -> float:
-    """One layer's: the same for every ridge, so that one will do."""
+    """Solving one layer: every ridge takes the same time, so that timing one is enough."""
     rows = torch.randn(2 * depth, 2 * depth, generator=torch.Generator().manual_seed(0)).to(device)
     moments = Moments.zeros(depth, device)
     moments.add(rows[:, :depth], rows[:, depth:], rows[:, :depth])
@@ -321,45 +311,46 @@ def _seconds_of_solve(depth: int, rank: int, device: torch.device) -> float:
     return len(RIDGES) * _timed(device, solve_one)
 
 
-def _seconds_of_training(
-    model: Any, info: BaseModelInfo, method: Method, recipe: Recipe, samples: Sequence[Sample], left: Remaining
-) -> float:
+def _seconds_of_training(model: Any, work: Work, remaining: RemainingWork) -> float:
+    info, method, recipe = work.info, work.method, work.recipe
+    assert recipe is not None
     device = next(model.parameters()).device
-    batches = [batch for step in left.steps for batch in pack(step, device)]
-    held_out = [batch for batch in make_batches(samples, device) if batch.held_out]
+    batches = [batch for step in remaining.steps for batch in pack(step, device)]
+    held_out = [batch for batch in make_batches(work.samples, device) if batch.held_out]
     chosen = _spread(batches or held_out)
     blocks = find_blocks(model, info, method.layers)
     losses: list[Tensor] = []
 
-    def look(batch: Batch) -> None:
+    def compute_loss(batch: Batch) -> None:
         target = student.original(batch).float()
         losses.append((student(batch).float() - target).square().sum())
 
     with frozen(model, recipe.gradient_checkpointing), Student(model, blocks, method, *_zeros(info, method)) as student:
-        look(_small(chosen))
+        compute_loss(_small(chosen))
         losses.pop().backward()
         return_freed()
         forward, backward = 0.0, 0.0
         for batch in chosen:
-            forward += _timed(device, partial(look, batch))
+            forward += _timed(device, partial(compute_loss, batch))
             backward += _timed(device, losses.pop().backward)
             return_freed()
         optimizer = torch.optim.Adam(student.parameters())
-        optimizer.step()  # makes its state
+        optimizer.step()  # allocates its state
         update = _timed(device, optimizer.step)
     rate = forward / _padded(chosen)
-    looks = left.looks * rate * _padded(held_out)
-    return (rate + backward / _padded(chosen)) * _padded(batches) + len(left.steps) * update + looks
+    evaluating = remaining.evaluations * rate * _padded(held_out)
+    training = (rate + backward / _padded(chosen)) * _padded(batches)
+    return training + len(remaining.steps) * update + evaluating
 
 
 def _spread(batches: Sequence[Batch]) -> list[Batch]:
-    """PROBES of them, from the largest to the smallest."""
+    """PROBES of the batches, spread over their sizes."""
     ordered = sorted(batches, key=lambda b: b.num_padded)
     return [ordered[len(ordered) * (2 * i + 1) // (2 * PROBES)] for i in range(PROBES)]
 
 
 def _small(batches: Sequence[Batch]) -> Batch:
-    """To warm up with: one sample, the shortest."""
+    """A batch to warm up with: the shortest sample alone."""
     shortest = min((s for batch in batches for s in batch.samples), key=lambda s: len(s.ids))
     return Batch([shortest], False, batches[0].device)
 

@@ -3,24 +3,20 @@
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from caprese_distill.card import make_card, write_card
-from caprese_distill.cli import distill
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows
-
-WriteRows = Callable[[list[dict[str, Any]]], Path]
+from tests.support.distill import WriteRows, make_rows, run_distill
 
 
 @pytest.fixture
 def output(model_dir: Callable[[str], Path], write_rows: WriteRows, tmp_path: Path) -> Path:
     path = tmp_path / "out" / "a.safetensors"
-    distill(str(model_dir("llama")), str(write_rows(make_rows(12))), path, rank=8, epochs=2)
+    run_distill(str(model_dir("llama")), str(write_rows(make_rows(12))), path, rank=8, epochs=2)
     return path
 
 

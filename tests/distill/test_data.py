@@ -7,7 +7,7 @@ import torch
 
 from caprese_distill.data.samples import Row, Sample, encode, split
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
+from tests.support.distill import make_samples
 from tests.support.models import BOS, EOS, make_tokenizer
 
 

@@ -15,23 +15,22 @@ import pytest
 from transformers import AutoConfig
 
 import caprese_distill.data.generate as module
-from caprese_distill.cli import INSTRUCTION, Device, Stage, distill
+from caprese_distill.config import INSTRUCTION
 from caprese_distill.data.generate import (
     Generation,
     cache_path,
     generate_samples,
     model_identity,
     responses_path,
-    sampling_of,
+    sampling_parameters,
 )
 from caprese_distill.data.samples import Row, encode
 from caprese_distill.data.sources import read_source
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows
+from tests.support.distill import ModelDir, make_rows, run_distill
 from tests.support.models import EOS, make_model, make_tokenizer
 
-ModelDir = Callable[[str], Path]
 ENGINE = {"enforce_eager": True, "max_num_seqs": 4}
 
 
@@ -106,7 +105,7 @@ def test_a_killed_engine_goes_on_to_the_same_rows(
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(CapreseError, match=r"found exit code -9: .*goes on from the \d+ responses that are there"):
+    with pytest.raises(CapreseError, match=r"found exit code -9: .*continues from the \d+ responses made so far"):
         ask(output, rows)
     killer.join()
     there = cache.read_text().count("\n") - 1
@@ -256,7 +255,7 @@ def test_sampling_is_the_models_own(
 ) -> None:
     if own is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    assert sampling_of(str(tmp_path), temperature) == expected
+    assert sampling_parameters(str(tmp_path), temperature) == expected
 
 
 def test_models_are_told_apart(tmp_path: Path) -> None:
@@ -292,10 +291,10 @@ def test_the_command_learns_from_what_was_generated(
     )
     data, output = tmp_path / "problems.jsonl", tmp_path / "a.safetensors"
     data.write_text("".join(json.dumps({"question": row.prompt}) + "\n" for row in prompts(6)))
-    settings: dict[str, Any] = {"rank": 4, "stage": Stage.layer_wise, "device": Device.cpu, "max_length": 100}
+    settings: dict[str, Any] = {"rank": 4, "stage": "layer-wise", "device": "cpu", "max_length": 100}
 
     def run(**more: Any) -> None:
-        distill(str(model_dir("llama")), str(data), output, generate=True, **settings, **more)
+        run_distill(str(model_dir("llama")), str(data), output, generate=True, **settings, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Adapters, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -306,7 +305,7 @@ def test_the_command_learns_from_what_was_generated(
     fake_child(monkeypatch, "sys.exit('started again')")
     capsys.readouterr()
     run(density=0.25)
-    assert "6 of 6 responses are there already" in " ".join(capsys.readouterr().err.split())
+    assert "6 of 6 responses were made before" in " ".join(capsys.readouterr().err.split())
     told = Adapters.load(output).config.training
     assert told["data"]["generated"] == {
         "sampling": {"temperature": 0.0},
@@ -321,7 +320,7 @@ def test_the_command_learns_from_what_was_generated(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name, "README.md"])
     rows = read_source(kept, instruction=INSTRUCTION).rows
     assert [row.prompt for row in rows] == [f"{INSTRUCTION}\n{row.prompt}" for row in prompts(6)]
-    distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)
+    run_distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)
 
 
 def test_a_full_disk_keeps_the_cache(

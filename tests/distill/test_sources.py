@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from caprese_distill.cli import INSTRUCTION
+from caprese_distill.config import INSTRUCTION
 from caprese_distill.data.sources import read_source
 from caprese_kernels.errors import CapreseError
 
