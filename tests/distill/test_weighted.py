@@ -1,6 +1,5 @@
 """The weighted closed form against gradients of each sample alone, taken without hooks; and resumption to the bit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_select, griffin_statistic
-from tests.support.distill import ModelDir, make_rows, make_samples, run_distill
+from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples, run_command
 
 LAYERS, DENSITY = [0, 2], 0.3
 
@@ -89,7 +88,7 @@ def test_weights_are_the_gradients_of_each_sample_alone(
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)
     monkeypatch.setattr("caprese_distill.layer_wise.weighted.LOGIT_ROWS", 7)
     model, samples = load(model_dir, name), make_samples(20)
-    info, resolved, initial = first_stage(model, samples, method)
+    _, _, initial = first_stage(model, samples, method)
     state = run_weighted_pass(model, samples, initial, gradient_checkpointing=checkpointing)
     parts = [[run_alone(model, s, method, initial) for s in part] for part in split(samples)]
     for i in LAYERS:
@@ -163,7 +162,7 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 80)
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     model, samples, resume = load(model_dir, "qwen2"), make_samples(12), tmp_path / "r"
-    info, method, initial = first_stage(model, samples)
+    _, _, initial = first_stage(model, samples)
     whole = distill_weighted(model, samples, initial)
     save, deaths = checkpoint.save, 0
 
@@ -189,22 +188,21 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
     assert not torch.equal(other.left[2], whole.left[2])
 
 
-def test_the_command_weights(model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, output = tmp_path / "data.jsonl", tmp_path / "a.safetensors"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(22)))
-    options = {"method": "cats", "rank": 8, "device": "cpu"}
-    run_distill(str(model_dir("llama")), str(data), output, weighting="gradient", **options)
+def test_the_command_weights(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
+    data, output = write_rows(make_rows(22)), tmp_path / "a.safetensors"
+    words = [str(model_dir("llama")), "--data", str(data), "--output", str(output), "--method", "cats", "--rank", "8"]
+    code, shown, _ = run_command(*words, "--device", "cpu", "--weighting", "gradient")
+    assert code == 0
     told = Adapters.load(output).config.training
     assert (told["weighting"], told["stage"]) == ("gradient", "end-to-end")
     assert "--weighting gradient" in told["command"]
     assert "closed-form, weighted by the gradient" in (tmp_path / "README.md").read_text()
-    assert "closed-form, weighted by the gradient" in " ".join(capsys.readouterr().out.split())
-    assert not list(tmp_path.glob(".*"))
+    assert "closed-form, weighted by the gradient" in " ".join(shown.split())
 
 
 def test_a_gradient_that_is_not_finite_is_told(model_dir: ModelDir) -> None:
     model, samples = load(model_dir, "llama"), make_samples(5)
-    info, method, initial = first_stage(model, samples)
+    _, _, initial = first_stage(model, samples)
     with torch.no_grad():
         model.get_output_embeddings().weight[3, 5] = float("nan")
     with pytest.raises(CapreseError, match=r"gradient at layer \d: expected finite values; found NaN or Inf, samples"):
