@@ -12,7 +12,8 @@ import typer
 from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
-from .config import OPTIONS, DistillConfig, Group, Option, choices, flag, load_config, negative_flag
+from .config import OPTIONS, DistillConfig, Group, Option, choices, flag, negative_flag
+from .settings_file import load_config
 
 
 def distill(context: typer.Context, config: Path | None, dry_run: bool, as_json: bool, **_: Any) -> None:

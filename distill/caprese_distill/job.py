@@ -34,7 +34,6 @@ from .data.generate import Generated, Generation, generate_samples
 from .data.samples import Sample, encode
 from .data.sources import Source, read_source
 from .end_to_end.train import Recipe, default_learning_rate
-from .estimate import check_disk, check_memory, estimate_memory, estimate_seconds
 from .layer_wise.adam import AdamSettings
 from .loading import (
     find_device,
@@ -45,12 +44,14 @@ from .loading import (
     max_sample_tokens,
     stored_dtype,
 )
+from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
 from .progress import progress_bar
 from .result import Result
 from .scale.cluster import Cluster, connect
 from .scale.ray_training import Workers
 from .stages import clean_up, held_bytes, remaining_work, run_stages, save, scratch_path
+from .timing import estimate_seconds
 from .work import Work
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .data.samples import split
 from .end_to_end.train import steps_of
-from .estimate import Memory, peak_memory
+from .memory import Memory, peak_memory
 from .work import Work
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from .estimate import Memory, gib
+from .memory import Memory, gib
 from .plan import DistillationPlan, Estimate, ResourceUsage
 from .result import Result
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from caprese_distill import DistillConfig, Result, cli, distill
-from caprese_distill.config import OPTIONS, Group, flag, load_config, negative_flag, read_settings
+from caprese_distill.config import OPTIONS, Group, flag, negative_flag
+from caprese_distill.settings_file import load_config, read_settings
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.terminal import Verbosity, set_verbosity, verb
 from tests.support.distill import ModelDir, WriteRows, make_rows, run_command

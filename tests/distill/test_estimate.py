@@ -16,16 +16,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from caprese_distill import checkpoint, estimate, job
+from caprese_distill import checkpoint, job, timing
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, make_batches, pack
 from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, steps_of
-from caprese_distill.estimate import check_disk, check_memory, estimate_memory, estimate_seconds
 from caprese_distill.layer_wise.closed_form import Pass, run_pass
 from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_model, load_skeleton, stored_dtype
+from caprese_distill.memory import check_disk, check_memory, estimate_memory
 from caprese_distill.stages import clean_up, held_bytes, remaining_work, run_stages
 from caprese_distill.student import Student, frozen
+from caprese_distill.timing import estimate_seconds
 from caprese_distill.work import RemainingWork, Work
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
@@ -278,7 +279,7 @@ def test_time_is_scaled_from_what_is_timed(model_dir: ModelDir, monkeypatch: pyt
         work()
         return 1.0
 
-    monkeypatch.setattr(estimate, "_timed", one_second)
+    monkeypatch.setattr(timing, "_timed", one_second)
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)
     (model, info, method), samples, recipe = load(model_dir("llama")), make_samples(30), Recipe(1e-3, 8, 2)
     batches, steps = make_batches(samples, CPU), steps_of(samples[:27], recipe)

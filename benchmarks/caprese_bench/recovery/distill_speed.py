@@ -98,8 +98,8 @@ def measure(
     from caprese_distill.blocks import resolve_method
     from caprese_distill.data.samples import split
     from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end
-    from caprese_distill.estimate import peak_memory
     from caprese_distill.layer_wise.closed_form import distill_layer_wise
+    from caprese_distill.memory import peak_memory
 
     info, resolved = resolve_method(config, arch, method, 0.5, rank)
     rows: list[Row] = []
