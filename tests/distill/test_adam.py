@@ -41,14 +41,14 @@ def pairs(state: Descent) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def same(a: Descent, b: Descent) -> bool:
-    """Every bit but the clock's."""
+    """Whether all is equal to the bit, except times."""
     (found, progress), (expected, other) = a.snapshot(), b.snapshot()
     counts = all(progress[key] == other[key] for key in ("step", "batches", "tokens"))
     return found.keys() == expected.keys() and counts and all(torch.equal(found[k], expected[k]) for k in found)
 
 
 def test_the_gradient_is_that_of_equation_7() -> None:
-    """dL = 2 X'(X L R - E) R' and dR = 2 (X L)'(X L R - E), added over two lots of rows, in float64."""
+    """dL = 2 X'(X L R - E) R' and dR = 2 (X L)'(X L R - E), added over two groups of rows, in float64."""
     torch.manual_seed(0)
     x, e = torch.randn(2, 90, 12, dtype=torch.float64)
     layer = LowRank(12, 3, torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_equation_7() -> None:
 
 
 def test_the_schedule() -> None:
-    """2% of 100 steps rise, then a line to zero; however few the steps, each has a rate above zero."""
+    """The rate rises for 2% of 100 steps, then falls linearly to zero; with few steps, each has a rate above zero."""
     settings = AdamSettings()
     assert (settings.lr, settings.batch, settings.epochs, settings.warmup) == (1e-3, 128, 20, 0.02)  # Table 6
     rates = [linear_schedule(step, 100, settings.warmup) for step in range(100)]
@@ -175,14 +175,14 @@ def test_errors_are_those_of_the_adapters_stored(model_dir: ModelDir, dtype: tor
     settings = AdamSettings(lr=1e-2, batch=9, epochs=3)
     adapters = distill_layer_wise(model, samples, info, method, adam=settings)
     assert adapters.dtype == dtype
-    told = adapters.config.training
-    assert (told["solver"], told["samples"], told["samples_held_out"]) == ("adam", 20, 2)
-    assert told["adam"] == {"lr": 1e-2, "batch": 9, "epochs": 3, "warmup": 0.02, "seed": 0}
-    assert told["tokens"] == sum(s.num_rows for s in samples)
-    assert 0 <= told["seconds_training"] <= told["seconds"]
+    training = adapters.config.training
+    assert (training["solver"], training["samples"], training["samples_held_out"]) == ("adam", 20, 2)
+    assert training["adam"] == {"lr": 1e-2, "batch": 9, "epochs": 3, "warmup": 0.02, "seed": 0}
+    assert training["tokens"] == sum(s.num_rows for s in samples)
+    assert 0 <= training["seconds_training"] <= training["seconds"]
     moments = run_pass(model, samples, info, method)
     for i in method.layers:
-        errors = told["errors"][str(i)]
+        errors = training["errors"][str(i)]
         assert errors["ridge"] is None
 
         def remaining(sums: Moments, layer: int = i) -> float:
@@ -219,7 +219,7 @@ def test_layers_are_independent(model: Any) -> None:
         assert torch.equal(a, b)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_to_the_same_bits(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after every checkpoint, and in the middle of a step and of the errors' pass."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(model: Any, tmp_path: Path, monke
         assert parts.seconds >= parts.seconds_training > 0
 
 
-def test_the_checkpoint_of_another_run_is_left_aside(
+def test_the_checkpoint_of_another_run_is_ignored(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
@@ -262,20 +262,20 @@ def test_the_checkpoint_of_another_run_is_left_aside(
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     resume = tmp_path / "r"
 
-    def told() -> str:
+    def printed() -> str:
         return capsys.readouterr().out.split("checkpoint ", 1)[1]
 
     descend(model, samples, info, method, settings, resume)
     descend(model, samples, info, method, settings, resume, console)
-    assert "going on after step" in told()
+    assert "going on after step" in printed()
     descend(model, samples, info, method, replace(settings, lr=1e-2), resume, console)
-    assert "it belongs to a run with other Adam settings; starting anew" in told()
+    assert "it belongs to a run with other Adam settings; starting anew" in printed()
     descend(model, samples, info, replace(method, rank=3), replace(settings, lr=1e-2), resume, console)
-    assert "it belongs to a run with other rank; starting anew" in told()
+    assert "it belongs to a run with other rank; starting anew" in printed()
     run_pass(model, samples, info, method, resume, console)
-    assert "it belongs to a run with other solver; starting anew" in told()
+    assert "it belongs to a run with other solver; starting anew" in printed()
     descend(model, samples, info, method, settings, resume, console)
-    assert "it belongs to a run with other solver, rank, Adam settings; starting anew" in told()
+    assert "it belongs to a run with other solver, rank, Adam settings; starting anew" in printed()
 
 
 def test_divergence_names_the_layer_and_the_rate(model: Any) -> None:
@@ -302,7 +302,7 @@ def test_density_one_gives_zero_adapters(model: Any) -> None:
     assert not any(t.any() for t in adapters.tensors().values())
 
 
-def test_another_solvers_first_stage_is_not_taken_over(
+def test_the_layer_wise_stage_of_another_solver_is_not_reused(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer-wise adapters that a killed end-to-end run left belong to one solver and its settings."""
@@ -331,8 +331,8 @@ def test_the_command(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path)
     result = CliRunner().invoke(app, [*words, "--layer-wise-learning-rate", "0.01", "--seed", "3", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "layer-wise by adam" in " ".join(result.output.split())
-    told = Adapters.load(output).config.training
-    assert told["adam"] == {"lr": 0.01, "batch": 7, "epochs": 3, "warmup": 0.02, "seed": 3}
-    assert "--layer-wise-learning-rate 0.01 --layer-wise-batch 7 --layer-wise-epochs 3" in told["command"]
-    assert all(0 < errors["remaining"] < 1 for errors in told["errors"].values())
+    training = Adapters.load(output).config.training
+    assert training["adam"] == {"lr": 0.01, "batch": 7, "epochs": 3, "warmup": 0.02, "seed": 3}
+    assert "--layer-wise-learning-rate 0.01 --layer-wise-batch 7 --layer-wise-epochs 3" in training["command"]
+    assert all(0 < errors["remaining"] < 1 for errors in training["errors"].values())
     assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.safetensors"]

@@ -47,11 +47,11 @@ def test_it_says_what_the_adapter_is(output: Path) -> None:
     for epoch, error in enumerate(training["end_to_end"]["held_out_errors"]):
         assert f"| {epoch} | {error:.3%} |" in lines
     assert training["command"] in lines
-    for told in (training["data"]["sha256"], training["versions"]["torch"], "; was "):
-        assert told in body
+    for fact in (training["data"]["sha256"], training["versions"]["torch"], "; was "):
+        assert fact in body
 
 
-def test_what_is_not_ours_stays(output: Path) -> None:
+def test_other_files_are_not_overwritten(output: Path) -> None:
     adapters, readme, named = Adapters.load(output), output.parent / "README.md", output.with_name("a.md")
     readme.write_text(readme.read_text().replace("density", "old"))
     assert write_card(adapters, output) == readme  # ours: written again
@@ -67,7 +67,7 @@ def test_what_is_not_ours_stays(output: Path) -> None:
     assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.md", "a.safetensors", "b.md"]
 
 
-def test_a_full_disk_is_told(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, *_: object, **__: object) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Several workers, here processes of this machine under a real Ray: the same adapters, whoever dies on the way."""
+"""Several workers, here processes of this machine under a real Ray: the same adapters, whichever worker dies."""
 
 import io
 import os
@@ -38,7 +38,7 @@ HALF = {"CPU": 0.5}
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
-    """Three CPUs, whatever the machine has."""
+    """Ray with three CPUs, however many the machine has."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
@@ -55,7 +55,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def load(path: Path, mark: Path | None = None, deaths: int = 0, at: int = 3) -> Any:
-    """The model; the first `deaths` processes that come to its batch `at` die there as of kill -9, leaving a mark."""
+    """The model; the first `deaths` processes that reach its batch `at` die there as by kill -9, leaving a mark."""
     torch.set_num_threads(1)
     checkpoint.CHECKPOINT_SECONDS = 0.0
     model = AutoModelForCausalLM.from_pretrained(path)
@@ -111,7 +111,7 @@ def test_more_workers_than_cpus_are_refused() -> None:
     ("nodes", "workers", "threads"), [([8], 3, 2), ([8, 8], 3, 4), ([8, 8], 2, 8), ([16, 4], 4, 4), ([3, 1], 4, 1)]
 )
 def test_a_workers_cpus_are_on_one_node(nodes: list[int], workers: int, threads: int) -> None:
-    """Else Ray would wait for such a node."""
+    """Otherwise Ray would wait for such a node."""
     assert cluster.threads_of(nodes, workers, sum(nodes)) == threads
 
 
@@ -137,7 +137,7 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
     assert adapters.config.training.keys() == expected.config.training.keys()
 
 
-def test_a_killed_run_goes_on_after_its_last_shard(
+def test_a_killed_run_continues_after_its_last_shard(
     model_dir: ModelDir,
     samples: list[Sample],
     three: cluster.Pool,
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On workers to the same bits; and without them: how many they are is no part of what a checkpoint belongs to."""
+    """On workers to the same bits, and also without them: a checkpoint does not depend on the number of workers."""
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     info, method = resolve_method(model.config, "m", "cats", 0.3, 8)
     resume, save, deaths = tmp_path / "resume", checkpoint.save, 0
@@ -166,8 +166,8 @@ def test_a_killed_run_goes_on_after_its_last_shard(
                 deaths += 1
         if deaths == 4:
             alone = layerwise.run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
-            told = f"going on after batch {sum(map(len, parts[:4]))}\n"
-            assert told in capsys.readouterr().err
+            printed = f"going on after batch {sum(map(len, parts[:4]))}\n"
+            assert printed in capsys.readouterr().err
             assert_equal(alone, whole, rtol=1e-14)  # as above
             resume.unlink()
     assert deaths == 4 + len(parts)
@@ -236,16 +236,16 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).eval()
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
     initial = layerwise.distill_layer_wise(model, samples, info, method)
-    recipe, told, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
+    recipe, printed, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
     one = distill_end_to_end(model, samples, initial, recipe)
-    work, console = Work(samples, info, method, recipe), Console(file=told, width=200)
+    work, console = Work(samples, info, method, recipe), Console(file=printed, width=200)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1, at=12)
     ctrl_c = signal.getsignal(signal.SIGINT)
     cluster_of_two = cluster.Cluster(Workers(dying, 2, HALF, tmp_path))
     two = cluster_of_two.end_to_end(work, initial, tmp_path / "resume", console, seen)
     assert signal.getsignal(signal.SIGINT) is ctrl_c  # Ray Train would keep it for itself
     assert len(list(tmp_path.glob("dead.*"))) == 1
-    first = re.search(r"going on after step (\d) of 8", told.getvalue())
+    first = re.search(r"going on after step (\d) of 8", printed.getvalue())
     assert first
     assert int(first[1]) > 0
     assert {step for name, _, step in seen.scalars if name == "loss"} == set(range(1, 9))
@@ -260,7 +260,7 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
             assert (a - b).norm() < 1e-2 * (a - begun).norm()
 
 
-def test_processes_that_see_different_checkpoints_are_told() -> None:
+def test_processes_that_see_different_checkpoints_raise() -> None:
     class Other(RankContext):
         """A second process, which is at step 5."""
 
@@ -280,7 +280,7 @@ def test_processes_that_see_different_checkpoints_are_told() -> None:
 
 @dataclass
 class Written:
-    """What end_to_end writes for TensorBoard."""
+    """The scalars that training writes for TensorBoard."""
 
     scalars: list[tuple[str, float, int]]
 

@@ -1,4 +1,4 @@
-"""The command: adapters on disk, resumption, and every mistake told in one line."""
+"""From settings to adapters on disk: resumption, and a one-line error for every mistake."""
 
 import errno
 import subprocess
@@ -49,22 +49,22 @@ def test_the_command_writes_adapters(
     assert adapters.config.layers == layers
     assert str(adapters.dtype) == f"torch.{dtype}"
     assert adapters.config.base_model.name_or_path == str(model_dir(name))
-    told = adapters.config.training
-    assert (told["stage"], told["solver"], told["samples"], told["samples_held_out"]) == (
+    training = adapters.config.training
+    assert (training["stage"], training["solver"], training["samples"], training["samples_held_out"]) == (
         "layer-wise",
         "closed-form",
         22,
         2,
     )
-    assert told["tokens"] > 22 * 20
-    assert told["data"]["file"] == "data.jsonl"
-    assert len(told["data"]["sha256"]) == 64
-    assert told["data"]["instruction"] == "Please reason step by step."
+    assert training["tokens"] > 22 * 20
+    assert training["data"]["file"] == "data.jsonl"
+    assert len(training["data"]["sha256"]) == 64
+    assert training["data"]["instruction"] == "Please reason step by step."
     assert "data.jsonl: 22 of 22 rows, prompts from 'prompt', responses from 'response'" in result.output
-    assert told["command"].startswith("caprese distill ")
-    assert set(told["versions"]) == {"torch", "transformers", "python"}
-    assert list(told["errors"]) == [str(i) for i in layers]
-    for errors in told["errors"].values():
+    assert training["command"].startswith("caprese distill ")
+    assert set(training["versions"]) == {"torch", "transformers", "python"}
+    assert list(training["errors"]) == [str(i) for i in layers]
+    for errors in training["errors"].values():
         assert 0 < errors["remaining"] < 1
         assert errors["error_after"] == pytest.approx(errors["remaining"] * errors["error_before"])
     assert "remaining" in result.output
@@ -98,7 +98,7 @@ def test_a_linear_error_is_recovered(model_dir: ModelDir, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
+def test_an_interrupted_run_continues_to_the_same_bits(
     model_dir: ModelDir,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -176,7 +176,7 @@ def test_moments_resume_to_the_bit_from_any_batch(
         assert torch.equal(whole.fit[i].rows, parts.fit[i].rows)
 
 
-def test_a_damaged_checkpoint_is_left_aside(
+def test_a_damaged_checkpoint_is_ignored(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "a.safetensors"
@@ -237,7 +237,7 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"data": Path("/no/such.jsonl")}, "expected a readable file; found No such file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_raise_one_line_errors(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, options: dict[str, Any], match: str
 ) -> None:
     given = {
@@ -263,7 +263,7 @@ def test_no_sample_is_longer_than_the_model_has_positions(
 def test_mistakes_leave_nothing_behind(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even a directory; those found before the model's weights are read do not read them."""
+    """Not even a directory; and mistakes found before the model's weights are needed do not read them."""
     output, data = tmp_path / "new" / "a.safetensors", write_rows(make_rows(6))
     broken = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     broken.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("inf")
@@ -286,10 +286,10 @@ def test_mistakes_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("stage", ["layer-wise", "end-to-end"])
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_a_full_disk_raises_and_leaves_nothing(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, stage: str
 ) -> None:
-    """The system itself refuses to write more than a page to any file, as a full disk would."""
+    """The system refuses to write more than a page to any file, as a full disk would."""
     output = tmp_path / "new" / "a.safetensors"
     words = ["distill", str(model_dir("llama")), "--data", str(write_rows(make_rows(6))), "--output", str(output)]
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -304,7 +304,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert not list(output.parent.iterdir())
 
 
-def test_a_checkpoint_that_finds_no_room(
+def test_a_checkpoint_without_room(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: object, path: Path, **__: object) -> None:
@@ -334,7 +334,7 @@ def test_unloadable_models(model_dir: ModelDir, write_rows: WriteRows, tmp_path:
         run_distill(str(empty), data, tmp_path / "a", rank=4)
 
 
-def test_missing_weights_are_not_made_up(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}
     model.save_pretrained(tmp_path / "m", state_dict=state)

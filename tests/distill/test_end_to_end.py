@@ -1,4 +1,4 @@
-"""End-to-end training: what it trains, in which order, and that a killed run goes on to the same bits."""
+"""End-to-end training: what it trains, in which order, and that a killed run continues to the same bits."""
 
 import os
 import signal
@@ -58,12 +58,12 @@ def test_a_linear_error_is_learnt(tmp_path: Path) -> None:
     best = distill_end_to_end(model, samples, initial, Recipe(1e-6, epochs=1))
     initial.left[0], initial.right[0] = torch.randn(64, 8) / 8, torch.zeros(8, 64)
     adapters = distill_end_to_end(model, samples, initial, Recipe(2e-2, batch=8, epochs=12))
-    told = adapters.config.training
-    errors = told["end_to_end"]["held_out_errors"]
+    training = adapters.config.training
+    errors = training["end_to_end"]["held_out_errors"]
     assert len(errors) == 13
     assert best.config.training["end_to_end"]["held_out_errors"][0] < 1e-4 * errors[0]  # the closed form's
     assert errors[-1] < 0.1 * errors[0]
-    assert (told["stage"], told["end_to_end"]["steps"]) == ("end-to-end", 12 * 12)
+    assert (training["stage"], training["end_to_end"]["steps"]) == ("end-to-end", 12 * 12)
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -71,7 +71,7 @@ def test_a_linear_error_is_learnt(tmp_path: Path) -> None:
 
 
 def test_the_held_out_error_is_that_of_the_samples_held_out(model_dir: ModelDir) -> None:
-    """Computed anew, a sample at a time, for the initial and the final adapters."""
+    """Recomputed, one sample at a time, for the initial and the final adapters."""
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(40)
     info, method, initial = layer_wise(model, samples, "griffin")
     final = distill_end_to_end(model, samples, initial, RECIPE)
@@ -85,8 +85,8 @@ def test_the_held_out_error_is_that_of_the_samples_held_out(model_dir: ModelDir)
             pairs = [(student.original(b), student(b)) for b in (Batch([s], True) for s in held_out)]
         lost = sum(float((a - b).square().sum()) for a, b in pairs)
         errors.append(lost / sum(float(a.square().sum()) for a, _ in pairs))
-    told = final.config.training["end_to_end"]["held_out_errors"]
-    assert [told[0], told[-1]] == pytest.approx(errors, rel=1e-4)
+    recorded = final.config.training["end_to_end"]["held_out_errors"]
+    assert [recorded[0], recorded[-1]] == pytest.approx(errors, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
@@ -231,7 +231,7 @@ def test_resumed_to_the_bit_from_any_step(model_dir: ModelDir, tmp_path: Path, m
     assert whole.config.training["end_to_end"][key] == parts.config.training["end_to_end"][key]
 
 
-def test_a_checkpoint_of_other_settings_is_left_aside(
+def test_a_checkpoint_of_other_settings_is_ignored(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rich.console import Console
@@ -253,7 +253,7 @@ def test_a_loss_that_is_no_number_is_refused(model_dir: ModelDir) -> None:
 
 
 def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
-    """kill -9 in the end-to-end stage: the same command goes on there, and writes the bits of an undisturbed run."""
+    """kill -9 in the end-to-end stage: the same command continues there, and writes the bits of an undisturbed run."""
     data, model = write_rows(make_rows(120)), str(model_dir("llama"))
     code = (
         "import torch; torch.set_num_threads(1)\n"
@@ -277,9 +277,9 @@ def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not parts.exists()
-    told = subprocess.run(command(parts), check=True, capture_output=True, timeout=120, text=True).stderr
-    assert "layer-wise stage: done before" in " ".join(told.split())
-    assert "going on after step" in " ".join(told.split())
+    printed = subprocess.run(command(parts), check=True, capture_output=True, timeout=120, text=True).stderr
+    assert "layer-wise stage: done before" in " ".join(printed.split())
+    assert "going on after step" in " ".join(printed.split())
     first, second = load_file(whole), load_file(parts)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not list(tmp_path.glob(".*"))

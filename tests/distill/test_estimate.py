@@ -1,4 +1,4 @@
-"""The plan: memory against what is really allocated, time by its formula, and nothing written or changed."""
+"""The plan: memory against what is really allocated, time by its formula; nothing is written or changed."""
 
 import math
 import os
@@ -66,7 +66,7 @@ def allocated(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, method: str, dtype: str) -> None:
-    """Weights, moments, L and R, gradients, Adam and files: to the byte, from shapes alone."""
+    """Weights, moments, L and R, gradients, Adam and files: exact to the byte, from shapes alone."""
     model, info, resolved = load(model_dir("qwen2"), method, dtype=getattr(torch, dtype))
     config = AutoConfig.from_pretrained(model_dir("qwen2"))
     skeleton = load_skeleton("m", config, dtype)
@@ -102,7 +102,7 @@ def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, meth
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_near_what_is_allocated(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
-    """Arithmetic of a layer's operations is not exact; of the total, which weights dominate, it is a small part."""
+    """The arithmetic of a layer's operations is not exact, but weights dominate the total."""
     model, info, resolved = load(make_model("llama", tmp_path, intermediate_size=512), method, dtype=dtype)
     samples, recipes = (
         make_samples(24, longest=120),
@@ -197,7 +197,7 @@ def test_what_is_left_of_a_killed_run(
     monkeypatch.setattr(checkpoint, "save", dying)
 
     def run(times: int) -> None:
-        """Every run dies after one batch, or one step."""
+        """Each run dies after one batch, or one step."""
         for _ in range(times):
             with pytest.raises(KeyboardInterrupt):
                 run_stages(model, work, output)
@@ -212,7 +212,7 @@ def test_what_is_left_of_a_killed_run(
     assert left() == (0, 0, steps - 1, 2, True)
     run(steps // 2 - 1)  # to the end of the first of two epochs
     assert left() == (0, 0, steps // 2, 1, True)
-    other = replace(work, recipe=Recipe(2e-3, 4, 2))  # starts its training anew
+    other = replace(work, recipe=Recipe(2e-3, 4, 2))  # starts its training again
     assert len(remaining_work(model, other, output).steps) == steps
     assert len(remaining_work(model, replace(work, samples=make_samples(11)), output).batches) > 0
 
@@ -220,7 +220,7 @@ def test_what_is_left_of_a_killed_run(
 def test_what_is_left_of_a_killed_weighted_run(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unweighted, weighted, end to end: none is done twice, and the result is that of a run never killed."""
+    """Unweighted, weighted, end to end: none is repeated, and the result is that of an undisturbed run."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
     (model, info, method), samples = load(model_dir("llama")), make_samples(12)
     recipe, output, batches = Recipe(1e-3, 4, 2), tmp_path / "a", len(make_batches(samples, CPU))
@@ -273,7 +273,7 @@ def test_what_is_left_of_a_killed_weighted_run(
 
 
 def test_time_is_scaled_from_what_is_timed(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock by which everything takes a second, the estimate is arithmetic."""
+    """With a clock on which everything takes a second, the estimate is arithmetic."""
 
     def one_second(_: torch.device, work: Callable[[], object]) -> float:
         work()
@@ -353,8 +353,8 @@ class _Little:
     available = 1
 
 
-def test_a_run_tells_what_it_took(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
-    """In a process of its own, whose peak is that of this run alone."""
+def test_a_run_reports_what_it_took(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
+    """In a separate process, whose peak is that of this run alone."""
     output = tmp_path / "out" / "a.safetensors"
     words = [str(model_dir("llama")), "--data", str(write_rows(make_rows(12))), "--output", str(output)]
     code = f"import sys; sys.argv[1:] = {['distill', *words, '--rank', '8', '--epochs', '1']!r}\n"

@@ -1,4 +1,4 @@
-"""Responses made by vLLM: a real engine in a child process, killed and gone on from; and every failure told."""
+"""Responses made by vLLM: a real engine in a child process, killed and resumed; and an error for every failure."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[
     assert all(process.poll() is not None for process in started)
 
 
-def test_a_killed_engine_goes_on_to_the_same_rows(
+def test_a_killed_engine_continues_to_the_same_rows(
     ask: Callable[..., module.Generated], children: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     rows, tokenizer = prompts(24), make_tokenizer()
@@ -129,13 +129,13 @@ def test_a_killed_engine_goes_on_to_the_same_rows(
     assert [row.prompt for row in read] == [row.prompt for row in rows]
     assert not any(row.response.endswith(EOS) for row in read)
     for sample, again in zip(parts.samples, encode(tokenizer, read, 10_000)[0], strict=True):
-        told = tokenizer.decode(again.ids)
-        assert told.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
+        text = tokenizer.decode(again.ids)
+        assert text.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
 
 
 def fake_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """A child that runs `code`, with the job as `job` and one line of standard output by `tell`."""
-    head = "import json, sys; job = json.load(open(sys.argv[1]))\ndef tell(**m): print(json.dumps(m), flush=True)\n"
+    """A child that runs `code`, with the job as `job`; `send` writes a line of standard output."""
+    head = "import json, sys; job = json.load(open(sys.argv[1]))\ndef send(**m): print(json.dumps(m), flush=True)\n"
     popen = subprocess.Popen
     monkeypatch.setattr(
         module.subprocess,
@@ -149,11 +149,11 @@ def test_errors_of_the_child(
 ) -> None:
     output = tmp_path / "a.safetensors"
     with monkeypatch.context() as patch:
-        fake_child(patch, "tell(error={'what': 'disk', 'expected': 'a', 'found': 'b', 'fix': 'c'})")
+        fake_child(patch, "send(error={'what': 'disk', 'expected': 'a', 'found': 'b', 'fix': 'c'})")
         with pytest.raises(CapreseError, match=r"^disk: expected a; found b; c$"):
             ask(output, prompts(2))
     with monkeypatch.context() as patch:
-        fake_child(patch, "tell(done=0, tokens=0)\nprint('one\\ntwo', file=sys.stderr); sys.exit(3)")
+        fake_child(patch, "send(done=0, tokens=0)\nprint('one\\ntwo', file=sys.stderr); sys.exit(3)")
         with pytest.raises(CapreseError, match=r"exit code 3: one \| two"):
             ask(output, prompts(2))
     with monkeypatch.context() as patch:
@@ -258,7 +258,7 @@ def test_sampling_is_the_models_own(
     assert sampling_parameters(str(tmp_path), temperature) == expected
 
 
-def test_models_are_told_apart(tmp_path: Path) -> None:
+def test_models_are_distinguished(tmp_path: Path) -> None:
     first, copy, other = (make_model("llama", tmp_path / n, seed=seed) for n, seed in (("a", 0), ("b", 0), ("c", 1)))
     config = AutoConfig.from_pretrained(first)
     assert model_identity(str(first), config) == model_identity(str(copy), config) != model_identity(str(other), config)
@@ -282,7 +282,7 @@ def test_the_child_ends_with_its_parent() -> None:
 def test_the_command_learns_from_what_was_generated(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A kill after the responses costs none of them; they stay beside the adapter, and can be read again."""
+    """A kill after the responses loses none of them; they stay beside the adapter, and --data reads them."""
     fake_child(
         monkeypatch,
         "out = open(job['output'], 'a')\n"
@@ -306,16 +306,16 @@ def test_the_command_learns_from_what_was_generated(
     capsys.readouterr()
     run(density=0.25)
     assert "6 of 6 responses were made before" in " ".join(capsys.readouterr().err.split())
-    told = Adapters.load(output).config.training
-    assert told["data"]["generated"] == {
+    training = Adapters.load(output).config.training
+    assert training["data"]["generated"] == {
         "sampling": {"temperature": 0.0},
         "seed": 0,
         "responses": 6,
         "cut": 0,
         "tokens": 6 * 19,
     }
-    assert told["tokens"] == 6 * 18
-    assert "--generate" in told["command"]
+    assert training["tokens"] == 6 * 18
+    assert "--generate" in training["command"]
     kept = responses_path(output)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name, "README.md"])
     rows = read_source(kept, instruction=INSTRUCTION).rows

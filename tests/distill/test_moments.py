@@ -24,7 +24,7 @@ def load(model_dir: ModelDir, name: str, dtype: torch.dtype = torch.float32) -> 
 def test_moments_equal_those_of_stored_activations(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, name: str, method: str
 ) -> None:
-    """Padded batches, shortened model, hooks: to float32's rounding the sums of a loop over samples."""
+    """Padded batches, truncated model, hooks: up to float32 rounding the sums of a loop over samples."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)  # batches of two or three samples
     model, samples = load(model_dir, name), make_samples(11)
     info, resolved = resolve_method(model.config, name, method, density=0.4, rank=4, layers=[0, 2])

@@ -1,4 +1,4 @@
-"""A model of which accelerate keeps two layers on disk: their weights are there only while a layer computes."""
+"""A model with two layers that accelerate keeps on disk: they have weights only while they compute."""
 
 from dataclasses import fields
 from pathlib import Path

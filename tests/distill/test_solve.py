@@ -1,4 +1,4 @@
-"""The closed form against oracles that know nothing of moments: least squares on X, E themselves, SVD, descent."""
+"""The closed form against oracles without moments: least squares on X and E themselves, SVD, gradient descent."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_ridge_equals_least_squares_on_augmented_rows(ridge: float) -> None:
     torch.testing.assert_close(found[0] @ found[1], b @ v @ v.t(), rtol=1e-8, atol=1e-8)
 
 
-def test_no_descent_gets_below() -> None:
+def test_gradient_descent_never_gets_below() -> None:
     """Gradient descent from several starts nears the closed form's loss and never passes it."""
     x, e = draw()
     found = reduced_rank(exact_moments(x, e), 3, 0.0)

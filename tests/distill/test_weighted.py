@@ -26,7 +26,7 @@ LAYERS, DENSITY = [0, 2], 0.3
 
 
 def load(model_dir: ModelDir, name: str) -> Any:
-    """Its head made louder: a random model's distributions are nearly flat, and gradients nearly zero."""
+    """A model with a louder head: a random model's distributions are nearly flat, and gradients nearly zero."""
     model = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(10.0)
@@ -105,7 +105,7 @@ def test_weights_are_the_gradients_of_each_sample_alone(
 
 
 def test_every_row_alike_is_the_unweighted_pass(model_dir: ModelDir) -> None:
-    """Beside the weighted sums are those of `run_pass`; and without a gradient they are all there is."""
+    """The unweighted sums are those of `run_pass`; and without a gradient they are the weighted ones."""
     model, samples = load(model_dir, "llama"), make_samples(20)
     info, method, initial = first_stage(model, samples)
     plain, state = run_pass(model, samples, info, method), run_weighted_pass(model, samples, initial)
@@ -121,18 +121,18 @@ def test_every_row_alike_is_the_unweighted_pass(model_dir: ModelDir) -> None:
         ).norm()
 
 
-def test_what_is_written_down(model_dir: ModelDir) -> None:
+def test_what_the_adapter_records(model_dir: ModelDir) -> None:
     """Errors stay those of eq. 7, by the unweighted moments; the rest of `training` is the first stage's."""
     model, samples = load(model_dir, "llama"), make_samples(40)
     info, method, initial = first_stage(model, samples)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     adapters = distill_weighted(model, samples, initial)
-    told, plain = adapters.config.training, run_pass(model, samples, info, method)
-    assert (told["stage"], told["solver"], told["weighting"]) == ("layer-wise", "closed-form", "gradient")
-    assert told["seconds"] >= initial.config.training["seconds"]
+    training, plain = adapters.config.training, run_pass(model, samples, info, method)
+    assert (training["stage"], training["solver"], training["weighting"]) == ("layer-wise", "closed-form", "gradient")
+    assert training["seconds"] >= initial.config.training["seconds"]
     for i in LAYERS:
         error = plain.held_out[i].error(adapters.left[i].double(), adapters.right[i].double())
-        assert told["errors"][str(i)]["remaining"] == pytest.approx(error / float(plain.held_out[i].ee), rel=1e-5)
+        assert training["errors"][str(i)]["remaining"] == pytest.approx(error / float(plain.held_out[i].ee), rel=1e-5)
         assert not torch.equal(adapters.left[i], initial.left[i])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -155,10 +155,10 @@ def test_logits_are_the_models_own(model_dir: ModelDir, name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_killed_pass_goes_on_to_the_same_bits(
+def test_a_killed_pass_continues_to_the_same_bits(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after every checkpoint; and what belongs to other initial adapters is not taken."""
+    """Killed after every checkpoint; and a checkpoint of other initial adapters is not resumed."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 80)
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     model, samples, resume = load(model_dir, "qwen2"), make_samples(12), tmp_path / "r"
@@ -193,14 +193,14 @@ def test_the_command_weights(model_dir: ModelDir, write_rows: WriteRows, tmp_pat
     words = [str(model_dir("llama")), "--data", str(data), "--output", str(output), "--method", "cats", "--rank", "8"]
     code, shown, _ = run_command(*words, "--device", "cpu", "--weighting", "gradient")
     assert code == 0
-    told = Adapters.load(output).config.training
-    assert (told["weighting"], told["stage"]) == ("gradient", "end-to-end")
-    assert "--weighting gradient" in told["command"]
+    training = Adapters.load(output).config.training
+    assert (training["weighting"], training["stage"]) == ("gradient", "end-to-end")
+    assert "--weighting gradient" in training["command"]
     assert "closed-form, weighted by the gradient" in (tmp_path / "README.md").read_text()
     assert "closed-form, weighted by the gradient" in " ".join(shown.split())
 
 
-def test_a_gradient_that_is_not_finite_is_told(model_dir: ModelDir) -> None:
+def test_a_gradient_that_is_not_finite_raises(model_dir: ModelDir) -> None:
     model, samples = load(model_dir, "llama"), make_samples(5)
     _, _, initial = first_stage(model, samples)
     with torch.no_grad():
