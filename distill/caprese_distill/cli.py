@@ -79,15 +79,12 @@ def _parameters() -> list[inspect.Parameter]:
         help="Print the plan, the memory and the time estimated from a few batches; write nothing.",
         rich_help_panel=Group.OUTPUT,
     )
-    as_json = typer.Option(
-        "--json", help="Print the result (with --dry-run the plan) as JSON on stdout.", rich_help_panel=Group.OUTPUT
-    )
     parameters = [_parameter("context", typer.Context, inspect.Parameter.empty)]
     for name, option in OPTIONS.items():
         parameters += _field_parameters(name, option)
     parameters.append(_parameter("config", Annotated[Path | None, settings], None))
     parameters.append(_parameter("dry_run", Annotated[bool, trial], False))
-    parameters.append(_parameter("as_json", Annotated[bool, as_json], False))
+    parameters.append(_parameter("as_json", terminal.AsJson, False))
     return parameters
 
 

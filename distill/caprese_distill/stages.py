@@ -23,7 +23,8 @@ from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
 from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
 from .layer_wise.adam import AdamSettings, Descent
-from .layer_wise.closed_form import distill_layer_wise, pass_identity
+from .layer_wise.closed_form import distill_layer_wise
+from .layer_wise.passes import pass_identity
 from .layer_wise.weighted import distill_weighted, weighted_identity
 from .placement import return_freed
 from .scale.cluster import Cluster

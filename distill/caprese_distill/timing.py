@@ -16,8 +16,8 @@ from caprese_kernels.config import BaseModelInfo, Method
 from .blocks import find_blocks
 from .data.batches import Batch, make_batches, pack
 from .layer_wise.adam import LowRank
-from .layer_wise.closed_form import feeding
 from .layer_wise.moments import Moments, Sink
+from .layer_wise.passes import feeding
 from .layer_wise.solve import RIDGES, reduced_rank
 from .layer_wise.weighted import Gradients
 from .placement import return_freed

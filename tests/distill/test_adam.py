@@ -19,8 +19,9 @@ from caprese_distill.data.batches import BATCH_TOKENS
 from caprese_distill.data.samples import split
 from caprese_distill.end_to_end.train import Recipe
 from caprese_distill.layer_wise.adam import AdamSettings, Descent, LowRank
-from caprese_distill.layer_wise.closed_form import descend, distill_layer_wise, run_pass
+from caprese_distill.layer_wise.closed_form import descend, distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments, Observer
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.layer_wise.solve import reduced_rank, solve
 from caprese_distill.schedule import linear_schedule
 from caprese_distill.work import Work

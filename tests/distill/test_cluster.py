@@ -23,9 +23,9 @@ from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, make_batches
 from caprese_distill.data.samples import Sample
 from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, distill_end_to_end
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.closed_form import Pass
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.scale import cluster
 from caprese_distill.scale.ray_training import Workers
 from caprese_distill.work import Work
@@ -120,7 +120,7 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
-    one = layerwise.run_pass(model, samples, info, method)
+    one = run_pass(model, samples, info, method)
     of_three = cluster.run_pass(three, samples, info, method)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1)
     two = cluster.Cluster(Workers(dying, 2, HALF, tmp_path))
@@ -130,7 +130,7 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
     assert_equal(of_two, of_three)
     # The batches' products are the same bits; the order of some 30 float64 additions, 2^-53 = 1.1e-16 each, differs.
     assert_equal(of_two, one, rtol=1e-14)
-    expected = layerwise.distill_layer_wise(model, samples, info, method)
+    expected = distill_layer_wise(model, samples, info, method)
     for i, errors in expected.config.training["errors"].items():
         assert adapters.config.training["errors"][i] == pytest.approx(errors, rel=1e-6)  # float32's L and R
         assert errors["remaining"] < 0.99
@@ -165,7 +165,7 @@ def test_a_killed_run_continues_after_its_last_shard(
             except InterruptedError:
                 deaths += 1
         if deaths == 4:
-            alone = layerwise.run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
+            alone = run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
             printed = f"going on after batch {sum(map(len, parts[:4]))}\n"
             assert printed in capsys.readouterr().err
             assert_equal(alone, whole, rtol=1e-14)  # as above
@@ -235,7 +235,7 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).eval()
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
-    initial = layerwise.distill_layer_wise(model, samples, info, method)
+    initial = distill_layer_wise(model, samples, info, method)
     recipe, printed, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
     one = distill_end_to_end(model, samples, initial, recipe)
     work, console = Work(samples, info, method, recipe), Console(file=printed, width=200)

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from caprese_distill import checkpoint, cli, loading
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Observer
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples, run_distill

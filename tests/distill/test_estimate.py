@@ -20,7 +20,7 @@ from caprese_distill import checkpoint, job, timing
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, make_batches, pack
 from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, steps_of
-from caprese_distill.layer_wise.closed_form import Pass, run_pass
+from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_model, load_skeleton, stored_dtype
 from caprese_distill.memory import check_disk, check_memory, estimate_memory

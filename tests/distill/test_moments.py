@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, Batch
 from caprese_distill.data.samples import split
-from caprese_distill.layer_wise.closed_form import run_pass
 from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.selection import keep_mask, select
 from tests.support.distill import ModelDir, by_hand, make_samples, mlp_inputs
 

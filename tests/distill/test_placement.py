@@ -10,8 +10,9 @@ import torch
 from caprese_distill import checkpoint
 from caprese_distill.blocks import resolve_method
 from caprese_distill.end_to_end.train import Recipe, distill_end_to_end
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.loading import load_model
 from caprese_distill.placement import aligned, device_of
 from tests.support.distill import ModelDir, make_samples

@@ -100,8 +100,8 @@ def test_solution_reports_held_out_errors_of_what_is_stored() -> None:
     found = solve(exact_moments(x, x @ a), exact_moments(x_held, x_held @ a), 5, torch.bfloat16)
     assert found.left.dtype == found.right.dtype == torch.bfloat16
     e_held = x_held @ a
-    told = loss(x_held, e_held, found.left.double(), found.right.double()) / float(e_held.square().sum())
-    assert found.remaining == pytest.approx(told, rel=1e-6)
+    expected = loss(x_held, e_held, found.left.double(), found.right.double()) / float(e_held.square().sum())
+    assert found.remaining == pytest.approx(expected, rel=1e-6)
     assert 0 < found.remaining < 1e-4
     assert found.error_before == pytest.approx(1 / 9)
     assert found.error_after == pytest.approx(found.remaining / 9)

@@ -14,7 +14,8 @@ from caprese_distill import checkpoint
 from caprese_distill.blocks import find_blocks, resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, Batch
 from caprese_distill.data.samples import Sample, split
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.layer_wise.weighted import FLOOR, Gradients, distill_weighted, run_weighted_pass
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters

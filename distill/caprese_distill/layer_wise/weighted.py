@@ -37,8 +37,8 @@ from ..data.samples import Sample
 from ..placement import device_of
 from ..progress import progress_bar
 from ..student import Student, frozen
-from .closed_form import Pass, block_devices, pass_identity
 from .moments import Moments, Observer
+from .passes import Pass, block_devices, pass_identity
 from .solve import Solution, ratio, solve
 
 FLOOR = 1.0  # with less (0.1), the demo model's easy task loses what its hard one wins: see docs/distill.md

@@ -31,8 +31,9 @@ from caprese_kernels.errors import CapreseError
 from .. import checkpoint
 from ..data.batches import BATCH_TOKENS, Batch, make_batches
 from ..data.samples import Sample
-from ..layer_wise.closed_form import Pass, check_samples, checkpointed, feeding, prepare_pass, solve_layers
+from ..layer_wise.closed_form import check_samples, solve_layers
 from ..layer_wise.moments import Moments
+from ..layer_wise.passes import Pass, checkpointed, feeding, prepare_pass
 from ..layer_wise.solve import Solution, solve
 from ..work import Work
 from .ray_training import Workers, train
@@ -196,7 +197,7 @@ def run_pass(
     resume: Path | None = None,
     console: Console | None = None,
 ) -> Pass:
-    """`closed_form.run_pass` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
+    """`passes.run_pass` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
     identity, device = pool.call(_prepare_pass, samples, info, method, resume is not None)
     state = Pass.begin(dict.fromkeys(method.layers, torch.device("cpu")), info.hidden_size)
     batches = make_batches(samples, device)
