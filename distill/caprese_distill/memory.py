@@ -7,7 +7,7 @@ With D the hidden size, F neurons, r the rank:
     solve       eight D x D matrices in float64 beside them
     weighted    twice those moments; the activations of a training step, or of LOGIT_ROWS tokens' distributions
     training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer
-    activations of the largest batch, from what each layer's operations keep (see `_Batch`)
+    activations of the largest batch, from what each layer's operations keep (see `_BatchMemory`)
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
     depth, layers = info.hidden_size, len(method.layers)
     pairs = 2 * depth * method.rank * layers  # parameters of L and R
     moments = 32 * depth**2 * layers
-    fed = [_Batch(batch, model, info, method) for batch in make_batches(samples, device)]
+    fed = [_BatchMemory(batch, model, info, method) for batch in make_batches(samples, device)]
     stages = {
         "loading": {"the file, beside its conversion": count * stored.itemsize if stored != model.dtype else 0},
     }
@@ -93,7 +93,7 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
     if recipe is not None:
         steps = steps_of(split(samples)[0], recipe)
         largest = max((b for step in steps for b in pack(step, device)), key=lambda b: b.num_padded)
-        batch = _Batch(largest, model, info, method)
+        batch = _BatchMemory(largest, model, info, method)
         checkpointed = recipe.gradient_checkpointing
         stages["end to end"] = {
             "L and R, gradients, Adam": 16 * pairs + in_lists,
@@ -113,7 +113,7 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
     return Memory(weights, stages, host, disk, output)
 
 
-class _Batch:
+class _BatchMemory:
     """Bytes of activations of one batch, in a layer of the model's dtype of s bytes, per token (padding included):
 
     moments   z (and CATS: g) [F], seven of the size [D]; for generated tokens the mask and the dropped part, [F];

@@ -68,9 +68,9 @@ def render_estimate(estimate: Estimate | None) -> str:
     """The time in all and by stage; after an interrupted run, of the remaining work."""
     if estimate is None:
         return "time: only estimated for one process on one device"
-    stages = ", ".join(f"{stage} {minutes(seconds)}" for stage, seconds in estimate.seconds.items())
+    stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in estimate.seconds.items())
     scope = "for what an earlier run left" if estimate.resumed else "estimated from a few batches"
-    return f"time, {scope}: {minutes(sum(estimate.seconds.values()))} ({stages or 'nothing left to do'})"
+    return f"time, {scope}: {format_duration(sum(estimate.seconds.values()))} ({stages or 'nothing left to do'})"
 
 
 def describe_solver(training: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def layer_spans(layers: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def minutes(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration in seconds, minutes or hours: "11.5 min"."""
     if seconds < 120:
         return f"{seconds:.1f} s"
@@ -102,7 +102,7 @@ def describe_resources(usage: ResourceUsage) -> str:
 
     def side(seconds: float, sizes: dict[str, int]) -> str:
         names = {"host": "", "device": " on the GPU"}
-        return ", ".join([*(gib(size) + names[place] for place, size in sizes.items()), minutes(seconds)])
+        return ", ".join([*(gib(size) + names[place] for place, size in sizes.items()), format_duration(seconds)])
 
     estimated = side(usage.estimated_seconds, usage.estimated_bytes)
     return f"estimated {estimated}; was {side(usage.seconds, usage.peak_bytes)}"
