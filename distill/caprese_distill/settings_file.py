@@ -33,7 +33,9 @@ def load_config(flags: Mapping[str, Any], file: Path | None = None) -> DistillCo
         return DistillConfig(**(values | dict(flags)))
     except CapreseError as error:
         name, fix = error.what, error.fix
-        where = flag(name) if name in flags or name not in values else f"{file}, key {name!r}"
+        where = f"{file}, key {name!r}"
+        if name in flags or name not in values:
+            where = "MODEL" if name == "model" else flag(name)
         if name not in OPTIONS and (near := difflib.get_close_matches(name, OPTIONS, n=1)):
             fix = f"did you mean {near[0]!r}?"
         raise CapreseError(where, expected=error.expected, found=error.found, fix=fix) from None

@@ -149,7 +149,7 @@ def test_wrong_flags_are_named_as_flags(write: Any) -> None:
     ):
         with pytest.raises(CapreseError, match=f"^{message}"):
             load_config(GIVEN | flags, write("rank: 8"))
-    with pytest.raises(CapreseError, match=r"^--model: expected a value: Model directory or Hub id; found none"):
+    with pytest.raises(CapreseError, match=r"^MODEL: expected a value: Model directory or Hub id; found none"):
         load_config({}, write("data: d"))
 
 
