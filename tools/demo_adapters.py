@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from caprese_bench.recovery.demo_settings import RANK, SETTINGS
-from caprese_distill.cli import Dtype, Weighting, distill
+from caprese_distill import DistillConfig, distill
+from caprese_distill.report import render_result
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import TASKS, problems
 
@@ -40,20 +42,22 @@ def main(
     for method in methods.split(","):
         chosen = SETTINGS[method]
         file = output / f"{method}.safetensors"
-        distill(
-            str(model),
-            str(data),
-            file,
-            method=method,
+        config = DistillConfig(
+            model=str(model),
+            data=str(data),
+            output=file,
+            method=method,  # type: ignore[arg-type]  # a key of SETTINGS
             density=chosen.density,
             layers=chosen.layers,
             rank=RANK,
             learning_rate=chosen.end_to_end,
             gradient_checkpointing=False,  # the model is small
-            weighting=Weighting.gradient,
-            dtype=Dtype.float32,  # faster than bfloat16 for such a model on a CPU
+            weighting="gradient",
+            dtype="float32",  # faster than bfloat16 for such a model on a CPU
             instruction="",  # the demo model never saw it
         )
+        for part in render_result(distill(config, Console(stderr=True))):
+            Console().print(part, markup=False)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from caprese_bench.evaluation.tasks import GROUPS, Task, chosen
 from caprese_bench.paper.published import CAPRESE, LORA, ROWS, SAYS, TABLE_1, TABLE_2, TABLE_3, TABLE_4
 from caprese_bench.results.report import Result, Row, circumstances
-from caprese_distill.cli import SAMPLES
+from caprese_distill.config import SAMPLES
 from caprese_distill.end_to_end.train import Recipe, default_learning_rate
 from caprese_distill.layer_wise.adam import AdamSettings
 

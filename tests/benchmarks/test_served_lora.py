@@ -17,7 +17,7 @@ from caprese_bench.hugging_face.decoding import decode, prompt_ids
 from caprese_bench.hugging_face.students import DecodedFF
 from caprese_bench.lora.served import engine, kernels
 from caprese_bench.lora.training import begin, tensors
-from caprese_distill.blocks import plan
+from caprese_distill.blocks import resolve_method
 from caprese_kernels import cpu, reference
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
@@ -74,7 +74,7 @@ def test_the_engine_answers_as_transformers_does(tmp_path: Path) -> None:
     """Trained weights would do the same: these are drawn large enough to change answers."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    info, method = plan(model.config, "demo", "griffin", 0.5, rank=48, layers=[0, 1])
+    info, method = resolve_method(model.config, "demo", "griffin", 0.5, rank=48, layers=[0, 1])
     lora = begin(info, method, 0, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     for each in lora.values():

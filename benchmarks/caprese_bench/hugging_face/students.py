@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from caprese_distill.blocks import find_blocks
+from caprese_distill.data.batches import Batch, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.layer_wise.closed_form import make_batches
-from caprese_distill.layer_wise.moments import Batch, keep_mask, select
+from caprese_distill.selection import keep_mask, select
 from caprese_distill.student import SharedModel, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 

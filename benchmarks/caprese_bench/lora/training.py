@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_distill.data.samples import Sample
-from caprese_distill.end_to_end.train import Recipe, Trainer, identify, train
+from caprese_distill.end_to_end.train import Recipe, Trainer, train, training_identity
 from caprese_distill.student import frozen
 from caprese_kernels.config import BaseModelInfo, Method
 
@@ -97,6 +97,6 @@ def fit(
     """
     identity = {}
     if resume is not None:
-        identity = identify(model, samples, method, tensors(lora), recipe) | {"stage": stage.title}
+        identity = training_identity(model, samples, method, tensors(lora), recipe) | {"stage": stage.title}
     with frozen(model, recipe.gradient_checkpointing), stage(model, info, method, lora) as student:
         return train(model, student, samples, recipe, resume, identity, console)

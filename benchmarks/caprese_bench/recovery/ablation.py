@@ -170,7 +170,7 @@ def _cell(
     trained: Row = {"remaining": remaining}
     if recipe is not None:
         kept = checkpoint.resume_path(out / "ablation")
-        adapters = distill_end_to_end(subject.model, subject.samples, subject.info, method, adapters, recipe, kept)
+        adapters = distill_end_to_end(subject.model, subject.samples, adapters, recipe, kept)
         checkpoint.remove(kept)
         errors = adapters.config.training["end_to_end"]["held_out_errors"]
         trained |= {"hidden_error_before": errors[0], "hidden_error": errors[-1]}

@@ -15,8 +15,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_distill import checkpoint
+from caprese_distill.checkpoint import digest
 from caprese_distill.data.samples import Sample
-from caprese_distill.end_to_end.train import Recipe, digest, distill_end_to_end
+from caprese_distill.end_to_end.train import Recipe, distill_end_to_end
 from caprese_distill.layer_wise.adam import AdamSettings
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_kernels.adapters import Adapters
@@ -127,7 +128,7 @@ class Maker:
         resume, common = checkpoint.resume_path(path), (self.model, self.samples, self.info, self.method)
         self._say(stage)
         if initial:
-            made = distill_end_to_end(*common, initial, self.recipes[stage], resume, self.console)
+            made = distill_end_to_end(self.model, self.samples, initial, self.recipes[stage], resume, self.console)
         else:
             made = distill_layer_wise(*common, resume, self.console, self.adam if stage == "adam" else None)
         made.config.training["identity"] = identity

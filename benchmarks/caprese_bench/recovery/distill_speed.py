@@ -95,13 +95,13 @@ def measure(
     the closed form; the peak is since the last stage."""
     import torch
 
-    from caprese_distill.blocks import plan
+    from caprese_distill.blocks import resolve_method
     from caprese_distill.data.samples import split
     from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end
-    from caprese_distill.estimate import peak_memory
     from caprese_distill.layer_wise.closed_form import distill_layer_wise
+    from caprese_distill.memory import peak_memory
 
-    info, resolved = plan(config, arch, method, 0.5, rank)
+    info, resolved = resolve_method(config, arch, method, 0.5, rank)
     rows: list[Row] = []
 
     def row(stage: str, seconds: float, seen: int, epochs: int, solving: float = 0.0) -> None:
@@ -117,7 +117,7 @@ def measure(
     told, seen = adapters.config.training, len(split(samples)[0])
     row(LAYER_WISE, told["seconds"] - told["seconds_solving"], len(samples), 1, told["seconds_solving"])
     recipe = Recipe(default_learning_rate(info.hidden_size), epochs=1)
-    trained = distill_end_to_end(model, samples, info, resolved, adapters, recipe, console=console)
+    trained = distill_end_to_end(model, samples, adapters, recipe, console=console)
     row(END_TO_END, trained.config.training["end_to_end"]["seconds"], seen * recipe.epochs, PAPER_EPOCHS)
     return rows
 

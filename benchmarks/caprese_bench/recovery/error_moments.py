@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from caprese_distill.data.batches import Batch, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.layer_wise.closed_form import make_batches
-from caprese_distill.layer_wise.moments import Batch, Moments, keep_mask, select
+from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.solve import RIDGES, reduced_rank
+from caprese_distill.selection import keep_mask, select
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count, griffin_select

@@ -55,7 +55,7 @@ def recovery(
     """Accuracy that L and R give back, layer-wise and end to end, beside LoRA; a killed run goes on where it was."""
     import torch
 
-    from caprese_distill.blocks import plan
+    from caprese_distill.blocks import resolve_method
     from caprese_distill.data.samples import Row as Data
     from caprese_distill.data.samples import encode
     from caprese_distill.loading import load_model, load_small_parts
@@ -83,7 +83,7 @@ def recovery(
     with recording(result, out, plots, resume=None, console=console, columns=COLUMNS) as record:
         full = examiner.examine("full")
         for name, chosen in SETTINGS.items():
-            info, method = plan(config, "caprese-demo", name, chosen.density, RANK, chosen.layers)
+            info, method = resolve_method(config, "caprese-demo", name, chosen.density, RANK, chosen.layers)
             section = f"{LABELS[name]}, density {method.density:g}, layers {', '.join(map(str, method.layers))}"
             maker = Maker(model, encoded, info, method, chosen, folder, adapters, console, quick)
             plain = examiner.examine(f"{name}-plain", maker, maker.plain())
@@ -157,7 +157,7 @@ class Examiner:
         return findings
 
     def _identity(self, maker: Maker | None, correction: Correction | None) -> str:
-        from caprese_distill.end_to_end.train import digest
+        from caprese_distill.checkpoint import digest
 
         from ..lora.training import tensors
 
