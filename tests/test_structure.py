@@ -9,23 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# Modules that still import a test module or a conftest.
-EXCEPTIONS = {
-    "benchmarks/test_error_moments.py",
-    "benchmarks/test_lora.py",
-    "distill/test_adam.py",
-    "distill/test_card.py",
-    "distill/test_cluster.py",
-    "distill/test_data.py",
-    "distill/test_distill.py",
-    "distill/test_end_to_end.py",
-    "distill/test_estimate.py",
-    "distill/test_generate.py",
-    "distill/test_moments.py",
-    "distill/test_placement.py",
-    "distill/test_weighted.py",
-    "serve/test_cli.py",
-}
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -47,7 +30,7 @@ def test_no_module_imports_a_test_module() -> None:
     importing = {}
     for path in sorted(TESTS.rglob("*.py")):
         found = sorted(set(filter(is_test_module, imported_modules(path))))
-        if found and path.relative_to(TESTS).as_posix() not in EXCEPTIONS:
+        if found:
             importing[path.relative_to(TESTS).as_posix()] = found
     assert not importing, "move what is shared to tests/support"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from caprese_kernels import __version__
-from tests.packaging.conftest import ROOT, build
+from tests.support.packaging import ROOT, build
 
 PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "caprese_bench")
 IN_TREE = {

@@ -10,7 +10,7 @@ import pytest
 from caprese_bench.results import plots
 from caprese_kernels import __version__
 from caprese_serve.demo import ADAPTERS, MODEL
-from tests.packaging.conftest import ROOT, Caprese
+from tests.support.packaging import ROOT, Caprese
 
 # Everything that the extras install beside the dependencies, as modules.
 EXTRAS = (

@@ -10,15 +10,7 @@ import torch
 from caprese_kernels import terminal
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo
-
-BASE = {
-    "name_or_path": "tests/tiny",
-    "architecture": "LlamaForCausalLM",
-    "hidden_size": 8,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "hidden_act": "silu",
-}
+from tests.support.adapters import BASE
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters
 from caprese_serve import environment, provenance
-from tests.serve.conftest import BASE
+from tests.support.adapters import BASE
 
 Caprese = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
