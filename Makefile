@@ -53,11 +53,13 @@ SLOW := tests/engine tests/e2e \
   tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
-  tests/serve/test_demo.py tests/test_imports.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py
+  tests/serve/test_demo.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py \
+  tests/test_imports.py::test_every_module_needs_only_its_own_extra \
+  tests/test_imports.py::test_packages_without_any_extra
 
-# As many processes as cores, at most four, which need some 3 GB each; a test has one thread. worksteal keeps tests of a
-# file together, which share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+# As many processes as processors, at most four, for each imports vLLM; a test has one thread. worksteal keeps a file's
+# tests together, as they share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: setup  ## Lint, types and the quick tests: under two minutes on two cores
 	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest, quick tests"; \

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.transformers.base import Base
+from vllm.platforms.cpu import CpuPlatform
 
 from tests.support.quick_start import quick_start
 
@@ -78,6 +80,17 @@ def generate(
     chosen: Any = loras and [path and LoRARequest(path.name, int(path.name[4:]), str(path)) for path in loras]
     outputs = llm.generate(requests, params, lora_request=chosen, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def force_async_scheduling(patch: pytest.MonkeyPatch) -> None:
+    """The CPU platform turns asynchronous scheduling off; the GPU's default is on."""
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
 
 
 def scheduler(llm: LLM) -> Any:

@@ -4,13 +4,16 @@ Everything runs in float32. Engine and reference round differently, so two logit
 change places; the prompts are chosen so that the reference never sees such a tie, and then no difference is excused.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.support.hf_reference import Generation, HFReference
 from tests.support.models import low_rank, make_adapter
@@ -39,6 +42,20 @@ def _reference(model_dir: Path) -> HFReference:
     return HFReference(model_dir)
 
 
+_answers: WeakKeyDictionary[HFReference, dict[Hashable, Generation]] = WeakKeyDictionary()
+
+
+def _hashable(value: Any) -> Hashable:
+    """The same for the same settings: tensors by their bytes, collections and dataclasses by what they hold."""
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return _hashable(vars(value)) if is_dataclass(value) else value
+
+
 @dataclass
 class Case:
     """A model with a method, served and referenced alike."""
@@ -65,16 +82,22 @@ class Case:
         return _reference(self.model_dir)
 
     def one(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS, **options: Any) -> Generation:
-        """The reference's answer to one prompt; `options` of HFReference.generate go before the case's."""
-        tensors = load_file(self.adapter) if self.adapter is not None else {}
-        settings = {
-            "method": self.method,
-            "density": self.density,
-            "layers": self.layers,
-            "left": low_rank(tensors, "L"),
-            "right": low_rank(tensors, "R"),
-        }
-        return self.model.generate(prompt, new_tokens, **(settings | options))
+        """The reference's answer to one prompt; `options` of HFReference.generate go before the case's.
+
+        An answer is computed once for the same model and settings, unless a function is among them.
+        """
+        settings: dict[str, Any] = {"method": self.method} | options
+        if settings["method"] is not None:
+            tensors = load_file(self.adapter) if self.adapter is not None else {}
+            left, right = low_rank(tensors, "L"), low_rank(tensors, "R")
+            settings = {"density": self.density, "layers": self.layers, "left": left, "right": right} | settings
+        if settings.get("process") is not None:
+            return self.model.generate(prompt, new_tokens, **settings)
+        answers = _answers.setdefault(self.model, {})
+        key = (tuple(prompt), new_tokens, _hashable(settings))
+        if key not in answers:
+            answers[key] = self.model.generate(prompt, new_tokens, **settings)
+        return deepcopy(answers[key])
 
     def expected(
         self, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS, **options: Any

@@ -7,7 +7,6 @@ then every generated token runs through the sparse block plus x L R, one token a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,6 @@ class HFReference:
     """A model, loaded once, that answers one request at a time by greedy search."""
 
     def __init__(self, model_dir: Path):
-        self.answers: dict[tuple[Any, ...], Generation] = {}
         # Eager attention is the one implementation that has all of Gemma 2's soft caps.
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager"
@@ -165,20 +163,7 @@ class HFReference:
         The best token is chosen from `process(tokens generated so far, logits [V])`.
 
         With `forced` these tokens are generated, whatever the logits say, and `logprobs` are those of the logits.
-
-        An answer is computed once: the same request to the same model gives it again.
         """
-        key = None
-        if process is None and forced is None:
-            low_rank = tuple(
-                (name, layer, tensor.numpy().tobytes())
-                for name, part in (("L", left), ("R", right))
-                for layer, tensor in (part or {}).items()
-            )
-            settings = (method, density, layers and tuple(layers), low_rank, tp) if method is not None else ()
-            key = (tuple(prompt_ids), max_new_tokens, eos, settings)
-            if key in self.answers:
-                return deepcopy(self.answers[key])
         states: dict[int, SparseBlock] = {}
         if method is not None:
             if layers is None:
@@ -195,8 +180,6 @@ class HFReference:
             for i in states:
                 self.blocks[i].restore()
         result.closest = min((state.closest for state in states.values()), default=math.inf)
-        if key is not None:
-            self.answers[key] = deepcopy(result)
         return result
 
     def _generate(
