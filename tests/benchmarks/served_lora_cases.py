@@ -5,7 +5,7 @@ import torch
 
 from caprese_bench.lora.served import kernels, triton_kernels
 from caprese_kernels import gpu
-from tests.benchmarks.served_lora_problems import CASES, Problem, assert_near, problem
+from tests.support.served_lora import CASES, Problem, assert_near, problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":

@@ -1,4 +1,4 @@
-"""`caprese bench recovery --quick`: complete rows, nothing done twice, adapters from elsewhere; and its arithmetic."""
+"""`caprese bench recovery --quick`: complete rows, nothing done twice, given adapters; and its arithmetic."""
 
 import json
 import random
