@@ -1,4 +1,4 @@
-"""What all verbs of `caprese bench` share: options from a dataclass, JSON on stdout, base dependencies where they do."""
+"""What the verbs of `caprese bench` share: options from a dataclass, JSON on stdout; and which need no extras."""
 
 import json
 import subprocess
