@@ -1,4 +1,4 @@
-"""LoRA's Triton kernels against the reference, by the interpreter where there is no GPU: see test_served_lora.py."""
+"""Served LoRA's Triton kernels against the reference, interpreted without a GPU; test_served_lora.py runs this file."""
 
 import pytest
 import torch

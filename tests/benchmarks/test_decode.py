@@ -157,7 +157,7 @@ def test_a_wrong_variant_is_refused(name: str) -> None:
 
 
 def test_torch_is_enough(tmp_path: Path) -> None:
-    """As on a machine that has torch and triton: no vLLM, pydantic or transformers."""
+    """As on a machine with torch and triton alone: no vLLM, pydantic or transformers."""
     code = f"""
 import sys
 from dataclasses import asdict
@@ -176,11 +176,11 @@ decode.decode(arch="tiny", context=16, batch="1", rank=8, repeats=3, out=Path({s
 
 def test_users_mistakes() -> None:
     assert engine_models.ARCHS
-    for arguments, told in (
+    for arguments, message in (
         ({"arch": "gpt-5"}, "--arch: expected one of qwen2.5-0.5b"),
         ({"arch": "tiny", "variants": "full,dense"}, "--variants: expected some of full"),
         ({"arch": "tiny", "variants": "griffin"}, "full among them"),
         ({"arch": "tiny", "batch": "0"}, "--batch: expected"),
     ):
-        with pytest.raises(CapreseError, match=told):
+        with pytest.raises(CapreseError, match=message):
             decode.decode(**arguments)

@@ -97,12 +97,12 @@ def test_resume_asks_what_is_missing(fake: FakeServer, tmp_path: Path) -> None:
     fake.requests.clear()
     ask(fake, tmp_path, resume=True)
     length(tasks="demo-math", url=fake.url, limit=20, out=tmp_path)
-    assert not fake.requests, "all is there, for accuracy and length"
+    assert not fake.requests, "everything is stored, for accuracy and length"
     ask(fake, tmp_path, resume=True, max_tokens=99)
     assert len(fake.requests) == 40, "another sampling is another identity"
     fake.requests.clear()
     ask(fake, tmp_path)
-    assert len(fake.requests) == 40, "without --resume all is asked anew"
+    assert len(fake.requests) == 40, "without --resume everything is requested again"
     assert path.with_suffix(".jsonl.old").exists()
 
 
@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("lie", "message"),
+    ("server", "message"),
     [
         (
             {"counts": lambda tokens, off: 0},
@@ -147,18 +147,18 @@ def test_a_stopped_run_goes_on(
     ],
 )
 def test_a_variant_that_ran_another_path_has_no_row(
-    fake: FakeServer, tmp_path: Path, lie: dict[str, Any], message: str
+    fake: FakeServer, tmp_path: Path, server: dict[str, Any], message: str
 ) -> None:
-    for name, value in lie.items():
+    for name, value in server.items():
         setattr(fake, name, value)
     with pytest.raises(CapreseError, match=message):
         ask(fake, tmp_path)
     result = json.loads((tmp_path / "accuracy.json").read_text())
     assert result["partial"]
-    liar = "Full" if "variant full" in message else "Caprese (GRIFFIN)"
-    assert liar not in [row["variant"] for row in result["rows"]]
+    wrong = "Full" if "variant full" in message else "Caprese (GRIFFIN)"
+    assert wrong not in [row["variant"] for row in result["rows"]]
     stored = [line for path in tmp_path.glob(f"accuracy/{message.split()[1][:-1]}-*/*.jsonl") for line in path.open()]
-    assert not stored, "which of the responses does not fit is not known, so none of them is kept"
+    assert not stored, "it is unknown which response does not fit, so none is kept"
 
 
 def test_another_configuration_than_was_asked_for(fake: FakeServer, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_interrupted_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             recording.previous(tmp_path / "kernels.json", other)
     with pytest.raises(CapreseError, match="the same settings as the earlier run"):
         kernel_bench.run(todo, replace(SETTINGS, repeats=4), backend(), tmp_path, resume=True)
-    kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: anew
+    kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: measured again
     assert measured == todo[:1]
 
 

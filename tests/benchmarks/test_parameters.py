@@ -1,4 +1,4 @@
-"""`caprese bench parameters`: totals as published, shares as the paper says."""
+"""`caprese bench parameters`: totals as published, shares as in the paper."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`caprese bench residual` on the demo model: what the figure must show whatever the numbers."""
+"""`caprese bench residual` on the demo model: relations that hold for any figures."""
 
 import json
 from pathlib import Path

@@ -61,12 +61,12 @@ def test_without_b_it_is_griffin(backend: Any) -> None:
 
 def test_blocks_that_have_no_lora() -> None:
     up = torch.randn(6, 4)
-    for ff, told in (
+    for ff, message in (
         (PackedFF.pack(None, up, up.t(), "relu"), "no gate"),
         (PackedFF.pack(up, up, up.t(), "silu", up[:2].t(), up[:2]), "a low-rank layer"),
         (PackedFF.pack(up, up, up.t(), "silu", gate_bias=up[:, 0], up_bias=up[:, 0]), "biases"),
     ):
-        with pytest.raises(CapreseError, match=told):
+        with pytest.raises(CapreseError, match=message):
             kernels.check(ff)
 
 

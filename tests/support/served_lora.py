@@ -10,7 +10,7 @@ from caprese_kernels.packed import PackedFF
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one block and batch. `table` says which neurons the tokens keep."""
+    """Sizes of one block and batch. `table` is the kind of selection."""
 
     depth: int
     neurons: int
