@@ -1,8 +1,8 @@
-"""Makes the demo's two adapters: generated training problems, then `caprese distill` for each method.
+"""Makes the demo's two adapters: generates training problems, then runs `caprese distill` for each method.
 
     python tools/demo_adapters.py
 
-The problems come from the generators' training split only; the settings are those of `caprese_bench.recovery`.
+The problems are from the generators' training split only; the settings are those of `caprese bench recovery`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from caprese_serve.demo.problems import TASKS, problems
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:
-    """`count` training problems, as many of each task, in the format of `caprese distill --data`."""
+    """Write `count` training problems, equally many of each task, in the format of `caprese distill --data`."""
     made = [list(problems(task, "train", count // len(TASKS), seed)) for task in TASKS]
     rows = [{"prompt": p.prompt, "response": p.response} for group in zip(*made, strict=True) for p in group]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Where to write the training problems.")] = Path("out/demo_train.jsonl"),
     samples: Annotated[int, typer.Option(help="Training problems.")] = 16000,
     seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 1,
-    methods: Annotated[str, typer.Option(help="Which adapters, by commas.")] = ",".join(SETTINGS),
+    methods: Annotated[str, typer.Option(help="Comma-separated: the adapters to make.")] = ",".join(SETTINGS),
 ) -> None:
     """Write griffin.safetensors and cats.safetensors."""
     write_rows(data, samples, seed)

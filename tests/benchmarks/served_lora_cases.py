@@ -1,11 +1,11 @@
-"""LoRA's Triton kernels against the reference, by the interpreter where there is no GPU: see test_served_lora.py."""
+"""Served LoRA's Triton kernels against the reference, interpreted without a GPU; test_served_lora.py runs this file."""
 
 import pytest
 import torch
 
 from caprese_bench.lora.served import kernels, triton_kernels
 from caprese_kernels import gpu
-from tests.benchmarks.served_lora_problems import CASES, Problem, assert_near, problem
+from tests.support.served_lora import CASES, Problem, assert_near, problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":

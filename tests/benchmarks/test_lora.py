@@ -186,8 +186,8 @@ def test_held_out_errors_are_the_distillers(model_dir: ModelDir, method: str) ->
     last = distill_end_to_end(model, samples, first, Recipe(1e-3, epochs=1))
     ff = {i: LowRank(first.left[i], first.right[i]) for i in resolved.layers}
     layer_wise, whole = held_out_errors(model, samples, info, resolved, ff)
-    told = [each["error_after"] for each in first.config.training["errors"].values()]
-    assert layer_wise == pytest.approx(sum(told) / 2, rel=1e-4)
+    errors_after = [each["error_after"] for each in first.config.training["errors"].values()]
+    assert layer_wise == pytest.approx(sum(errors_after) / 2, rel=1e-4)
     errors = last.config.training["end_to_end"]["held_out_errors"]
     assert whole == pytest.approx(errors[0], rel=1e-4)
     ff = {i: LowRank(last.left[i], last.right[i]) for i in resolved.layers}

@@ -1,4 +1,4 @@
-"""Stands in for a Caprese server: an OpenAI endpoint with GET /caprese, in a thread of this process."""
+"""A stand-in for a Caprese server: an OpenAI endpoint with GET /caprese, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SERVED = {"method": "griffin", "density": 0.5, "rank": 48, "layers": [0, 1], "ke
 
 @dataclass
 class FakeServer:
-    """Answers `answer(prompt, sample)`, one token a word. Counts as a Caprese server does, or lies.
+    """Answers `answer(prompt, sample)`, where each word is a token, and counts sparse tokens.
 
-    `counts`: of a request's sparse tokens, as (tokens, off) -> counted. `fails`: prompts that are answered with 500.
+    `counts(tokens, off)` is what it adds to its counter for a request of that many sparse tokens, `off` if the request
+    turns Caprese off; the default is what a Caprese server counts. Prompts for which `fails` is true get status 500.
     """
 
     answer: Callable[[str, int], str]
@@ -78,11 +79,13 @@ class FakeServer:
         return {"id": "1", "object": "x", "created": 0, "model": "fake", "choices": choices, "usage": usage}
 
     def asked(self, off: bool) -> list[dict[str, Any]]:
+        """The requests that turned Caprese off, or the others."""
         return [each for each in self.requests if (each.get("vllm_xargs") == {"caprese": "off"}) is off]
 
 
 @contextmanager
 def running(fake: FakeServer) -> Iterator[FakeServer]:
+    """Serves until the block ends; `fake.url` is its address."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         fake.url = f"http://127.0.0.1:{listening.getsockname()[1]}"

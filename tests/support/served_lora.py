@@ -1,4 +1,4 @@
-"""Blocks and batches for LoRA's kernels: odd shapes, every dtype, shared and own selections, padding."""
+"""Blocks and batches for the kernels of served LoRA: odd shapes, every dtype, shared and own selections, padding."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,13 @@ from caprese_kernels.packed import PackedFF
 
 @dataclass(frozen=True)
 class Problem:
+    """Sizes of one block and batch. `table` is the kind of selection."""
+
     depth: int
     neurons: int
     tokens: int
     dtype: torch.dtype
-    table: str = "own"  # or shared, padded, none kept
+    table: str = "own"  # or shared, padded, all padding, none kept
 
     def __str__(self) -> str:
         return f"D{self.depth}-F{self.neurons}-T{self.tokens}-{str(self.dtype)[6:]}-{self.table}"
@@ -34,6 +36,8 @@ CASES = [
 
 @dataclass(frozen=True)
 class Inputs:
+    """Tensors of a problem."""
+
     x: Tensor
     low: Tensor
     ff: PackedFF
@@ -42,6 +46,7 @@ class Inputs:
 
 
 def problem(case: Problem, device: torch.device) -> Inputs:
+    """Random tensors of these sizes."""
     generator = torch.Generator().manual_seed(case.depth)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -62,5 +67,5 @@ def problem(case: Problem, device: torch.device) -> Inputs:
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Sums of other orders: a handful of roundings of values below 8, each at most half of 8 eps."""
+    """Equal up to the order of sums: a handful of roundings of values below 8, each at most half of 8 eps."""
     torch.testing.assert_close(found, expected, rtol=0, atol=16 * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""A task's problems, and how answers to them are scored."""
+"""The problems of a task, and scoring the answers to them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from caprese_serve.demo.problems import Problem, grade, problems
 from .questions import Question, hub, read_jsonl
 from .tasks import Source, Task
 
-GENERATED = 1000  # problems of a generator, where no limit says how many
+GENERATED = 1000  # problems from a generator, if there is no limit
 
 
-class Exam(Protocol):
+class ProblemSet(Protocol):
+    """The problems of a task, and a grader for the answers."""
+
     questions: list[Question]
-    metric: str  # what a score is
+    metric: str  # name of the score
 
     def score(self, texts: Sequence[str]) -> list[float]:
-        """From 0 to 1, of one text for each question."""
+        """Scores from 0 to 1, of one answer to each question."""
 
 
-def exam_of(task: Task, data: Path | None, limit: int | None) -> Exam:
+def load_problems(task: Task, data: Path | None, limit: int | None) -> ProblemSet:
     """The task's first `limit` problems, from its own source or from the JSONL file `data`.
 
-    CapreseError for what cannot be read. Downloads from the Hub unless it is cached.
+    Downloads from the Hub what is not cached. Raises CapreseError for data that cannot be read.
     """
     if task.lm_eval is not None:
-        from .harness import Harness
+        from .lm_eval_problems import LmEvalProblems
 
-        return Harness(task.lm_eval, data, limit)
-    return Graded(task, data, limit)
+        return LmEvalProblems(task.lm_eval, data, limit)
+    return GradedProblems(task, data, limit)
 
 
-class Graded:
-    """Problems with a gold answer, and a grader of this module."""
+class GradedProblems:
+    """Problems with a gold answer, and one of GRADERS."""
 
     def __init__(self, task: Task, data: Path | None, limit: int | None):
         if task.grader == "math-verify":
-            import math_verify  # noqa: F401 - if it is missing, that is told before the questions are asked
+            import math_verify  # noqa: F401 - fails here if it is not installed, before any question is asked
         source = task.source
         assert source is not None
         assert task.grader is not None
@@ -53,8 +55,12 @@ class Graded:
             for name in ("problem", "answer", "id", "difficulty"):
                 column = getattr(source, name)
                 if column is not None and row.get(column) is None:
-                    told = ", ".join(row)
-                    raise CapreseError(where.format(line, column), expected="a value", found=told, fix="correct it")
+                    raise CapreseError(
+                        where.format(line, column),
+                        expected="a value",
+                        found=f"the columns {', '.join(row)}",
+                        fix="add the column to every row",
+                    )
                 found[name] = None if column is None else str(row[column])
             prompt = task.template.replace("{problem}", found["problem"] or "")
             self.questions.append(Question(found["id"] or str(line), prompt, found["difficulty"]))
@@ -63,13 +69,16 @@ class Graded:
         self.metric, self._correct = GRADERS[task.grader]
 
     def score(self, texts: Sequence[str]) -> list[float]:
+        """1 for a correct answer, 0 for a wrong one."""
         return [float(self._correct(text, gold)) for text, gold in zip(texts, self.answers, strict=True)]
 
 
 def _check_ids(questions: Sequence[Question], where: str) -> None:
     ids = [question.id for question in questions]
     if twice := sorted({id for id in ids if ids.count(id) > 1})[:1]:
-        raise CapreseError(where, expected="a name for each problem", found=f"{twice[0]!r} twice", fix="correct it")
+        raise CapreseError(
+            where, expected="a different name for each problem", found=f"{twice[0]!r} twice", fix="rename one of them"
+        )
     if not ids:
         raise CapreseError(where, expected="problems", found="none", fix="give another file or limit")
 
@@ -85,21 +94,21 @@ def _rows(source: Source, limit: int | None) -> list[dict[str, Any]]:
 def _difficulty(problem: Problem) -> dict[str, int]:
     if problem.task == "math":
         return {"steps": len(re.findall(r"\d+ [-+*] \d+ = \d+", problem.response))}
-    return {"facts": problem.prompt.count(".") - 1}  # "Read this." comes first
+    return {"facts": problem.prompt.count(".") - 1}  # without the leading "Read this."
 
 
 def verified(text: str, answer: str) -> bool:
-    """Whether the response's last answer equals the gold one, as math-verify sees it: boxed first, else the last value.
+    """Whether math-verify finds the response's final answer equal to the gold one: a boxed one, or the last value.
 
-    Of a thinking model's response only what follows its thoughts counts, if they end. Each step may take 5 s, by an
-    alarm signal: only in the main thread.
+    Of a thinking model's response only the text after its thoughts counts, if they end. math-verify limits each step to
+    5 s by an alarm signal, so this works only in the main thread.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    said = parse(
+    answered = parse(
         text.rpartition("</think>")[2], [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
     )
-    return verify(parse(f"${answer}$"), said)
+    return verify(parse(f"${answer}$"), answered)
 
 
 GRADERS: dict[str, tuple[str, Callable[[str, str], bool]]] = {
