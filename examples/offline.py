@@ -13,7 +13,9 @@ PROMPTS = [
 
 
 def main(model: str = str(MODEL), adapter: str = str(ADAPTERS["griffin"])) -> None:
-    llm = LLM(model, max_model_len=512, additional_config={"caprese": {"weights": adapter}})
+    caprese = {"weights": adapter}
+    # Eager, to start sooner; leave that out for a model whose speed counts.
+    llm = LLM(model, max_model_len=512, enforce_eager=True, additional_config={"caprese": caprese})
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     greedy = SamplingParams(temperature=0, max_tokens=100)
     full = SamplingParams(temperature=0, max_tokens=100, extra_args={"caprese": "off"})  # through the original model

@@ -42,9 +42,9 @@ def test_offline() -> None:
 
 
 def test_client(tmp_path: Path) -> None:
-    flags = ("--dtype", "float32", "--max-model-len", "512", "--caprese-weights", str(ADAPTERS["griffin"]))
-    quiet = Console(quiet=True)
-    with VllmServer(MODEL, *flags, log=tmp_path / "server.log", env=ENV, console=quiet) as server:
+    flags = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+    weights, quiet = ("--caprese-weights", str(ADAPTERS["griffin"])), Console(quiet=True)
+    with VllmServer(MODEL, *flags, *weights, log=tmp_path / "server.log", env=ENV, console=quiet) as server:
         caprese, full, report = python("client.py", server.url).splitlines()
     assert caprese.startswith("Caprese: ")
     assert full.startswith("full model: ")
