@@ -22,7 +22,6 @@ import pytest
 import typer
 import yaml
 from packaging.requirements import Requirement
-from typer.exceptions import TyperException
 
 from caprese_serve import cli
 from tests.support.markdown import PAGES, ROOT, Snippet, code_blocks, inline_code
@@ -61,8 +60,6 @@ PARSED = {
     "pre-commit install": "changes the user's hooks",
     ". .venv/bin/activate": "changes the user's shell",
 }
-# Commands written before the code that knows them; the last test asks to drop each one when it does.
-AWAITED = ("caprese distill --config", "caprese --install-completion", "make check", "bash examples/distill.sh")
 
 
 @dataclass(frozen=True)
@@ -123,10 +120,6 @@ def find_commands() -> list[Command]:
 COMMANDS = find_commands()
 
 
-def is_awaited(command: Command) -> bool:
-    return any(command.begins(start) for start in AWAITED)
-
-
 # -- what each program knows -----------------------------------------------------------------------------------------
 
 
@@ -139,27 +132,12 @@ def check_caprese(command: Command) -> None:
             assert {word for word in rest if word.startswith("-")} <= flags_of(node) | {"--help"}, command
             return
         context = node.make_context(name, [], resilient_parsing=True)
-        verb = node.get_command(context, rest[0])
-        assert verb is not None, f"{command}: no verb {rest[0]!r}"
-        name, rest, node = f"{name} {rest[0]}", rest[1:], whole(verb, rest)
+        verb, node, rest = node.resolve_command(context, rest)  # a usage error, if there is no such verb
+        name = f"{name} {verb}"
     given = {word.split("=")[0] for word in rest if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)}
     assert given <= flags_of(node) | {"--help"}, f"{command}: no {sorted(given - flags_of(node))}"
     if not command.inline and "--help" not in given:
         node.make_context(name, rest)  # raises a usage error with the reason
-
-
-def whole(verb: Any, words: list[str]) -> Any:
-    """A verb that hands its arguments on unread: the command that reads them."""
-    if not verb.context_settings.get("ignore_unknown_options"):
-        return verb
-    from caprese_bench import cli as bench
-    from caprese_distill import cli as distill
-
-    if words[0] == "bench":
-        return typer.main.get_command(bench.app(words[1:]))
-    application = typer.Typer(add_completion=False)
-    application.command()(distill.distill)
-    return typer.main.get_command(application)
 
 
 def flags_of(node: Any) -> set[str]:
@@ -220,8 +198,6 @@ CHECKS = {
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_the_program_knows_the_command(command: Command) -> None:
-    if is_awaited(command):
-        pytest.skip("awaited")
     assert command.words[0] in CHECKS, f"{command}: an unknown program"
     CHECKS[command.words[0]](command)
 
@@ -269,8 +245,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("text", RUN)
 def test_the_command_runs(text: str, tree: Path) -> None:
-    if any(text.startswith(start) for start in AWAITED):
-        pytest.skip("awaited")
     program, *arguments = shlex.split(text)
     command = [sys.executable, "-m", "caprese_serve"] if program == "caprese" else [program]
     done = subprocess.run([*command, *arguments], cwd=tree, capture_output=True, text=True, timeout=120, check=False)
@@ -278,21 +252,6 @@ def test_the_command_runs(text: str, tree: Path) -> None:
     assert done.stdout.strip()
     if "--json" in arguments:
         json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("start", AWAITED)
-def test_awaited_commands_are_not_known_yet(start: str) -> None:
-    awaited = [command for command in COMMANDS if command.begins(start)]
-    assert awaited, f"no page has {start!r}: drop it from AWAITED"
-    assert not all(map(is_known, awaited)), "drop it from AWAITED"
-
-
-def is_known(command: Command) -> bool:
-    try:
-        CHECKS[command.words[0]](command)
-    except (AssertionError, TyperException):
-        return False
-    return not command.begins("bash examples/distill.sh") or bool(find_spec("caprese_distill.config"))
 
 
 # -- the other languages ---------------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ import pytest
 
 from tests.support.markdown import PAGES, ROOT, anchors, inline_code, links
 
-# Paths that a page names before the code is there; the test below asks to drop each one when it is.
-AWAITED = {"distill/caprese_distill/data/chat.py", "distill/caprese_distill/config.py"}
 FOLDERS = ("benchmarks/", "caprese_vllm/", "distill/", "docs/", "examples/", "kernels/", "requirements/", "serve/",
            "tests/", "tools/")  # fmt: skip
 
@@ -37,12 +35,8 @@ def test_named_paths_exist(page: Path) -> None:
     """Inline code that begins with a folder of the repository is a path in it."""
     for span in inline_code(page):
         path = span.text.split(":")[0]
-        if path.startswith(FOLDERS) and re.fullmatch(r"[\w./-]+", path) and path not in AWAITED:
+        if path.startswith(FOLDERS) and re.fullmatch(r"[\w./-]+", path):
             assert (ROOT / path).exists(), f"{span}: no {path}"
-
-
-def test_awaited_paths_are_not_there_yet() -> None:
-    assert not [path for path in AWAITED if (ROOT / path).exists()], "drop it from AWAITED"
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -4,10 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from caprese_serve.demo import ADAPTERS, MODEL
@@ -61,7 +59,6 @@ def test_hugging_face() -> None:
     assert plain < repaired <= full
 
 
-@pytest.mark.skipif(not find_spec("caprese_distill.config"), reason="this tree's `caprese distill` has no --config yet")
 def test_distill(tmp_path: Path) -> None:
     """In a folder of links, since it writes into out/."""
     for path in ROOT.iterdir():
