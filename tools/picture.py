@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ class Panel:
 
 def draw(panels: tuple[Panel, Panel], source: str) -> str:
     """An SVG, `source` in its metadata and below the bars."""
-    settings = {
+    settings: dict[Any, Any] = {  # of keys that matplotlib types one by one
         "svg.fonttype": "none",
         "svg.hashsalt": "caprese",
         "font.family": "DejaVu Sans",
