@@ -1,6 +1,6 @@
 """Writes docs/results.md: every table and figure of the paper, its figures beside ours, or "not measured".
 
-    python tools/results_page.py
+    python -m tools.results_page
 
 A test fails when the page and benchmarks/results differ. The paper's figures are those of evaluation/tasks/*.yaml
 (tables 1, 2, 5) and of paper.py.
@@ -27,7 +27,7 @@ NOT = "not measured"
 INTRODUCTION = """# Results
 
 Every table and figure of the paper ([arXiv 2505.07861](https://arxiv.org/abs/2505.07861)), its figures beside what was
-measured with this code, and "not measured" where nothing was. Written by `python tools/results_page.py` from
+measured with this code, and "not measured" where nothing was. Written by `python -m tools.results_page` from
 [benchmarks/results](../benchmarks/results), which has all figures, CSV and a page with plots for each benchmark; a test
 keeps it so.
 
