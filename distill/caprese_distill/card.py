@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import layer_spans
 from caprese_kernels.errors import CapreseError
 
-from .report import solver, spans, taken
+from .report import solver, taken
 
 # In the front matter: a card that names the adapter file is this package's own, and may be written again.
 MARK = "caprese_adapter"
@@ -64,7 +65,7 @@ def make_card(adapters: Adapters, name: str) -> str:
                 ("method", config.method),
                 ("density", f"{config.density:g}"),
                 ("rank", str(config.rank)),
-                ("layers", f"{spans(config.layers)} of {config.base_model.num_hidden_layers}"),
+                ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
                 ("tensors", f"{low_rank} a layer, {str(adapters.dtype).removeprefix('torch.')}"),
                 ("parameters", f"{adapters.num_parameters:,}"),
                 ("made by", f"{training['stage']}, {solver(training)}"),

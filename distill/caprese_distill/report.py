@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.config import BaseModelInfo, Method, layer_spans
 
 from .data.samples import Sample, split
 from .end_to_end.train import Recipe, steps_of
@@ -63,9 +63,10 @@ def report_plan(
     prompt = sum(s.prompt_length for s in samples)
     response = sum(s.num_rows for s in samples)
     fit, held_out = split(samples)
+    spans = layer_spans(method.layers)
     rows = {
         "model": f"{info.name_or_path}, {info.architecture}, {count:,} parameters",
-        "FF blocks": f"{info.num_hidden_layers} found, {len(method.layers)} replaced: layers {spans(method.layers)}",
+        "FF blocks": f"{info.num_hidden_layers} found, {len(method.layers)} replaced: layers {spans}",
         "method": str(method),
         # Paper, appendix B, figure 6: of the whole model, and of its FF blocks alone.
         "adapter": f"{added:,} parameters, {added / count:.2%} of the model's, {added / in_blocks:.2%} of its FF "
@@ -118,17 +119,6 @@ def solver(training: dict[str, Any]) -> str:
     """ "closed-form", or with what it was weighted."""
     weighted = f", weighted by the {training['weighting']}" if "weighting" in training else ""
     return f"{training['solver']}{weighted}"
-
-
-def spans(layers: Sequence[int]) -> str:
-    """ "0-11", or "0-3, 7": ascending indices."""
-    told: list[list[int]] = []
-    for i in layers:
-        if told and told[-1][-1] == i - 1:
-            told[-1].append(i)
-        else:
-            told.append([i])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in told)
 
 
 def minutes(seconds: float) -> str:

@@ -24,7 +24,7 @@ from vllm.model_executor.models import registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from caprese_kernels import reference
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import UNGATED_ARCHITECTURES, BaseModelInfo
 from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activation_of_module, find_block
 from caprese_vllm.blocks import _repack
 from caprese_vllm.ranks import Ranks
@@ -155,6 +155,10 @@ def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -
         torch.testing.assert_close(reference.dense_ff(x, packed), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_ungated_ones_are_those_that_the_kernels_know() -> None:
+    assert {name for name, names in ARCHITECTURES.items() if not names.gated} == UNGATED_ARCHITECTURES
+
+
 def test_each_is_shown_by_tokens_or_by_structure() -> None:
     """docs/compatibility.md says which."""
     by_tokens = {
@@ -241,6 +245,6 @@ def test_an_inline_block_may_have_things_around_it_but_not_inside() -> None:
         (lambda: nn.ReLU6(), False, None),
     ],
 )
-def test_activations_are_told_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
+def test_activations_are_recognized_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
     with set_current_vllm_config(VllmConfig()):
         assert activation_of_module(module(), gated) == expected

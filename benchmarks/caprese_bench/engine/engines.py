@@ -18,6 +18,7 @@ from caprese_kernels.config import DEFAULT_LAYERS, AdapterConfig, BaseModelInfo,
 from caprese_kernels.errors import CapreseError
 
 from ..kernels.floor import Weights
+from ..lora.served.engine import EXTENSION as LORA
 from ..lora.served.engine import variables as lora_environment
 from .models import write_arch
 from .process import Engine
@@ -167,6 +168,7 @@ def job_of(subject: Subject, variant: Variant, options: dict[str, Any], folder: 
         layers = list(subject.layers(variant))
         job["caprese"] = {"method": variant.method, "density": subject.density_of(variant.method), "layers": layers}
     if variant.correction == "lora":
+        job["caprese"]["kernel_extension"] = LORA
         job["variables"] = lora_environment(folder, subject.method_rank("griffin"))
     return job
 

@@ -210,6 +210,7 @@ def measure(
 
 def proof(subject: Subject, variant: Variant, case: Case, rounds: int, before: Any, after: Any) -> Row:
     """What the engine's own counters say of a variant's tokens; CapreseError unless they ran the variant's path."""
+    from caprese_kernels.reference import griffin_count  # torch
 
     def refuse(expected: str, found: object) -> None:
         raise CapreseError(f"variant {variant.id}", expected=expected, found=str(found), fix="report this bug")
@@ -236,7 +237,7 @@ def proof(subject: Subject, variant: Variant, case: Case, rounds: int, before: A
     density = subject.density_of(variant.method)
     if abs(after["density"] - density) > 1e-9:
         refuse(f"density {density:g}", after["density"])
-    goal = int(density * subject.weights.neurons) / subject.weights.neurons
+    goal = griffin_count(density, subject.weights.neurons) / subject.weights.neurons
     # CATS' threshold is the prompt's: generated tokens may keep other shares, but not nearly all.
     if abs(kept - goal) > (1e-6 if variant.method == "griffin" else 0.9 * (1 - goal)):
         refuse(f"{goal:.0%} of the neurons kept", f"{kept:.1%}")
