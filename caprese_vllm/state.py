@@ -86,7 +86,7 @@ class State:
         for key, slot in step.restored:
             self.table[:, slot] = self.parked.pop(key)
         self.scheduled += len(step.sparse_rows)
-        self._show(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
+        self._set_view(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
         if self.can_replay(step):
             self.decode_slots[: step.num_rows] = step.sparse_slots
             self.decode_slots[step.num_rows :] = -1
@@ -105,13 +105,13 @@ class State:
         self.decode_slots.fill_(-1)
         none = self.decode_slots[:0]
         rows = torch.arange(num_rows, device=self.requests.device)
-        self._show(Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none), None)
+        self._set_view(Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none), None)
 
     def end_step(self) -> None:
         """What runs until the next `begin` is profiling or a dummy batch: all of its rows are dense."""
         self.view = None
 
-    def _show(self, step: Step, chunks: ChunkPlan | None) -> None:
+    def _set_view(self, step: Step, chunks: ChunkPlan | None) -> None:
         self.view = StepView(step, chunks, self.kernels, self.table, self.computed)
 
     def finish_request(self, request_id: str) -> None:
