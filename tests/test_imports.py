@@ -24,8 +24,6 @@ FLOORS = (
 )  # fmt: skip
 # Imports that still run up or in a circle. Delete each with its cause; no new one may be added.
 TOLERATED = {
-    ("caprese_vllm.flags", "caprese_vllm.enable"),
-    ("caprese_vllm.runner_v2", "caprese_vllm.worker"),
     ("caprese_bench.evaluation.coverage", "caprese_bench.recovery.parameters"),
     ("caprese_bench.kernels.floor", "caprese_bench.recovery.parameters"),
 }

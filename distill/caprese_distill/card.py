@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import layer_spans
 from caprese_kernels.errors import CapreseError
 
 from .plan import ResourceUsage
-from .report import describe_resources, describe_solver, layer_spans
+from .report import describe_resources, describe_solver
 
 # A key of the front matter: a card that names the adapter file was written by this package, and may be overwritten.
 MARK = "caprese_adapter"

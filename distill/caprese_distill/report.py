@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
+
+from caprese_kernels.config import layer_spans
 
 from .memory import Memory, gib
 from .plan import DistillationPlan, Estimate, ResourceUsage
@@ -77,17 +78,6 @@ def describe_solver(training: dict[str, Any]) -> str:
     """ "closed-form", or "closed-form, weighted by the gradient"."""
     weighted = f", weighted by the {training['weighting']}" if "weighting" in training else ""
     return f"{training['solver']}{weighted}"
-
-
-def layer_spans(layers: Sequence[int]) -> str:
-    """Ascending indices as "0-11", or "0-3, 7"."""
-    spans: list[list[int]] = []
-    for i in layers:
-        if spans and spans[-1][-1] == i - 1:
-            spans[-1].append(i)
-        else:
-            spans.append([i])
-    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def format_duration(seconds: float) -> str:

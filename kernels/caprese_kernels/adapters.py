@@ -2,7 +2,7 @@
 
 One safetensors file holds, for each sparse layer i, `layers.{i}.L` [D, r] and `layers.{i}.R` [r, D]
 (paper, section 3.1), all of one dtype, and in its header `format`, `format_version` and `config`.
-Never pickle: a file that is not safetensors is refused unread.
+It is never a pickle: a file that is not safetensors is refused unread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import __version__
-from .config import AdapterConfig, validate
+from .config import AdapterConfig
 from .errors import CapreseError
+from .validation import validate
 
 FORMAT, FORMAT_VERSION = "caprese", "1"
 DEFAULT_FILE_NAME = "adapters.safetensors"
@@ -47,7 +48,7 @@ class Adapters:
         return sum(t.numel() for t in (*self.left.values(), *self.right.values()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in the file."""
+        """All tensors, by their names in the file."""
         named = {}
         for i in self.left:
             named[f"layers.{i}.L"], named[f"layers.{i}.R"] = self.left[i], self.right[i]
@@ -73,7 +74,7 @@ class Adapters:
         return cls(config, {i: tensors[f"layers.{i}.L"] for i in layers}, {i: tensors[f"layers.{i}.R"] for i in layers})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; it appears whole or not at all."""
+        """Write the file: it appears whole or not at all. Raises CapreseError for tensors that do not fit."""
         path = Path(path)
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors().items()}
         config = self.config.model_copy(update={"caprese_version": __version__})
@@ -83,7 +84,7 @@ class Adapters:
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.model_dump_json()}
         try:
             partial.touch()
-            mode = partial.stat().st_mode  # the user's usual one; save_file's files only their owner can read
+            mode = partial.stat().st_mode  # as the umask gives it; save_file makes files that only their owner can read
             save_file(tensors, partial, metadata=header)
             partial.chmod(mode)
             os.replace(partial, path)
@@ -213,7 +214,7 @@ def _refuse(where: str, expected: str, found: str) -> NoReturn:
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
-    """`safe_open` with a user's errors; looks at the first bytes so that a pickle is called one."""
+    """`safe_open` that raises CapreseError; reads the first bytes to recognize a pickle."""
     try:
         with open(path, "rb") as file:
             head = file.read(8)

@@ -12,10 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters, find_adapter
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import BaseModelInfo, layer_spans
 from caprese_kernels.errors import CapreseError
-
-UNGATED = ("OPTForCausalLM",)  # FF blocks of two matrices; all others have three
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
@@ -29,8 +27,7 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
     if model is not None:
         config.base_model.check_serves(model_info(model), f"adapter {path}")
     base = config.base_model
-    matrices = 2 if base.architecture in UNGATED else 3
-    ff_parameters = matrices * base.hidden_size * base.intermediate_size * base.num_hidden_layers
+    ff_parameters = base.num_ff_matrices * base.hidden_size * base.intermediate_size * base.num_hidden_layers
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -76,7 +73,7 @@ def render(report: dict[str, Any]) -> Group:
     sizes = f"D {base['hidden_size']}, F {base['intermediate_size']}, {base['num_hidden_layers']} layers"
     facts.add_row("", f"{sizes}, {base['hidden_act']}")
     facts.add_row("method", f"{report['method']}, density {report['density']:g}, rank {report['rank']}")
-    facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {_listed(report['layers'])}")
+    facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {layer_spans(report['layers'])}")
     facts.add_row("dtype", report["dtype"])
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
@@ -94,8 +91,3 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
     """Frobenius norm of L R, from r x r products: ||L R||^2 = <L'L, R R'>."""
     left, right = left.double(), right.double()
     return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
-
-
-def _listed(layers: list[int]) -> str:
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 2 else ", ".join(map(str, layers))

@@ -20,7 +20,7 @@ def test_the_halves(case: Problem, planned: bool) -> None:
     p = problem(case, DEVICE)
     expected_z, given = kernels.Reference.up(p.x, p.low, p.ff, p.keep, p.slots)
     expected_y = kernels.Reference.down(given, p.ff, p.keep, p.slots)
-    more = {"plan": gpu.plan(p.keep, p.slots)} if planned else {}
+    more = {"row_plan": gpu.plan_rows(p.keep, p.slots)} if planned else {}
     z, given = triton_kernels.up(p.x, p.low, p.ff, p.keep, p.slots, **more)
     y = triton_kernels.down(given, p.ff, p.keep, p.slots)
     assert_near(z, expected_z, case.dtype)

@@ -86,7 +86,7 @@ def test_the_engine_answers_as_transformers_does(tmp_path: Path) -> None:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16}
     options |= {"skip_tokenizer_init": True, "seed": 0}
     given = CPU | engine.variables(tmp_path, 48, tmp_path / "lora.safetensors")
-    caprese = {"method": "griffin", "density": 0.5, "layers": [0, 1]}
+    caprese = {"method": "griffin", "density": 0.5, "layers": [0, 1], "kernel_extension": engine.EXTENSION}
     with Engine(tmp_path / "log", EngineSettings(str(MODEL), caprese, options, given)) as served:
         found = served.run("answer", prompts=prompts, max_tokens=40, stop=tokenizer.eos_token_id)["ids"]
         assert served.run("report")["caprese"]["kernel"] == "lora over cpu"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from caprese_kernels.reference import NUM_MAGNITUDES
-from caprese_vllm.ff import merge
 from caprese_vllm.ranks import Ranks
+from caprese_vllm.state import merge
 from tests.support.engine import engine, generate, greedy
 from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
 from tests.support.models import make_adapter, random_prompts

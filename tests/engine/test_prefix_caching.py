@@ -148,7 +148,7 @@ class TestOneEngine:
 
 def blocks_of(llm: LLM) -> Any:
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    return model.caprese[1].blocks
+    return model.caprese.blocks
 
 
 def test_few_pages(model_dir: Callable[[str], Path], tmp_path: Path) -> None:

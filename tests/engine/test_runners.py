@@ -113,7 +113,7 @@ def test_weights_live_once(model_dir: ModelDir, tmp_path: Path) -> None:
     case = new_case(model_dir, tmp_path, "mistral", "cats", True)
     with engine(case.model_dir, case.caprese) as llm:
         model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-        _, state = model.caprese
+        state = model.caprese
         assert len(state.blocks) == 4
         for block in state.blocks:
             packed = block.packed

@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 def fresh() -> None:
     """As in a new process: nothing loaded, nothing said."""
     build._library.cache_clear()
-    backend._say_once.cache_clear()
+    backend._warn_once.cache_clear()
 
 
 @needs_compiler
@@ -176,5 +176,5 @@ def test_the_cache_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert build.cache_folder() == tmp_path / f"caprese-{os.getuid()}"
     monkeypatch.setattr("os.getuid", lambda: os.stat(tmp_path).st_uid + 1)
     (tmp_path / f"caprese-{os.getuid()}").mkdir()
-    with pytest.raises(build.Unavailable, match="no folder of one's own"):
+    with pytest.raises(build.Unavailable, match="no private folder"):
         build.cache_folder()

@@ -24,7 +24,7 @@ from vllm.model_executor.models import registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from caprese_kernels import reference
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import UNGATED_ARCHITECTURES, BaseModelInfo
 from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activation_of_module, find_block
 from caprese_vllm.blocks import _repack
 from caprese_vllm.ranks import Ranks
@@ -152,6 +152,10 @@ def test_blocks_compute_what_the_plugin_assumes(architecture: str, tmp_path: Pat
         expected = block.run(x)[0] if block.names.inline else block.module(x)
         assert expected.std() > 1e-2
         torch.testing.assert_close(reference.dense_ff(x, packed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ungated_ones_are_those_that_the_kernels_know() -> None:
+    assert {name for name, names in ARCHITECTURES.items() if not names.gated} == UNGATED_ARCHITECTURES
 
 
 def test_each_is_shown_by_tokens_or_by_structure() -> None:

@@ -73,7 +73,7 @@ def test_demo_without_its_extra(caprese: Caprese, capsys: Captured, monkeypatch:
 def test_inspect_shows_the_adapter(caprese: Caprese, capsys: Captured, adapter_file: Path) -> None:
     assert caprese("inspect", adapter_file) == 0
     shown = capsys.readouterr().out
-    for expected in ("tests/tiny", "griffin, density 0.5, rank 2", "2 of 4: 0, 1", "float32", "layer-wise"):
+    for expected in ("tests/tiny", "griffin, density 0.5, rank 2", "2 of 4: 0-1", "float32", "layer-wise"):
         assert expected in shown
 
 

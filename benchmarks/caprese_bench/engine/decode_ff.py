@@ -88,13 +88,13 @@ class DecodeBlocks:
                 return self.dense(layer, x)
             if variant.method == "cats":
                 return self.backend.cats_ff(x, self.packed(variant, layer), self.tau[layer], self.slots)[0]
-            if layer == 0 and hasattr(self.backend, "plan_layers"):
+            if layer == 0:
                 plans = self.backend.plan_layers(self.keep[: len(sparse)], self.slots)
-            planned = {} if plans is None else {"plan": plans[layer]}
+            plan = None if plans is None else plans[layer]
             if variant.correction == "lora":
-                return self.lora[layer].forward(self.backend, x, self.keep[layer], self.slots, **planned)
+                return self.lora[layer].forward(self.backend, x, self.keep[layer], self.slots, plan)
             keep = self.keep[layer]
-            return self.backend.griffin_ff(x, self.packed(variant, layer), keep, self.slots, **planned)
+            return self.backend.griffin_ff(x, self.packed(variant, layer), keep, self.slots, plan)
 
         return ff
 

@@ -12,6 +12,7 @@ from typing import Any
 from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
+from ..lora.served.engine import EXTENSION as LORA
 from ..lora.served.engine import variables as lora_environment
 from .process import Engine, EngineSettings
 from .timed_model import TimedModel, adapter_for
@@ -30,7 +31,9 @@ def settings_of(model: TimedModel, variant: Variant, options: dict[str, Any], fo
         caprese = {"method": variant.method, "density": model.density_of(variant.method), "layers": layers}
         settings = replace(settings, caprese=caprese)
     if variant.correction == "lora":
-        settings = replace(settings, environment=lora_environment(folder, model.method_rank("griffin")))
+        environment = lora_environment(folder, model.method_rank("griffin"))
+        extended = {**(settings.caprese or {}), "kernel_extension": LORA}
+        settings = replace(settings, caprese=extended, environment=environment)
     return settings
 
 

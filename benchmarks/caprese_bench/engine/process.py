@@ -206,7 +206,7 @@ def _add(engine: Any, prompts: list[list[int]], max_tokens: int, n: int) -> None
 
 
 def _report(worker: Any) -> Answer | None:
-    from caprese_vllm.ff import merge
+    from caprese_vllm.state import merge
 
     state = _state(worker)
     return merge([state.report()]) if state else None
@@ -220,9 +220,9 @@ def _union(worker: Any) -> float | None:
 
 
 def _state(worker: Any) -> Any:
-    from caprese_vllm.ff import STATE
+    from caprese_vllm.state import state_of
 
-    return worker.vllm_config.compilation_config.static_forward_context.get(STATE)
+    return state_of(worker.vllm_config)
 
 
 def _redirect_stdout() -> IO[str]:
