@@ -27,10 +27,10 @@ def test_every_verb(tmp_path: Path) -> None:
     ((host, asked),) = model.servers()
     assert [variant.label for variant in asked] == ["Full", GRIFFIN]
     with model.serving(host, tmp_path / "log", True) as server:
-        told: dict[str, Any] = {"url": server.url, "model": str(MODEL), "weights": [str(ADAPTERS["griffin"])]}
-        accuracy(**told, limit=40, out=tmp_path)
-        coverage(**told, limit=6, samples=8, pools=2, temperature=1.0, out=tmp_path)
-        length(**told, limit=40, out=tmp_path)  # of the responses that accuracy stored
+        given: dict[str, Any] = {"url": server.url, "model": str(MODEL), "weights": [str(ADAPTERS["griffin"])]}
+        accuracy(**given, limit=40, out=tmp_path)
+        coverage(**given, limit=6, samples=8, pools=2, temperature=1.0, out=tmp_path)
+        length(**given, limit=40, out=tmp_path)  # of the responses that accuracy stored
     graded = {(row["task"], row["variant"]): row for row in rows(tmp_path / "accuracy.json")}
     assert len(graded) == 4
     for (_, variant), row in graded.items():
