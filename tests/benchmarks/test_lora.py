@@ -172,7 +172,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     monkeypatch.setattr(Trainer, "_step", step)
     again = begin(info, method, 0, CPU)
     steps: list[int] = []
-    monkeypatch.setattr(Trainer, "_tell", lambda self, *_: steps.append(self.step))
+    monkeypatch.setattr(Trainer, "_report_step", lambda self, *_: steps.append(self.step))
     fit(stage, model, samples, info, method, again, recipe, tmp_path / "resume")
     assert 1 < steps[0] <= 7 <= steps[-1] == 10
     assert all(torch.equal(t, tensors(whole)[name]) for name, t in tensors(again).items())
