@@ -22,11 +22,6 @@ ARROWS = {
 FLOORS = (
     "results", "paper", "kernels", "hugging_face", "lora", "engine", "evaluation", "recovery", "all", "cli", "__main__",
 )  # fmt: skip
-# Imports that still run up or in a circle. Delete each with its cause; no new one may be added.
-TOLERATED = {
-    ("caprese_bench.evaluation.coverage", "caprese_bench.recovery.parameters"),
-    ("caprese_bench.kernels.floor", "caprese_bench.recovery.parameters"),
-}
 # Imports every module of the package argv[1] while the packages argv[2:] cannot be imported.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -103,7 +98,7 @@ def test_packages_import_downward() -> None:
 
 
 def test_no_circles() -> None:
-    graph = {name: {each for each in imports(name) if (name, each) not in TOLERATED} for name in modules()}
+    graph = {name: imports(name) for name in modules()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -117,7 +112,7 @@ def test_floors_of_the_benchmarks() -> None:
             continue
         below = FLOORS[: FLOORS.index(inner.partition(".")[0]) + 1]
         for each in imports(name):
-            if each.startswith("caprese_bench.") and (name, each) not in TOLERATED:
+            if each.startswith("caprese_bench."):
                 assert each.split(".")[1] in below, f"{name} imports {each}"
 
 

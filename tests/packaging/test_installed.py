@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from caprese_bench.results import plots
 from caprese_kernels import __version__
 from caprese_serve.demo import ADAPTERS, MODEL
 from tests.support.packaging import ROOT, Caprese
@@ -53,7 +51,6 @@ def test_verbs_that_need_the_dependencies_alone(caprese: Caprese, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not hasattr(plots, "can_plot"), reason="to be deleted: parameters and plots need the extra here")
 def test_bench_parameters_with_the_dependencies_alone(caprese: Caprese, tmp_path: Path) -> None:
     done = caprese("bench", "parameters", "--quick", "--out", str(tmp_path / "out"), "--json", without=EXTRAS)
     assert done.returncode == 0, done.stderr
@@ -67,7 +64,6 @@ def test_bench_parameters(caprese: Caprese, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out/parameters.html").read_text()
 
 
-@pytest.mark.skipif(find_spec("caprese_distill.config") is None, reason="to be deleted: distill has no --config here")
 def test_distill_shows_its_plan_from_a_file(caprese: Caprese, tmp_path: Path) -> None:
     write_rows(tmp_path / "empty/rows.jsonl")
     settings = f"model: {MODEL}\ndata: rows.jsonl\nrank: 4\nstage: layer-wise\n"
