@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup demo test lint gpu-check clean
+.PHONY: help setup demo check test lint gpu-check clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -39,8 +39,35 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt requirements/*/pyproject.
 demo: setup  ## Compare the full model, GRIFFIN, CATS and Caprese through vLLM; writes out/demo.json
 	@$(BIN)/caprese demo
 
+# Tests that start an engine, a server or several processes, or that take seconds: `make check` leaves these to
+# `make test`. Folders, files, and functions as file::function.
+SLOW := tests/engine tests/e2e \
+  tests/benchmarks/test_ablation.py tests/benchmarks/test_decode.py tests/benchmarks/test_evaluation_asking.py \
+  tests/benchmarks/test_evaluation_tasks.py tests/benchmarks/test_hf_decode.py tests/benchmarks/test_kernels_bench.py \
+  tests/benchmarks/test_lora.py tests/benchmarks/test_parameters.py tests/benchmarks/test_prefix_bench.py \
+  tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_served_lora.py \
+  tests/distill/test_adam.py tests/distill/test_cluster.py tests/distill/test_distill.py \
+  tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
+  tests/distill/test_weighted.py \
+  tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
+  tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
+  tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
+  tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
+  tests/serve/test_demo.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py \
+  tests/test_imports.py::test_every_module_needs_only_its_own_extra \
+  tests/test_imports.py::test_packages_without_any_extra
+
+# As many processes as processors, at most four, for each imports vLLM; a test has one thread. worksteal keeps a file's
+# tests together, as they share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+
+check: setup  ## Lint, types and the quick tests: under two minutes on two cores
+	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest, quick tests"; \
+	$(PYTEST) -q $(foreach test,$(SLOW),$(if $(findstring ::,$(test)),--deselect,--ignore)=$(test)) || status=1; \
+	echo "== left to make test:"; printf '   %s\n' $(SLOW); exit $$status
+
 test: setup  ## Lint, types and all tests
-	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest"; $(BIN)/pytest || status=1; exit $$status
+	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest"; $(PYTEST) || status=1; exit $$status
 
 lint: setup  ## Only ruff and mypy
 	@status=0; for tool in "ruff check" "ruff format --check" "mypy"; do \
@@ -48,8 +75,10 @@ lint: setup  ## Only ruff and mypy
 
 # Not .venv, whose torch may be a build for CPUs, and no setup: a GPU machine may have no network.
 GPU_PYTHON ?= python3
-gpu-check:  ## All that only a GPU can show, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
-	@$(GPU_PYTHON) tools/gpu_check.py
+GPU_FLAGS ?=
+SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/distill:$(CURDIR)/serve:$(CURDIR)/benchmarks
+gpu-check:  ## Run the checks that need a GPU, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
+	@PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tools.gpu_check $(GPU_FLAGS)
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}

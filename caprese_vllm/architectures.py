@@ -8,7 +8,7 @@ on values that can only be handed on, so a clamp, a multiplier or a norm inside 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import UNGATED_ARCHITECTURES, BaseModelInfo
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import ACTIVATION_FUNCTIONS
 
@@ -51,19 +51,20 @@ _TRANSFORMERS = """
     CwmForCausalLM HunYuanDenseV1ForCausalLM OlmoForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM SeedOssForCausalLM
     SmolLM3ForCausalLM VaultGemmaForCausalLM
 """
-ARCHITECTURES: dict[str, Names] = {
+_NAMES: dict[str, Names] = {
     **dict.fromkeys((_LIKE_LLAMA + _TRANSFORMERS).split(), Names()),
     "ExaoneForCausalLM": Names("transformer.h.{}.mlp", down="c_proj"),
     "InternLM2ForCausalLM": Names("model.layers.{}.feed_forward", down="w2"),
     "Plamo3ForCausalLM": Names("model.layers.layers.{}.mlp", act="act"),
-    # without a gate
-    "GPT2LMHeadModel": Names("transformer.h.{}.mlp", "c_fc", "act", "c_proj", gated=False),
-    "GPTJForCausalLM": Names("transformer.h.{}.mlp", "fc_in", "act", "fc_out", gated=False),
-    "GPTNeoXForCausalLM": Names(up="dense_h_to_4h", act="act", down="dense_4h_to_h", gated=False),
-    "OPTForCausalLM": Names("model.decoder.layers.{}", "fc1", "activation_fn", "fc2", gated=False, inline=True),
-    "PhiForCausalLM": Names(up="fc1", act="activation_fn", down="fc2", gated=False),
-    "Starcoder2ForCausalLM": Names(up="c_fc", act="act", down="c_proj", gated=False),
+    # Without a gate: config.UNGATED_ARCHITECTURES
+    "GPT2LMHeadModel": Names("transformer.h.{}.mlp", "c_fc", "act", "c_proj"),
+    "GPTJForCausalLM": Names("transformer.h.{}.mlp", "fc_in", "act", "fc_out"),
+    "GPTNeoXForCausalLM": Names(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),
+    "OPTForCausalLM": Names("model.decoder.layers.{}", "fc1", "activation_fn", "fc2", inline=True),
+    "PhiForCausalLM": Names(up="fc1", act="activation_fn", down="fc2"),
+    "Starcoder2ForCausalLM": Names(up="c_fc", act="act", down="c_proj"),
 }
+ARCHITECTURES = {name: replace(names, gated=name not in UNGATED_ARCHITECTURES) for name, names in _NAMES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ def find_block(model: nn.Module, layer: int, served: BaseModelInfo) -> Block:
 
 
 def activation_of_module(act: nn.Module, gated: bool) -> str | None:
-    """The key of ACTIVATION_FUNCTIONS that the module computes, told by its values; None if it is none of them.
+    """The key of ACTIVATION_FUNCTIONS that the module computes, found by comparing values; None for another function.
 
     Configs are no help: Gemma's says "gelu" where vLLM, rightly, computes "gelu_pytorch_tanh".
     """

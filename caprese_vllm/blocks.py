@@ -1,7 +1,7 @@
-"""Moving the weights of a model's FF blocks into packed storage, and taking over their forward."""
+"""Move the weights of a model's FF blocks into packed storage, and replace their forward."""
 
-# No `from __future__ import annotations`: vLLM's decorator wraps the op in another module, where its types as strings
-# mean nothing.
+# No `from __future__ import annotations`: vLLM's decorator wraps the op in another module, where annotations that are
+# strings cannot be resolved.
 
 from collections.abc import Callable
 from typing import Any
@@ -14,38 +14,45 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.packed import PackedFF, allocate
 
 from .architectures import Block, find_block
-from .ff import STATE, SparseFF, State
+from .ff import SparseFF
 from .ranks import Ranks
+from .state import STATE
 
 
-def replace_blocks(model: nn.Module, state: State, here: range, served: BaseModelInfo, context: dict[str, Any]) -> None:
-    """Replace the forward of every FF block that the method names; refuse if one is missing or foreign.
+def pack_blocks(
+    model: nn.Module, method: Method, stage_layers: range, served: BaseModelInfo
+) -> list[tuple[Block, PackedFF, Ranks]]:
+    """Move the weights of every FF block that the method names into packed storage; in order of layers.
 
-    `here` are the layers of this pipeline stage; other stages have the rest.
+    `stage_layers` are the layers of this pipeline stage; other stages have the rest. Raises CapreseError if a block is
+    missing or does more than an FF block does.
     """
+    packed = []
+    for layer in method.layers:
+        if layer in stage_layers:
+            block = find_block(model, layer, served)
+            ranks = Ranks(block.down.tp_rank, block.down.tp_size)
+            packed.append((block, _repack(block, -(-method.rank // ranks.size), ranks), ranks))
+    return packed
+
+
+def take_over(ff: SparseFF, context: dict[str, Any]) -> None:
+    """Have the model compute the sparse block in place of its own. `context` is vLLM's of this engine."""
     _register_op()
-    context[STATE] = state
-    for layer in state.method.layers:
-        if layer not in here:
-            continue
-        block = find_block(model, layer, served)
-        key = f"{block.name}.caprese"
-        ranks = Ranks(block.down.tp_rank, block.down.tp_size)
-        packed = _repack(block, -(-state.method.rank // ranks.size), ranks)
-        context[key] = ff = SparseFF(block, packed, ranks, state.method, state)
-        state.blocks.append(ff)
-        block.take_over(_forward(key, _take_over_reduction(block.down)))
+    key = f"{ff.block.name}.caprese"
+    context[key] = ff
+    ff.block.take_over(_forward(key, _take_over_reduction(ff.block.down)))
 
 
 def _repack(block: Block, rank: int, ranks: Ranks) -> PackedFF:
     """Move a block's weights into neuron-major storage with room for L^T and R, before they are loaded.
 
-    vLLM's parameters become views of that storage, of the same names and shapes: weights live once,
-    and loaders as well as the prompt path notice nothing.
+    vLLM's parameters become views of that storage, with the same names and shapes: the weights exist once, and neither
+    the loaders nor the prompt path need to know. `rank` is this rank's part of r.
     """
     up, down = block.up, block.down
     rows, neurons = up.weight.shape[0], down.weight.shape[1]
@@ -62,7 +69,7 @@ def _repack(block: Block, rank: int, ranks: Ranks) -> PackedFF:
 
 
 def _take_over_reduction(down: Any) -> bool:
-    """Whether vLLM's layer summed y over ranks. Now it must not: the block does so once, for all its rows."""
+    """Whether vLLM's layer summed y over ranks. From now on the block does, once for all its rows."""
     reduces = bool(down.reduce_results) and down.tp_size > 1
     down.reduce_results = False
     return reduces
@@ -81,7 +88,8 @@ def _forward(key: str, reduce: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _ff(x: Tensor, out: Tensor, key: str) -> None:
-    get_forward_context().no_compile_layers[key].run(x, out)
+    context = get_forward_context().no_compile_layers
+    context[key].run(x, out, context[STATE].view)
 
 
 def _ff_fake(x: Tensor, out: Tensor, key: str) -> None:

@@ -1,4 +1,4 @@
-"""Turning Caprese on: validate, resolve, refuse, and put the result where every process finds it."""
+"""Enabling Caprese: check what the user asked for, and write the settings that every process reads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import EXACT_VALUES
 
-from . import compat, refusals
-from .flags import KEY, dict_of
+from . import compat, ff_kernels, refusals
+from .settings import KEY, EngineSettings, user_value
 from .statistics import keeps_values, page_nbytes
 
 logger = init_logger("vllm.caprese")
@@ -31,7 +30,7 @@ MAX_PAGES = 4096  # of 512 tokens each, two million tokens: more than a KV cache
 FF_OP = "caprese::ff"
 
 
-def create_engine_config(original: Callable[..., Any], args: Any, settings: Any, *rest: Any, **kwargs: Any) -> Any:
+def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *rest: Any, **kwargs: Any) -> Any:
     """vLLM's configuration with Caprese in it; raises CapreseError for whatever does not fit.
 
     All checks that need no built model happen here, in the first process, so that a mistake costs
@@ -40,47 +39,44 @@ def create_engine_config(original: Callable[..., Any], args: Any, settings: Any,
     warning = compat.check_version(vllm.__version__)
     if warning:
         logger.warning("Caprese: %s", warning)
-    config = CapreseConfig.parse(settings, f'additional_config["{KEY}"]')
-    kernels = refusals.refuse_config(config)
+    config = CapreseConfig.parse(given, f'additional_config["{KEY}"]')
+    kernels = refusals.check_config(config)
     adapters = None
     if config.weights is not None:
         path = find_adapter(config.weights)
         adapters = Adapters.load(path)
         config = config.model_copy(update={"weights": str(path)})
-    refusals.refuse_arguments(args)
+    refusals.check_arguments(args)
     vllm_config = original(args, *rest, **kwargs)
 
-    refusals.refuse_engine(vllm_config)
+    refusals.check_engine(vllm_config)
     hf_config = vllm_config.model_config.hf_text_config
     served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
     served.architecture = vllm_config.model_config.architectures[0]
     method, warnings = resolve(config, adapters.config if adapters else None, served)
-    refusals.refuse_split(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
+    refusals.check_tensor_parallel(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
         logger.warning("Caprese: %s", warning)
 
-    _choose_graphs(vllm_config, kernels)
-    pages = _prefix_caching(vllm_config, config, method, served)
+    _choose_graphs(vllm_config, kernels, config.kernel_extension)
+    exact = keeps_values(method, vllm_config.model_config.dtype)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-    vllm_config.additional_config[KEY] = {
-        **config.model_dump(),
-        "method": method.name,
-        "density": method.density,
-        "layers": list(method.layers),
-        "rank": method.rank,
-        "pages": pages,
-        "exact_tokens": EXACT_VALUES // served.intermediate_size
-        if keeps_values(method, vllm_config.model_config.dtype)
-        else 0,
-        "version": __version__,
-    }
+    EngineSettings(
+        method=method,
+        weights=config.weights,
+        kernel=config.kernel,
+        kernel_extension=config.kernel_extension,
+        page_tokens=config.statistics_page,
+        num_pages=_prefix_caching(vllm_config, config, method, served),
+        exact_tokens=EXACT_VALUES // served.intermediate_size if exact else 0,
+    ).write(vllm_config)
     compat.wrap(compat.ADD_ENDPOINTS, _with_route)
     compat.wrap(compat.VALIDATE_PARAMS, _validate_params)
     return vllm_config
 
 
 def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, served: BaseModelInfo) -> int:
-    """The number of pages for statistics of cached prefixes; without room for one, no prefix caching."""
+    """The number of pages for statistics of cached prefixes; switches prefix caching off where no page fits."""
     cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
     if not cache.enable_prefix_caching:
         return 0
@@ -96,16 +92,15 @@ def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, ser
                 found=str(given),
                 fix="raise it, or give 0 to serve without prefix caching",
             )
-        logger.info("Caprese: no prefix caching, for there is no memory for statistics")
+        logger.info(
+            "Caprese: prefix caching disabled: no memory for its statistics (need %d MiB, have %d MiB)",
+            -(-nbytes // 2**20),
+            budget // 2**20,
+        )
         cache.enable_prefix_caching = False
         return 0
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     return min(budget // nbytes, MAX_PAGES)
-
-
-def method_of(settings: dict[str, Any]) -> Method:
-    """The resolved method, read back in a worker."""
-    return Method(settings["method"], settings["density"], tuple(settings["layers"]), settings["rank"])
 
 
 def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> Any:
@@ -115,10 +110,10 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
 
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a wrong `vllm_xargs: {"caprese": ...}`: HTTP 400."""
+    """Answer a wrong `vllm_xargs: {"caprese": ...}` with HTTP 400."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
-    if KEY in dict_of(self.vllm_config.additional_config) and extra.get(KEY, "off") != "off":
+    if user_value(self.vllm_config.additional_config) is not None and extra.get(KEY, "off") != "off":
         error = CapreseError(
             'vllm_xargs["caprese"]',
             expected="'off', or no such key",
@@ -129,11 +124,12 @@ def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args
     return result
 
 
-def _choose_graphs(vllm_config: Any, kernels: Backend) -> None:
-    """Which CUDA graphs the FF op may be part of.
+def _choose_graphs(vllm_config: Any, kernels: Backend, extension: str | None) -> None:
+    """Keep the CUDA graphs that the FF op can be part of, and switch the others off.
 
-    Of a full graph of decoding: yes, it runs the same kernels in every step, on tensors that stay in place. Of a
-    piecewise graph, which serves any batch: no, it decides in Python which rows are whose, so graphs end before it.
+    It can be part of a full graph of decoding, where it runs the same kernels in every step, on tensors that stay in
+    place. It cannot be part of a piecewise graph, which serves any batch: there it decides in Python which rows belong
+    to which request, so piecewise graphs end before it.
     """
     compilation = vllm_config.compilation_config
     if compilation.splitting_ops:
@@ -144,6 +140,8 @@ def _choose_graphs(vllm_config: Any, kernels: Backend) -> None:
     reason = None
     if kernels.NAME != "triton":
         reason = f"kernel {kernels.NAME!r} is not made for full graphs"
+    elif extension is not None and not ff_kernels.find(extension).cuda_graphs:
+        reason = f"the FF kernels {extension!r} are not made for full graphs"
     elif not vllm_config.use_v2_model_runner:
         reason = "full graphs need the V2 model runner"
     if reason is not None:

@@ -1,4 +1,4 @@
-"""From flags to `additional_config["caprese"]`, the one place where every process finds the configuration."""
+"""The `--caprese-*` flags: they write `additional_config["caprese"]`, from which `enable` makes the settings."""
 
 from __future__ import annotations
 
@@ -12,22 +12,11 @@ from caprese_kernels.config import CapreseConfig
 from caprese_kernels.errors import CapreseError
 
 from . import compat
-
-KEY = "caprese"
-
-
-def dict_of(additional_config: Any) -> dict[str, Any]:
-    """vLLM also allows objects of other kinds there, which cannot hold our key."""
-    return additional_config if isinstance(additional_config, dict) else {}
-
-
-def switched_off(sampling_params: Any) -> bool:
-    """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end has refused other values."""
-    return KEY in (getattr(sampling_params, "extra_args", None) or {})
+from .settings import KEY, user_value
 
 
 def install() -> None:
-    """Wrap vLLM's argument parser and engine configuration; needs vllm.engine.arg_utils, which calls us."""
+    """Wrap vLLM's argument parser and engine configuration, once vllm.engine.arg_utils can be imported."""
     compat.wrap(compat.ADD_CLI_ARGS, _add_cli_args)
     compat.wrap(compat.CREATE_ENGINE_CONFIG, _create_engine_config)
 
@@ -36,6 +25,7 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
     group = parser.add_argument_group("Caprese", "Sparse feed-forward decoding with distilled low-rank recovery.")
     keys = "; ".join(f"{name}: {field.description}" for name, field in CapreseConfig.model_fields.items())
+    keys = keys.replace("%", "%%")  # argparse formats the help with %
     group.add_argument(
         "--caprese-weights",
         metavar="PATH",
@@ -57,7 +47,7 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
 
 
 def _merge(namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Put what our flags say over additional_config["caprese"], without changing the parser's shared default."""
+    """Merge our flags into additional_config["caprese"], where they win; the parser's shared default stays as it is."""
     _exit_in_one_line()
     known = dict(getattr(namespace, "additional_config", None) or {})
     given = {} if known.get(KEY) is None else known[KEY]
@@ -88,7 +78,7 @@ class _Config(argparse.Action):
 
 
 class _Merging(argparse._StoreAction):
-    """--additional-config, which must not erase our flags, whatever their order."""
+    """--additional-config, merged with our flags in whatever order they are given."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
@@ -98,12 +88,12 @@ class _Merging(argparse._StoreAction):
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    settings = dict_of(self.additional_config).get(KEY)
-    if settings is None:
+    given = user_value(self.additional_config)
+    if given is None:
         return original(self, *args, **kwargs)
-    from . import enable
+    from . import enable  # vLLM's distributed code and the kernels: not for a process without Caprese
 
-    return enable.create_engine_config(original, self, settings, *args, **kwargs)
+    return enable.create_engine_config(original, self, given, *args, **kwargs)
 
 
 def _print_and_exit(error: CapreseError) -> NoReturn:
@@ -112,7 +102,7 @@ def _print_and_exit(error: CapreseError) -> NoReturn:
 
 
 def _exit_in_one_line() -> None:
-    """On the command line a user's mistake is one line, not a traceback; exit code 1 either way."""
+    """Print an uncaught CapreseError as one line instead of a traceback; the exit code is 1 either way."""
     previous = sys.excepthook
     if getattr(previous, "__caprese__", False):
         return

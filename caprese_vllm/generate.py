@@ -1,18 +1,19 @@
 """Answers prompts with the original model, offline: `python -m caprese_vllm.generate JOB.json`.
 
-A process of its own, because its end is what gives the device's memory back; `caprese distill --generate` starts it.
+A separate process, because only its end frees the device's memory; `caprese distill --generate` starts it.
 Caprese is not enabled here. The job:
 
     {"model": directory or Hub id, "engine": {arguments of vllm.LLM}, "sampling": {arguments of SamplingParams},
      "seed": N, "prompts": [{"row": N, "ids": [token id], "max_tokens": N}], "chunk": responses, "output": path,
      "parent": process id}
 
-Responses are appended to the output as they are finished, `chunk` at a time and at least every few seconds, and forced
-to the disk: {"row": N, "ids": [token id], "finish": "stop" | "length"}. A row's ids end with the stop token, if one was
-sampled. Each row samples from a seed of its own, so that it depends on the rows beside it only through rounding.
+Finished responses are appended to the output, `chunk` at a time and at least every few seconds, and synced to the
+disk: {"row": N, "ids": [token id], "finish": "stop" | "length"}. A row's ids end with the stop token, if one was
+sampled. Each row samples from its own seed, so that other rows affect it only through rounding.
 
 Standard output: a JSON line {"done": responses, "tokens": N} when the engine is ready and after each chunk, or
-{"error": {...}}, the parts of a CapreseError. The rest goes to standard error. Ends when its parent does.
+{"error": {...}}, the parts of a CapreseError. All other output goes to standard error. The process ends when its parent
+does.
 """
 
 from __future__ import annotations
@@ -38,33 +39,35 @@ def main(job: str) -> int:
     """The exit code."""
     answers = _own_stdout()
 
-    def tell(**message: Any) -> None:
+    def send(**message: Any) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
     asked = json.loads(Path(job).read_text())
     threading.Thread(target=_end_with, args=(asked["parent"],), daemon=True).start()
     try:
-        run(asked, tell)
+        run(asked, send)
     except CapreseError as error:
-        tell(error={part: getattr(error, part) for part in ("what", "expected", "found", "fix")})
+        send(error={part: getattr(error, part) for part in ("what", "expected", "found", "fix")})
         return 1
     return 0
 
 
-def run(job: Mapping[str, Any], tell: Callable[..., None]) -> None:
+def run(job: Mapping[str, Any], send: Callable[..., None]) -> None:
     """Answer the job's prompts; all of them wait in the engine, which batches as it can."""
     try:
         import vllm
         from vllm import LLM
     except ImportError as error:
-        raise CapreseError("vLLM", expected="it to import", found=str(error), fix="install it anew") from None
+        raise CapreseError(
+            "vLLM", expected="an installation that can be imported", found=str(error), fix="install it again"
+        ) from None
     compat.check_version(vllm.__version__)
     engine = LLM(job["model"], **job["engine"]).llm_engine
     for prompt in job["prompts"]:
         engine.add_request(str(prompt["row"]), {"prompt_token_ids": prompt["ids"]}, _params(job, prompt))
     done = tokens = 0
-    tell(done=done, tokens=tokens)
+    send(done=done, tokens=tokens)
     pending: list[dict[str, Any]] = []
     saved = time.monotonic()
     while engine.has_unfinished_requests():
@@ -79,7 +82,7 @@ def run(job: Mapping[str, Any], tell: Callable[..., None]) -> None:
             _append(Path(job["output"]), pending)
             done, saved = done + len(pending), time.monotonic()
             pending = []
-            tell(done=done, tokens=tokens)
+            send(done=done, tokens=tokens)
 
 
 def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
@@ -103,9 +106,9 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     except OSError as error:
         raise CapreseError(
             f"responses {path}",
-            expected="room for them on the disk",
+            expected="space on the disk",
             found=error.strerror or type(error).__name__,
-            fix="free some space; the same command goes on from the responses that are there",
+            fix="free some space and run the same command again: it continues from the saved responses",
         ) from None
 
 
@@ -117,7 +120,7 @@ def _own_stdout() -> IO[str]:
 
 
 def _end_with(parent: int) -> None:
-    """Kill this process group once the parent is gone: nobody waits for the answers, but they hold the device."""
+    """Kill this process group once the parent is gone: nobody waits for the answers, but it holds the device."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""LoRA requests: served everywhere but in replaced FF blocks, whose sparse rows could not follow their adapters."""
+"""LoRA requests: adapters may change any module but a replaced FF block, whose sparse rows do not apply them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from caprese_kernels.errors import CapreseError
 
+from .state import State
+
 
 def load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) -> Any:
-    """vLLM's adapter of the request; raises CapreseError, naming a module, when it changes a replaced FF block."""
+    """Load the adapter as vLLM does; raises CapreseError, naming a module, if it changes a replaced FF block."""
     adapter = original(self, lora_request)
-    ours: Any = getattr(self._adapter_manager.model, "caprese", None)
-    if ours is None:
+    state: State | None = getattr(self._adapter_manager.model, "caprese", None)
+    if state is None:
         return adapter
-    _, state = ours
     changed = sorted(name for name in adapter.loras if any(ff.block.holds(name) for ff in state.blocks))
     if changed:
         raise CapreseError(

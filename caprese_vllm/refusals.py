@@ -1,4 +1,4 @@
-"""What Caprese was not shown to work with, refused by name before any process starts (design invariant 7)."""
+"""Checks before any process starts: refuse by name what Caprese is not proven to work with."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activatio
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count
 
+from . import ff_kernels
 from .architectures import ARCHITECTURES
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
 
 
-def refuse_config(config: CapreseConfig) -> Backend:
-    """The kernels that this configuration asks for."""
-    if config.reselect_interval is not None:
-        raise CapreseError(
-            "reselect_interval",
-            expected="null",
-            found=str(config.reselect_interval),
-            fix="reselection is not available yet",
-        )
+def check_config(config: CapreseConfig) -> Backend:
+    """The built-in kernels that this configuration asks for; raises CapreseError for those that cannot be had."""
+    if config.kernel_extension is not None:
+        ff_kernels.find(config.kernel_extension)
     return choose(config.kernel, torch.device(current_platform.device_type))  # raises; compiles before workers need it
 
 
-def refuse_arguments(args: Any) -> None:
-    """What must be refused before vLLM looks at it, because vLLM may fail on it first, and at length."""
+def check_arguments(args: Any) -> None:
+    """Refuse what vLLM's own configuration would fail on first, with a long traceback; raises CapreseError."""
     settings = _model_settings(Path(args.model) / "config.json")
     named = settings.get("architectures")
     if named and named[0] not in ARCHITECTURES and not args.hf_overrides:
@@ -50,8 +46,8 @@ def refuse_arguments(args: Any) -> None:
             raise CapreseError(flag, expected="none: Caprese uses it", found=str(given), fix="drop the flag")
 
 
-def refuse_engine(vllm_config: Any) -> None:
-    """Refuse, by name, what Caprese was not shown to work with (design invariant 7)."""
+def check_engine(vllm_config: Any) -> None:
+    """Raise CapreseError, with its name, for a feature that Caprese is not proven to work with."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     offload, act = vllm_config.offload_config, activation_of(model.hf_text_config)
     drafter = getattr(vllm_config.speculative_config, "method", None)
@@ -70,9 +66,9 @@ def refuse_engine(vllm_config: Any) -> None:
         (
             "LoRA for an architecture whose FF blocks are part of its decoder layers",
             vllm_config.lora_config is not None and getattr(ARCHITECTURES.get(model.architectures[0]), "inline", False),
-            "drop --enable-lora: vLLM's wrappers would go around what Caprese puts there",
+            "drop --enable-lora: vLLM's wrappers would bypass the blocks that Caprese replaces",
         ),
-        # Its engines are apart and would run; but GET /caprese asks one of them, and no test runs two.
+        # The replicas are independent engines and would run, but GET /caprese asks only one, and no test runs two.
         ("data parallelism", parallel.data_parallel_size > 1, "start one server a replica"),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1, "drop the flag"),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1, "drop the flag"),
@@ -105,8 +101,8 @@ def refuse_engine(vllm_config: Any) -> None:
     _refuse_quantized_blocks(model.quantization, quantized)
 
 
-def refuse_split(method: Method, intermediate_size: int, ranks: int) -> None:
-    """Tensor parallelism gives each rank F / ranks neurons, of which GRIFFIN keeps floor(density F / ranks)."""
+def check_tensor_parallel(method: Method, intermediate_size: int, ranks: int) -> None:
+    """Raise CapreseError unless F divides by the ranks, and GRIFFIN keeps floor(d F / ranks) >= 1 neurons of each."""
     if intermediate_size % ranks:
         raise CapreseError(
             "tensor parallelism",
@@ -128,8 +124,9 @@ def _refuse_feature(feature: str, fix: str) -> NoReturn:
 
 
 def _refuse_quantized_blocks(method: str | None, settings: str) -> None:
-    """Kernels gather rows of FF weights as they are. Settings that speak of FF blocks may leave them as they are:
-    each block is looked at when the model is built.
+    """Refuse quantized FF weights: the kernels read rows of plain floating-point numbers.
+
+    Settings that mention FF blocks may exclude them from quantization: `find_block` checks each one later.
     """
     if method and not any(name in settings for name in ("mlp", "feed_forward", "fc1")):
         _refuse_feature(
@@ -143,7 +140,7 @@ def _model_settings(config: Path) -> dict[str, Any]:
     try:
         settings = json.loads(config.read_text())
     except (OSError, ValueError):
-        return {}  # a Hub id, or a file that vLLM will complain about
+        return {}  # a Hub id, or a file that vLLM will report
     return settings if isinstance(settings, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""GET /caprese: what is enabled, and what it did so far."""
+"""GET /caprese: what is enabled, and what it has done so far."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from .ff import merge
+from .state import merge
 
 
 class CapreseRoute:
@@ -19,9 +19,9 @@ class CapreseRoute:
     def attach_router(self, app: FastAPI) -> None:
         @app.get("/caprese")
         async def report(request: Request) -> dict[str, Any]:
-            """Method, density, rank, layers, kernel, rows that ran sparse, and the share of FF weights they needed.
+            """Method, density, rank, layers, kernel, tokens that ran sparse, and the share of FF weights they needed.
 
-            These are generated tokens, and also drafts that were rejected and what a preemption had computed anew.
+            The tokens include rejected drafts, and those that were computed again after a preemption.
             """
             return merge(await request.app.state.caprese_engine.collective_rpc("caprese_report"))
 

@@ -1,4 +1,4 @@
-"""The V2 model runner (the default on GPUs): a ModelState that plans each real batch."""
+"""The V2 model runner (the default on GPUs): a ModelState that begins and ends Caprese's steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from . import compat
-from .ff import State
-from .flags import switched_off
 from .requests import Scheduled
-from .worker import end_step, state_of
+from .settings import switched_off
+from .state import State, run_step, state_of
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
     """The model's own ModelState class, with Caprese's bookkeeping."""
-    compat.wrap(compat.V2_EXECUTE_MODEL, end_step)
-    compat.wrap(compat.V2_CAPTURE_MODEL, end_step)
+    compat.wrap(compat.V2_EXECUTE_MODEL, run_step)
+    compat.wrap(compat.V2_CAPTURE_MODEL, run_step)
     compat.wrap(compat.V2_FINISH_REQUESTS, _finish_requests)
     compat.wrap(compat.V2_GATHER_BATCH, _gather_batch)
     base: Any = resolve_model_state_cls(vllm_config, model)
 
     class CapreseModelState(base):
-        """Adds no tensors to the model's inputs; only watches which rows are whose."""
+        """Adds no tensors to the model's inputs; only follows which rows belong to which request."""
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
@@ -62,7 +61,7 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
             if for_capture:
                 state.begin_dummy_decode(input_batch.num_tokens_after_padding)
             elif cudagraph_mode == CUDAGraphMode.FULL and not (state.step and state.can_replay(state.step)):
-                raise RuntimeError("a batch that does not only decode was sent to a full CUDA graph")
+                raise RuntimeError("a batch with more than sparse generated tokens was sent to a full CUDA graph")
             return super().prepare_attn(input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs)
 
         def only_decodes(self, batch: Any, num_computed_tokens: Any) -> bool:
@@ -77,7 +76,7 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
 
 
 def _gather_batch(original: Callable[..., Any], self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
-    """vLLM sends a prompt's last token to a full graph when it is scheduled alone; we must see it as a prompt's."""
+    """Keep a prompt's last token, scheduled alone, out of full graphs of decoding, to which vLLM would send it."""
     batch, uniform_token_count = original(self, scheduler_output, dummy_run)
     if batch is None or state_of(self.vllm_config) is None:
         return batch, uniform_token_count
@@ -92,4 +91,4 @@ def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: 
     state = state_of(self.vllm_config)
     if state is not None:
         for req_id in scheduler_output.finished_req_ids:
-            state.finish(req_id)
+            state.finish_request(req_id)

@@ -19,22 +19,22 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from .flags import KEY, switched_off
 from .pages import COMMANDS, Commands, PageIndex
+from .settings import EngineSettings, switched_off
 
 WORTH_WAITING = 64  # tokens that another request must be about to compute for one that needs them to wait
 
 
 @dataclass
 class _Prompt:
-    """How far a request's statistic is."""
+    """How much of a request's prompt its statistic covers."""
 
     off: bool
     length: int  # tokens; a streaming-input session's prompt grows by tokens that ran sparse
-    exact_values: bool  # a CATS prompt so short that its values are kept: its pages fit no longer prompt
+    exact_values: bool  # a CATS prompt so short that its values are kept; a longer prompt cannot use its pages
     selected: bool = False  # the prompt's last token is scheduled
-    page: int | None = None  # where the statistic begins, once admitted
-    junction: int = 0  # where plain vLLM's hit ends, beyond the last page
+    page: int | None = None  # the page that the statistic starts from, once the request is admitted
+    junction: int = 0  # where plain vLLM's cache hit ends, beyond the last page
 
 
 @dataclass
@@ -49,21 +49,22 @@ class _Leader:
         return self.request.status == RequestStatus.RUNNING and self.request.num_computed_tokens < self.position
 
 
-class _Pages(Scheduler):
-    """Scheduler with pages of statistics; mixed into vLLM's two."""
+class _StatisticsScheduler(Scheduler):
+    """vLLM's scheduler with pages of statistics; a base of the two classes below."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        settings = self.vllm_config.additional_config[KEY]
-        self.pages = PageIndex(settings["pages"])
-        self.page_tokens = -(-settings["statistics_page"] // self.block_size) * self.block_size
-        self.exact_tokens = settings["exact_tokens"]
+        settings = EngineSettings.read(self.vllm_config)
+        assert settings is not None, "`enable` chooses this class, and writes the settings"
+        self.pages = PageIndex(settings.num_pages)
+        self.page_tokens = -(-settings.page_tokens // self.block_size) * self.block_size
+        self.exact_tokens = settings.exact_tokens
         self.leaders: dict[Hashable, _Leader] = {}
         coordinator = self.kv_cache_manager.coordinator
         publish = coordinator.cache_blocks
 
         def publish_exact(request: Any, num_computed_tokens: int) -> None:
-            """Never what sparse decoding wrote."""
+            """Publish only KV entries that dense rows wrote."""
             exact = num_computed_tokens if request.caprese.off else request.caprese.length
             publish(request, min(num_computed_tokens, exact))
 
@@ -82,9 +83,9 @@ class _Pages(Scheduler):
         return super()._handle_blocked_waiting_request(request) and not self._follows(request)
 
     def _follows(self, request: Any) -> bool:
-        """Whether a request waits because a running one is just computing the prefix that it needs.
+        """Whether the request should wait for a running one that is about to compute the prefix it needs.
 
-        So the samples of one prompt compute it once, though they arrive together.
+        So samples of one prompt that arrive together compute the prompt once.
         """
         reads = self.kv_cache_manager.prefix_cache_lookup_enabled(request)
         if not self.leaders or request.num_computed_tokens > 0 or not (reads and self._uses_pages(request)):
@@ -93,12 +94,12 @@ class _Pages(Scheduler):
             if WORTH_WAITING <= end < request.num_tokens:
                 leader = self.leaders.get(self._key(request, end))
                 if leader is not None and leader.on_its_way:
-                    near = self._positions(end, end - WORTH_WAITING)  # a page there is as good
+                    near = self._positions(end, end - WORTH_WAITING)  # a page there saves as much
                     return not any(self._key(request, position) in self.pages for position in near)
         return False
 
     def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
-        """vLLM's hit, within such limits as vLLM 0.33 may give, cut to the deepest page of this request's prefix."""
+        """vLLM's hit, within the limits that vLLM 0.33 may pass, cut to the deepest page of this request's prefix."""
         prompt: _Prompt = request.caprese
         found = super()._get_local_prefix_cache_hit(request, *limits, **named_limits)
         _, hit, boundary, diverged = found
@@ -109,7 +110,7 @@ class _Pages(Scheduler):
         prompt.page, prompt.junction = None, hit // self.hash_block_size * self.hash_block_size
         for position in self._known(request, hit):
             cut = self._cut(request, position, boundary, diverged)
-            if cut[1] == position:  # sliding windows may have dropped what lies before this page
+            if cut[1] == position:  # a sliding window may have dropped blocks before this page
                 prompt.page = self.pages.get(self._key(request, position))
                 break
         else:
@@ -177,9 +178,9 @@ class _Pages(Scheduler):
         return request.caprese.exact_values, request.block_hashes[position // self.hash_block_size - 1]
 
 
-class CapreseScheduler(_Pages):
+class CapreseScheduler(_StatisticsScheduler):
     """For synchronous scheduling."""
 
 
-class CapreseAsyncScheduler(_Pages, AsyncScheduler):
+class CapreseAsyncScheduler(_StatisticsScheduler, AsyncScheduler):
     """For asynchronous scheduling."""

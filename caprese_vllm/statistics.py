@@ -1,4 +1,4 @@
-"""Statistics of prompts on their way through one FF block, and the selections made from them."""
+"""Statistics of prompts at one FF block, and the selections made from them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .requests import PromptChunk, index_tensor
 
 
 def page_dtype(method: Method, num_neurons: int, max_tokens: int) -> torch.dtype:
-    """What a page of `max_tokens` tokens at most is kept in: s^2 as it is, counts in 32 bits where they fit."""
+    """The dtype of a page of up to `max_tokens` tokens: float32 for s^2; for counts int32 if they fit, else int64."""
     if method.name == "griffin":
         return torch.float32
     return torch.int32 if max_tokens * num_neurons < 2**31 else torch.int64
 
 
 def page_nbytes(method: Method, num_neurons: int, max_tokens: int, model_dtype: torch.dtype) -> int:
-    """Bytes of one page, all layers; of a float32 model under CATS with the values that it may keep."""
+    """Bytes of one page in all layers, including the values that CATS may keep in a float32 model."""
     width = num_neurons if method.name == "griffin" else NUM_MAGNITUDES
     values = 4 * EXACT_VALUES if keeps_values(method, model_dtype) else 0
     return len(method.layers) * (width * page_dtype(method, num_neurons, max_tokens).itemsize + values)
@@ -39,19 +39,20 @@ def keeps_values(method: Method, model_dtype: torch.dtype) -> bool:
 
 @dataclass
 class Round:
-    """Parts of chunks, at most one of each: entries [offsets[2i], offsets[2i + 1]) of dense_rows add to a table's row.
+    """At most one part of each chunk: entries [offsets[2i], offsets[2i + 1]) of dense_rows add to row rows[2i + 1].
 
-    offsets [2n + 1] and rows [2n] (-1 between two parts, where others' tokens lie) as the kernels' `observe` take them.
+    offsets [2n + 1] int64 and rows [2n] int64 as the kernels' `observe` take them; a row of -1 skips the entries
+    between two parts, which belong to other chunks.
     """
 
     offsets: Tensor
     rows: Tensor
-    saved_rows: Tensor  # rows whose statistic becomes a page then
+    saved_rows: Tensor  # rows whose statistic is saved as a page after this round
     saved_pages: Tensor
 
 
 @dataclass
-class Plan:
+class ChunkPlan:
     """A step's prompt chunks as index tensors, made once for all layers, so that no layer waits for the device.
 
     A chunk is cut where a prefix ends that leaves a page behind, and its parts follow each other in rounds. Every part
@@ -69,7 +70,7 @@ class Plan:
     unfinished_rows: Tensor  # and their rows
 
     @classmethod
-    def of(cls, chunks: list[PromptChunk], device: torch.device) -> Plan:
+    def of(cls, chunks: list[PromptChunk], device: torch.device) -> ChunkPlan:
         def tensor(values: Iterable[int]) -> Tensor:
             return index_tensor(list(values), device)
 
@@ -99,10 +100,10 @@ class Plan:
 
 
 class Statistics:
-    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each request in mid-prompt, by its key.
+    """GRIFFIN's s^2 [F] float32 or CATS's histogram [NUM_MAGNITUDES] int64 of each unfinished prompt, by request key.
 
-    Under tensor parallelism they are of this rank's F neurons. GRIFFIN needs the tokens' norms over all ranks as they
-    come; CATS the sum of all ranks' histograms (or all values) when a prompt ends.
+    Under tensor parallelism they cover this rank's F neurons. GRIFFIN needs each token's norm over all ranks when the
+    token is observed; CATS the sum of all ranks' histograms (or all values) when a prompt ends.
 
     `num_pages` of them are kept for cached prefixes (`pages`) of up to `max_tokens` tokens. Float32 models keep the
     values themselves of prompts short enough (CatsStatistic); so do their pages.
@@ -122,14 +123,20 @@ class Statistics:
         self._exact_pages: dict[int, list[Tensor]] = {}
 
     @property
+    def num_pages(self) -> int:
+        return len(self._pages)
+
+    @property
     def nbytes(self) -> int:
+        """Bytes of all pages."""
         return self._pages.nbytes
 
     def forget(self, key: int) -> None:
+        """Drop the statistic of a finished request."""
         self._rows.pop(key, None)
         self._exact.pop(key, None)
 
-    def observe(self, plan: Plan, z: Tensor, gate_up: Tensor) -> Tensor | None:
+    def observe(self, plan: ChunkPlan, z: Tensor, gate_up: Tensor) -> Tensor | None:
         """Add a step's prompt chunks; z [P, F] and gate_up [P, 2F] (or [P, F]) are of its dense rows.
 
         Returns what the prompts that ended selected, in the order of plan.slots: masks [n, F] bool (GRIFFIN) or
@@ -138,7 +145,7 @@ class Statistics:
         gate = gate_up[:, : self.packed.num_neurons]
         if self.griffin or not keeps_values(self.method, gate.dtype):
             return self._observe(plan, z if self.griffin else gate)
-        counted = Plan.of([chunk for chunk in plan.chunks if not self._add_exactly(chunk, gate)], gate.device)
+        counted = ChunkPlan.of([chunk for chunk in plan.chunks if not self._add_exactly(chunk, gate)], gate.device)
         thresholds = self._observe(counted, gate)
         ended: Iterator[Tensor] = iter([] if thresholds is None else thresholds)
         last = [chunk for chunk in plan.chunks if chunk.last]  # in the order of rows, as every rank does
@@ -148,7 +155,7 @@ class Statistics:
         ]
         return torch.stack(selected) if selected else None
 
-    def _observe(self, plan: Plan, values: Tensor) -> Tensor | None:
+    def _observe(self, plan: ChunkPlan, values: Tensor) -> Tensor | None:
         """By statistics of a fixed size: one row of a table a chunk, in rounds, between which pages are saved."""
         table = torch.zeros(len(plan.chunks), self._width, dtype=self._dtype, device=values.device)
         if len(plan.loaded_rows):

@@ -13,22 +13,22 @@ from vllm.logger import init_logger
 
 from caprese_kernels.adapters import Adapters, is_adapter_file
 from caprese_kernels.backend import choose
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import BaseModelInfo, layer_spans
 
-from . import compat
-from .blocks import replace_blocks
-from .enable import method_of
-from .ff import STATE, State
-from .flags import KEY, dict_of, switched_off
+from . import compat, ff_kernels
+from .blocks import pack_blocks, take_over
+from .ff import SparseFF
 from .lora import load_adapter
-from .pages import COMMANDS
 from .requests import RequestTable, Scheduled
+from .settings import EngineSettings, switched_off
+from .state import STATE, State, run_step, state_of
+from .statistics import Statistics
 
 logger = init_logger("vllm.caprese")
 
 
 class WorkerExtension:
-    """Methods that vLLM's workers gain, for collective_rpc."""
+    """Methods that vLLM adds to its workers, for collective_rpc."""
 
     def caprese_report(self) -> dict[str, Any]:
         """This worker's part of GET /caprese."""
@@ -37,42 +37,44 @@ class WorkerExtension:
         return state.report()
 
 
-def state_of(vllm_config: Any) -> State | None:
-    """The engine's state; None where Caprese is off (another engine of this process may have it on)."""
-    return vllm_config.compilation_config.static_forward_context.get(STATE)
-
-
 # Model -----------------------------------------------------------------------------------------
 
 
 def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: Any) -> Any:
+    """Build vLLM's model and replace the FF blocks of the sparse layers, before their weights are loaded."""
     model = original(vllm_config, **kwargs)
-    settings = dict_of(vllm_config.additional_config).get(KEY)
+    settings = EngineSettings.read(vllm_config)
     if settings is None:
         return model
-    config = vllm_config.model_config
+    method, config, parallel = settings.method, vllm_config.model_config, vllm_config.parallel_config
     served = BaseModelInfo.from_hf(config.hf_text_config, config.model)
     served.architecture = config.architectures[0]
     device = next(model.parameters()).device
-    kernels = choose(settings["kernel"], device)
+    stage = get_pp_group()
+    stage_layers = range(*get_pp_indices(served.num_hidden_layers, stage.rank_in_group, stage.world_size))
+    packed = pack_blocks(model, method, stage_layers, served)
+    weights = {block.layer: ff for block, ff, _ in packed}
+    kernels = ff_kernels.make(settings.kernel_extension, choose(settings.kernel, device), method, weights)
     slots = vllm_config.scheduler_config.max_num_seqs
-    ranks, stages = vllm_config.parallel_config.tensor_parallel_size, get_pp_group()
     state = State(
-        method_of(settings),
+        method,
         RequestTable(device, slots),
         served.num_hidden_layers,
         kernels,
-        num_pages=settings["pages"],
-        max_tokens=vllm_config.model_config.max_model_len,
-        tensor_parallel_size=ranks,
+        weights=settings.weights,
+        tensor_parallel_size=parallel.tensor_parallel_size,
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
     )
-    here = range(*get_pp_indices(served.num_hidden_layers, stages.rank_in_group, stages.world_size))
-    replace_blocks(model, state, here, served, vllm_config.compilation_config.static_forward_context)
+    context = vllm_config.compilation_config.static_forward_context
+    context[STATE] = state
+    for block, ff, ranks in packed:
+        statistics = Statistics(method, ff, kernels, ranks, settings.num_pages, config.max_model_len)
+        state.blocks.append(SparseFF(block, ff, ranks, method, statistics))
+        take_over(state.blocks[-1], context)
     state.allocate()  # now, so that vLLM's memory profile sees the tables
-    model.caprese = settings["weights"], state
+    model.caprese = state
     if vllm_config.use_v2_model_runner:
-        from .runner_v2 import model_state_class
+        from .runner_v2 import model_state_class  # it imports the V2 runner, which platforms with V1 do without
 
         state_class = model_state_class(vllm_config, model, state)
         model.get_model_state_cls = lambda: state_class
@@ -83,11 +85,10 @@ def _process_weights(
     original: Callable[..., Any], model: torch.nn.Module, model_config: Any, target_device: torch.device
 ) -> None:
     original(model, model_config, target_device)
-    ours: Any = getattr(model, "caprese", None)
-    if ours is None:
+    state: State | None = getattr(model, "caprese", None)
+    if state is None:
         return
-    path, state = ours
-    adapters = Adapters.load(path) if path else None
+    adapters = Adapters.load(state.weights) if state.weights else None
     for block in state.blocks:
         block.fill_adapter(adapters)
     if not is_global_first_rank():
@@ -95,18 +96,14 @@ def _process_weights(
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)
     processes = get_world_group().world_size
     part = f" in the first of {processes} processes" if processes > 1 else ""
+    num_pages = max((block.statistics.num_pages for block in state.blocks), default=0)
     logger.info(
         "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, slot tables of %d requests "
         "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
-        len(state.method.layers), state.num_layers, state.method, _ranges(state.method.layers), state.kernels.NAME,
-        extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, state.num_pages,
-        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, path or "none (plain baseline)",
+        len(state.method.layers), state.num_layers, state.method, layer_spans(state.method.layers), state.kernels.NAME,
+        extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, num_pages,
+        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, state.weights or "none (plain baseline)",
     )  # fmt: skip
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    whole = layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole else ",".join(map(str, layers))
 
 
 def _prepare_weights(
@@ -118,7 +115,7 @@ def _prepare_weights(
     fall_back_to_pt: bool,
     allow_patterns_overrides: list[str] | None,
 ) -> Any:
-    """The model's weight files without the adapters that lie beside them."""
+    """The model's weight files, without the adapters in the same folder."""
     place = (model_name_or_path, subfolder, revision, fall_back_to_pt)
     folder, files, use_safetensors, index = original(self, *place, allow_patterns_overrides)
     own = [file for file in files if not (file.endswith(".safetensors") and is_adapter_file(file))]
@@ -149,24 +146,11 @@ def _v1_prepare_inputs(
     return result
 
 
-def end_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """End the step with what runs it, whichever way that ends: what runs between steps is a dummy."""
-    state = state_of(self.vllm_config)
-    if state is None:
-        return original(self, *args, **kwargs)
-    scheduler_output = args[0] if args else kwargs.get("scheduler_output")
-    state.commands = getattr(scheduler_output, COMMANDS, {})
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        state.step = None
-
-
 def _v1_request_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> None:
     original(self, req_id, req_state)
     state = state_of(self.vllm_config)
     if state is not None:
-        state.finish(req_id)
+        state.finish_request(req_id)
 
 
 def install() -> None:
@@ -176,7 +160,7 @@ def install() -> None:
     compat.wrap(compat.PREPARE_WEIGHTS, _prepare_weights)
     compat.wrap(compat.LOAD_LORA, load_adapter)
     compat.wrap(compat.V1_PREPARE_INPUTS, _v1_prepare_inputs)
-    compat.wrap(compat.V1_EXECUTE_MODEL, end_step)
+    compat.wrap(compat.V1_EXECUTE_MODEL, run_step)
     compat.wrap(compat.V1_REQUEST_REMOVED, _v1_request_removed)
 
 

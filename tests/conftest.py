@@ -1,6 +1,6 @@
 """What every folder of tests may use: tiny models, written once a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture
-def looked_at_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM looks at an architecture that is new to it in a process of its own, ten seconds each; this one will do."""
-    from vllm.model_executor.models import registry
+def inspected_in_process() -> Iterator[None]:
+    """vLLM inspects architectures in this process."""
+    from tests.support.quick_start import inspected_in_process
 
-    look = registry._ModelInfo.from_model_cls
-    monkeypatch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", lambda self: look(self.load_model_cls()))
+    with inspected_in_process():
+        yield

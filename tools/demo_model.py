@@ -1,8 +1,10 @@
 """Trains the demo model from scratch and writes it as a Hugging Face model directory.
 
-A small Llama learns the two tasks of ``caprese_serve.demo.problems``, generated on the fly; three quarters of each
-batch are math. Conversations are built with the tokenizer's own chat template, so that training matches serving. A
-killed run goes on from its last checkpoint when started again with the same arguments.
+    python tools/demo_model.py
+
+A small Llama learns the two tasks of `caprese_serve.demo.problems`, generated on the fly; three quarters of each batch
+are math. Conversations are built with the tokenizer's own chat template, so that training matches serving. A killed run
+continues from its last checkpoint when it is started again with the same arguments.
 """
 
 import json
@@ -21,13 +23,14 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from caprese_bench.results.settings import options_of
 from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import TASKS, Problem, Task, chat, grade, problem, problems
 
 VOCABULARY = 1024
 TOKENIZER_PROBLEMS = 5000
 BOS, EOS, USER, ASSISTANT, PAD = "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"
-# Every digit is its own token, with the space before it or without; so is every other word or run of symbols.
+# Every digit is a token, with or without the space before it; so is every other word or run of symbols.
 WORDS = r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -38,19 +41,36 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PER_STEP: dict[Task, int] = {"math": 48, "reading": 16}
-# A step's conversations are packed into a fixed shape, so that the compiled step is never recompiled.
+# A step's conversations are packed into a fixed shape, so that the training step is compiled only once.
 ROWS, ROW_TOKENS = 16, 248
-# The prompt's weight: predicting a repeated name in a prompt teaches the model to copy.
-PROMPT_WEIGHT = 0.1
+PROMPT_WEIGHT = 0.1  # above 0: predicting a repeated name in a prompt teaches the model to copy
 MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
-WARMUP = 0.02
+WARMUP = 0.02  # share of the training
 CHECKPOINT_SECONDS = 120
 NEW_TOKENS = 96
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Options of this script."""
+
+    output: Annotated[Path, typer.Option(help="The model directory to write.")] = MODEL
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 problems.")] = 4000
+    minutes: Annotated[float, typer.Option(help="Time limit; the learning rate reaches zero by then.")] = 1440
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the training problems.")] = 0
+    checkpoint: Annotated[Path, typer.Option(help="The file from which a killed run continues.")] = Path(
+        "out/demo_model.pt"
+    )
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations on held-out problems.")] = 250
+    test_math: Annotated[int, typer.Option(help="Held-out math problems of the final evaluation.")] = 1000
+    test_reading: Annotated[int, typer.Option(help="Held-out reading questions of the final evaluation.")] = 500
+    compiled: Annotated[bool, typer.Option(help="Compile the training step.")] = True
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Packed token ids, the loss's weight of every token, and the attention mask to add to the scores."""
+    """Packed token ids, the weight of every token in the loss, and the mask that is added to the attention scores."""
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -58,7 +78,7 @@ class Batch:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from training problems, with the chat template."""
+    """A byte-level BPE tokenizer trained on training problems, with the chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -109,19 +129,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, item: Problem) -> list[int]:
-    """A full conversation's token ids."""
+    """The token ids of a whole conversation."""
     messages = [*chat(item.prompt), {"role": "assistant", "content": item.response}]
     return tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Raises unless a served prompt, its response and the end of turn have the ids of the full conversation."""
+    """Raises ValueError unless a served prompt, its response and the end of turn have the ids of the conversation."""
     for task in TASKS:
         for item in problems(task, "train", 100, seed):
             prompt = tokenizer.apply_chat_template(chat(item.prompt), add_generation_prompt=True, return_dict=False)
             response = tokenizer.encode(item.response, add_special_tokens=False)
             if encode(tokenizer, item) != [*prompt, *response, tokenizer.eos_token_id]:
-                raise ValueError(f"the chat template splits this conversation differently in serving: {item}")
+                raise ValueError(f"serving splits this conversation into other tokens than training: {item}")
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, step: int, seed: int) -> Batch:
@@ -139,12 +159,12 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, step: int, seed: int) -> Batc
     for owner, tokens in enumerate(sorted(conversations, key=len, reverse=True), 1):
         row = min(range(ROWS), key=filled.__getitem__)
         start, response, end = filled[row], filled[row] + tokens.index(assistant) + 1, filled[row] + len(tokens)
-        # The rows hold an average step with 5% to spare; what a long one has left over is dropped.
+        # The rows hold an average step with 5% to spare; conversations that do not fit any more are dropped.
         if end > ROW_TOKENS:
             continue
         filled[row] = end
         ids[row, start:end] = torch.tensor(tokens)
-        # The first token has no weight: it would be predicted from the conversation before it.
+        # The first token has no weight: it would be predicted from the previous conversation.
         weights[row, start + 1 : response] = PROMPT_WEIGHT / (response - start - 1)
         weights[row, response:end] = 1 / (end - response)
         owners[row, start:end] = owner
@@ -154,7 +174,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, step: int, seed: int) -> Batc
 
 
 def weighted_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """The weighted sum of the tokens' cross-entropies."""
+    """The weighted sum of the cross-entropies of the tokens."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(
@@ -174,13 +194,13 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate_factor(progress: float) -> float:
-    """The learning rate's factor: a short warm-up, then half a cosine to zero."""
+    """The factor of the learning rate: a short linear warm-up, then half a cosine to zero."""
     return min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @torch.no_grad()
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, count: int) -> float:
-    """The share of held-out problems answered rightly by greedy decoding."""
+    """The share of held-out problems that greedy decoding answers correctly."""
     items = list(problems(task, "test", count))
     right = 0
     for start in range(0, count, 100):
@@ -199,20 +219,20 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: 
 
 
 class Trainer:
-    """The training state, which a checkpoint saves and restores."""
+    """The state of the training, which a checkpoint saves and restores."""
 
-    def __init__(self, steps: int, minutes: float, seed: int, checkpoint: Path) -> None:
-        torch.manual_seed(seed)
-        self.steps, self.minutes, self.seed, self.checkpoint = steps, minutes, seed, checkpoint
-        self.tokenizer = make_tokenizer(seed)
-        check_template(self.tokenizer, seed)
+    def __init__(self, settings: TrainingSettings) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.seed, self.checkpoint = settings, settings.seed, settings.checkpoint
+        self.tokenizer = make_tokenizer(self.seed)
+        check_template(self.tokenizer, self.seed)
         self.model = make_model(self.tokenizer)
         self.optimizers = make_optimizers(self.model)
         self.step, self.seconds = 0, 0.0
-        self.identity = {"steps": steps, "seed": seed}
+        self.identity = {"steps": settings.steps, "seed": settings.seed}
 
     def save(self) -> None:
-        """Writes the checkpoint; a kill while writing leaves the last one whole."""
+        """Writes the checkpoint in one step: a kill while writing leaves the previous one."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
         state: dict[str, Any] = {"identity": self.identity, "step": self.step, "seconds": self.seconds}
@@ -222,7 +242,7 @@ class Trainer:
         os.replace(partial, self.checkpoint)
 
     def resume(self) -> None:
-        """Goes on from the checkpoint where there is one of the same run."""
+        """Continues from the checkpoint if there is one. Raises typer.BadParameter if it belongs to another run."""
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True)
@@ -234,18 +254,18 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def progress(self) -> float:
-        """The share of the run that is done, by steps or by time, whichever is further."""
-        return max(self.step / self.steps, self.seconds / (60 * self.minutes))
+        """The share of the training that is done: of the steps or of the time, whichever is larger."""
+        return max(self.step / self.settings.steps, self.seconds / (60 * self.settings.minutes))
 
-    def train(self, log_every: int, console: Console, compiled: bool) -> None:
-        """Trains to the end, with checkpoints and now and then a quick look at held-out problems."""
-        loss_of = torch.compile(weighted_loss, dynamic=False) if compiled else weighted_loss
+    def train(self, console: Console) -> None:
+        """Trains to the end, with checkpoints and short evaluations on held-out problems."""
+        loss_of = torch.compile(weighted_loss, dynamic=False) if self.settings.compiled else weighted_loss
         saved = time.monotonic()
         with Progress(console=console) as bar:
             line = bar.add_task("training", total=1.0)
             while self.progress() < 1:
                 started = time.monotonic()
-                factor = rate_factor(max(self.progress(), 1 / self.steps))
+                factor = rate_factor(max(self.progress(), 1 / self.settings.steps))
                 loss = loss_of(self.model, make_batch(self.tokenizer, self.step, self.seed))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -254,9 +274,9 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad()
                 self.step += 1
-                if self.step % log_every == 0:
-                    seen = {task: accuracy(self.model, self.tokenizer, task, 100) for task in TASKS}
-                    report = " ".join(f"{task} {seen[task]:.2f}" for task in TASKS)
+                if self.step % self.settings.log_every == 0:
+                    scores = {task: accuracy(self.model, self.tokenizer, task, 100) for task in TASKS}
+                    report = " ".join(f"{task} {scores[task]:.2f}" for task in TASKS)
                     console.log(f"step {self.step} {self.seconds:.0f} s loss {loss.item():.4f} {report}")
                 self.seconds += time.monotonic() - started
                 bar.update(line, completed=self.progress())
@@ -273,34 +293,26 @@ def write(trainer: Trainer, output: Path) -> None:
     trainer.tokenizer.save_pretrained(output)
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="The model directory to write.")] = MODEL,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 problems.")] = 4000,
-    minutes: Annotated[float, typer.Option(help="Time limit; the learning rate reaches zero by then.")] = 1440,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of the training problems.")] = 0,
-    checkpoint: Annotated[Path, typer.Option(help="Where a killed run goes on from.")] = Path("out/demo_model.pt"),
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between looks at held-out problems.")] = 250,
-    test_math: Annotated[int, typer.Option(help="Held-out math problems of the final evaluation.")] = 1000,
-    test_reading: Annotated[int, typer.Option(help="Held-out reading questions of the final evaluation.")] = 500,
-    compiled: Annotated[bool, typer.Option(help="Compile the training step.")] = True,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-) -> None:
+@options_of(TrainingSettings)
+def main(settings: TrainingSettings) -> None:
     """Train the demo model and write it to OUTPUT."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     console = Console()
-    trainer = Trainer(steps, minutes, seed, checkpoint)
+    trainer = Trainer(settings)
     trainer.resume()
-    trainer.train(log_every, console, compiled)
-    write(trainer, output)
-    # What is evaluated is what was written.
-    model = LlamaForCausalLM.from_pretrained(output, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    counts: dict[Task, int] = {"math": test_math, "reading": test_reading}
+    trainer.train(console)
+    write(trainer, settings.output)
+    # Evaluates the files that were written.
+    model = LlamaForCausalLM.from_pretrained(settings.output, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(settings.output)
+    counts: dict[Task, int] = {"math": settings.test_math, "reading": settings.test_reading}
     scores = {task: accuracy(model, tokenizer, task, count) for task, count in counts.items()}
-    options = f"--steps {steps} --minutes {minutes:g} --seed {seed} --threads {threads}"
+    options = (
+        f"--steps {settings.steps} --minutes {settings.minutes:g} --seed {settings.seed} --threads {settings.threads}"
+    )
     record = {
         "command": f"python tools/demo_model.py {options}",
-        "seed": seed,
+        "seed": settings.seed,
         "steps": trainer.step,
         "samples": trainer.step * sum(PER_STEP.values()),
         "seconds": round(trainer.seconds),
@@ -309,7 +321,7 @@ def main(
         "parameters": model.num_parameters(),
         "held_out": {task: {"problems": counts[task], "accuracy": scores[task]} for task in counts},
     }
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (settings.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print_json(data=record)
 
 

@@ -1,15 +1,16 @@
-"""`make gpu-check`: what only a GPU can show, unattended, from a checkout alone; run again it goes on where it was.
+"""All checks that need a GPU, run unattended in a checkout, installed or not; a second run continues the first.
 
-    python3 tools/gpu_check.py [--stage a|b|both] [--minutes 9.5] [--out benchmarks/results] [--small] [--anew]
+    make gpu-check [GPU_PYTHON=python3] [GPU_FLAGS="--stage a|b|both --minutes 9.5 --out FOLDER --small --anew"]
 
 Stage a needs torch and triton: kernel tests, under compute-sanitizer too, the kernels' bandwidth, a decode step of
 Qwen 2.5 14B as one CUDA graph. Stage b needs vLLM as well: the demo model's tokens and accuracy, the paper's table 4,
-batches and samples of one prompt, the pace of distilling. Each step has a share of the time; one that fails or runs out
-of it is recorded and the next begins. Steps that passed with the same code on the same machine are not run again.
+batches and samples of one prompt, the speed of distillation. Each step has a time limit; a step that fails or runs out
+of time is recorded, and the next begins. Steps that passed with the same code on the same machine are not run again.
 
---small shows on any machine, a CPU included, that all of this runs. Results go to <out>/<hardware>/, or
-<hardware>-small/: check.json, a short check.log, and what each benchmark writes; what other code left there moves to
-earlier/ first. Where the checkout came without .git, CAPRESE_GIT_COMMIT names its commit for the provenance.
+--small runs small versions of the steps on any machine, also without a GPU, to check that they work. Results go to
+<out>/<hardware>/, or <hardware>-small/: check.json, a short check.log, and each benchmark's files; results of other
+code that are there move to earlier/ first. In a copy without .git, set CAPRESE_GIT_COMMIT to the commit, for the
+provenance.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = [str(ROOT / name) for name in (".", "kernels", "distill", "serve", "benchmarks")]
+PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "caprese_bench")
 NEEDED = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "matplotlib", "pytest", "hypothesis")
 NEEDED_B = ("vllm", "pydantic", "transformers", "jinja2")
-# Tests of files and configuration, which run anywhere: left out where pydantic is missing, as in images of torch alone.
+# Tests of files and configuration, which run anywhere: skipped where pydantic is missing, as in images of torch alone.
 NEED_PYDANTIC = ("tests/kernels/test_adapters.py", "tests/kernels/test_config.py")
 RESULTS = ("check", "kernels", "decode", "exactness", "latency", "distill-speed")
-GRACE = 15  # seconds that a stopped step has to write what it measured
+GRACE = 15  # seconds that an interrupted step has to write its results
 NO_TESTS = 5  # pytest's exit code when it finds none
 LOG_LINES = 12  # of a step's output, in check.log
 
@@ -48,13 +50,13 @@ LOG_LINES = 12  # of a step's output, in check.log
 class Step:
     name: str
     command: list[str]
-    seconds: float  # at most; less where less is left
+    seconds: float  # limit; less if less time is left for all steps
     stage: str = "a"
-    skipped: str | None = None  # why it cannot run here
+    skipped: str | None = None  # why the step cannot run here
 
 
 def steps(folder: Path, small: bool = False) -> list[Step]:
-    """Every step, the most telling first. What is `small` runs in minutes on two cores without a GPU."""
+    """All steps, the most important first. The `small` ones take minutes on two cores without a GPU."""
     powers = ",".join(str(2**i) for i in range(7))
     sweeps = f"--batch {powers} --n {powers}"
     table4, others = "full,griffin,lora,caprese", "full,caprese-all,cats,caprese-cats"
@@ -117,13 +119,14 @@ def _bench(folder: Path, verb: str, *flags: str) -> list[str]:
 
 
 def run(step: Step, seconds: float) -> dict[str, Any]:
-    """One step's record: status ("passed", "failed", "out of time", "no tests"), seconds, the output's end."""
+    """Run a step; returns its record: status (passed, failed, out of time, no tests), seconds, the output's end."""
     begin, stopped = time.monotonic(), threading.Event()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
+    # A shell's background job ignores SIGINT, and its child processes would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         step.command,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([*FOLDERS, *_more_path()]), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -133,7 +136,7 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
 
     def stop() -> None:
         stopped.set()
-        _signal(process, signal.SIGINT)  # the benchmark writes what it has
+        _signal(process, signal.SIGINT)  # a benchmark then writes its results so far
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
@@ -169,27 +172,30 @@ def _signal(process: subprocess.Popen[str], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _more_path() -> list[str]:
-    """What the path had before us."""
-    return [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place not in FOLDERS]
-
-
 def register(folder: Path) -> None:
-    """Let vLLM find the plugin where the project is not installed: the metadata that installing would write."""
+    """Write the metadata that an installation would, if there is none, to `folder`, and add that to PYTHONPATH: vLLM
+    finds the plugin, and `caprese` its verbs, by pyproject.toml's entry points."""
     with suppress(metadata.PackageNotFoundError):
         metadata.distribution("caprese-vllm")
         return
     from caprese_kernels import __version__
 
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     place = folder / f"caprese_vllm-{__version__}.dist-info"
     place.mkdir()
-    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: caprese-vllm\nVersion: {__version__}\n")
-    (place / "entry_points.txt").write_text("[vllm.general_plugins]\ncaprese = caprese_vllm.plugin:register\n")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*_more_path(), str(folder)])
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {__version__}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (place / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    paths = [path for path in (os.environ.get("PYTHONPATH"), str(folder)) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def missing(small: bool = False) -> str | None:
-    """What this machine lacks, in one line."""
+    """What is missing on this machine, in one line; None if nothing is."""
+    if [name for name in PACKAGES if find_spec(name) is None]:
+        return "gpu-check: the project is neither installed nor on the path; run it as make gpu-check"
     absent = [name for name in NEEDED if find_spec(name) is None]
     if absent:
         return f"gpu-check: packages missing: {', '.join(absent)}; install them for {sys.executable}"
@@ -205,10 +211,10 @@ def main() -> int:
     options.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks/results", help="results go to <out>/<hardware>/"
     )
-    options.add_argument("--minutes", type=float, default=9.5, help="for all steps together")
+    options.add_argument("--minutes", type=float, default=9.5, help="time limit of all steps together")
     options.add_argument("--stage", choices=("a", "b", "both"), default="both")
-    options.add_argument("--small", action="store_true", help="everything small, without a GPU too")
-    options.add_argument("--anew", action="store_true", help="run steps that passed before as well")
+    options.add_argument("--small", action="store_true", help="small versions of all steps, also without a GPU")
+    options.add_argument("--anew", action="store_true", help="also run the steps that passed before")
     given = options.parse_args()
     end = time.monotonic() + 60 * given.minutes
     if lacking := missing(given.small):
@@ -249,7 +255,7 @@ def main() -> int:
 
 
 def set_aside(folder: Path) -> None:
-    """Move what an earlier check left, of other code or not wanted, to earlier/: rows of both do not go together."""
+    """Move the results of an earlier check to earlier/, because rows of different code must not be mixed."""
     found = [path for path in folder.glob("*.*") if path.stem in RESULTS]
     if found:
         (folder / "earlier").mkdir(exist_ok=True)
@@ -268,22 +274,15 @@ def _do(step: Step, seconds: float) -> dict[str, Any]:
 
 
 def _write(result: Any, folder: Path) -> None:
-    """check.json, and check.log: each step's end in lines that say something."""
+    """Write check.json, and check.log with the last lines of each step's output."""
     result.write_json(folder)
-    told = []
+    log = []
     for row in result.rows:
-        told.append(f"== {row['stage']} {row['step']}: {row['status']}, {row['seconds']:.0f} s")
+        log.append(f"== {row['stage']} {row['step']}: {row['status']}, {row['seconds']:.0f} s")
         lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", row.get("output") or "").splitlines()
-        told += [line.rstrip()[:160] for line in lines if line.strip()][-LOG_LINES:]
-    (folder / "check.log").write_text("\n".join(told) + "\n")
+        log += [line.rstrip()[:160] for line in lines if line.strip()][-LOG_LINES:]
+    (folder / "check.log").write_text("\n".join(log) + "\n")
 
 
 if __name__ == "__main__":
-    if not __package__:  # as a script, which finds nothing of the checkout: begin anew with its folders on the path
-        path = os.pathsep.join([*FOLDERS, *_more_path()])
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "tools.gpu_check", *sys.argv[1:]],
-            os.environ | {"PYTHONPATH": path},
-        )
     sys.exit(main())

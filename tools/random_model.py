@@ -1,4 +1,4 @@
-"""A model of a published shape with random weights and a tokenizer, for timing what needs no sense in its answers.
+"""Writes a model of a published shape with random weights and a tokenizer, to time anything that ignores its answers.
 
 python tools/random_model.py qwen2.5-0.5b DIR --tokenizer-from train.jsonl
 """
@@ -14,7 +14,7 @@ import typer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from caprese_bench.engine.models import write_arch
+from caprese_bench.engine.models import ARCHS, write_arch
 from caprese_serve.demo import MODEL
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|end|>"}
@@ -22,7 +22,7 @@ ROLES = ["<|user|>", "<|assistant|>"]
 
 
 def make_tokenizer(texts: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, learnt from every string in a JSONL file's objects."""
+    """A byte-level BPE tokenizer with a chat template, trained on every string in the objects of a JSONL file."""
 
     def strings() -> Iterator[str]:
         with texts.open(encoding="utf-8") as lines:
@@ -44,9 +44,10 @@ def make_tokenizer(texts: Path, vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def write_random_model(arch: str, directory: Path, texts: Path, vocabulary: int = 8000, seed: int = 0) -> None:
-    """Write the model `arch` of `engine_models.ARCHS`: bfloat16 weights drawn as transformers draws untrained ones.
+    """Write a model of the shape `arch` of `caprese_bench.engine.models.ARCHS`, its bfloat16 weights random as by
+    transformers before training.
 
-    Token ids are below `vocabulary`; embedding and head keep the published vocabulary's size.
+    Token ids are below `vocabulary`; embedding and head have the size of the published vocabulary.
     """
     tokenizer = make_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
@@ -58,12 +59,13 @@ def write_random_model(arch: str, directory: Path, texts: Path, vocabulary: int 
 
 
 def main(
-    arch: Annotated[str, typer.Argument(help="A shape of caprese_bench.engine.models, as qwen2.5-0.5b.")],
+    arch: Annotated[str, typer.Argument(help=f"Shape: {', '.join(ARCHS)}.")],
     directory: Annotated[Path, typer.Argument(help="Where to write the model.")],
-    tokenizer_from: Annotated[Path, typer.Option(help="JSONL file whose strings the tokenizer learns from.")],
+    tokenizer_from: Annotated[Path, typer.Option(help="JSONL file on whose strings the tokenizer is trained.")],
     vocabulary: Annotated[int, typer.Option(help="Size of the tokenizer's vocabulary.")] = 8000,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
+    """Write a model with random weights to DIRECTORY."""
     write_random_model(arch, directory, tokenizer_from, vocabulary, seed)
     print(f"wrote {directory}")
 

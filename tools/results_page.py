@@ -1,6 +1,6 @@
 """Writes docs/results.md: every table and figure of the paper, its figures beside ours, or "not measured".
 
-    python tools/results_page.py
+    python -m tools.results_page
 
 A test fails when the page and benchmarks/results differ. The paper's figures are those of evaluation/tasks/*.yaml
 (tables 1, 2, 5) and of paper.py.
@@ -16,7 +16,7 @@ from typing import Any
 from caprese_bench.evaluation.tasks import GROUPS, Task, chosen
 from caprese_bench.paper.published import CAPRESE, LORA, ROWS, SAYS, TABLE_1, TABLE_2, TABLE_3, TABLE_4
 from caprese_bench.results.report import Result, Row, circumstances
-from caprese_distill.cli import SAMPLES
+from caprese_distill.config import SAMPLES
 from caprese_distill.end_to_end.train import Recipe, default_learning_rate
 from caprese_distill.layer_wise.adam import AdamSettings
 
@@ -27,7 +27,7 @@ NOT = "not measured"
 INTRODUCTION = """# Results
 
 Every table and figure of the paper ([arXiv 2505.07861](https://arxiv.org/abs/2505.07861)), its figures beside what was
-measured with this code, and "not measured" where nothing was. Written by `python tools/results_page.py` from
+measured with this code, and "not measured" where nothing was. Written by `python -m tools.results_page` from
 [benchmarks/results](../benchmarks/results), which has all figures, CSV and a page with plots for each benchmark; a test
 keeps it so.
 

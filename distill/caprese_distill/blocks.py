@@ -1,4 +1,4 @@
-"""Which FF blocks of a model are to be sparse, and the refusal of those that this package cannot handle."""
+"""The method for one model, and the FF blocks that it makes sparse."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from caprese_kernels.config import ACTIVATIONS, BaseModelInfo, CapreseConfig, LayerChoice, Method, resolve
+from caprese_kernels.config import (
+    ACTIVATIONS,
+    AdapterConfig,
+    BaseModelInfo,
+    CapreseConfig,
+    LayerChoice,
+    Method,
+    resolve,
+)
 from caprese_kernels.errors import CapreseError
 
 
-def plan(
+def resolve_method(
     hf_config: Any, name: str, method: str, density: float, rank: int, layers: LayerChoice | None = None
 ) -> tuple[BaseModelInfo, Method]:
-    """The base model's dimensions, and the method with nothing left open; CapreseError for what does not fit."""
+    """The base model's dimensions, and the method with its layers resolved for that model.
+
+    CapreseError for a rank, density or layers that do not fit the model, and for a model without gated FF blocks.
+    """
     try:
         info = BaseModelInfo.from_hf(hf_config, name)
     except (AttributeError, ValidationError):
@@ -33,8 +44,13 @@ def plan(
     return info, replace(resolved, rank=rank)
 
 
+def method_of(config: AdapterConfig) -> Method:
+    """The method that an adapter was made for."""
+    return Method(config.method, config.density, tuple(config.layers), config.rank)
+
+
 def find_blocks(model: Any, info: BaseModelInfo, layers: Sequence[int]) -> dict[int, nn.Module]:
-    """The FF block of each layer; CapreseError names the first that is none of the kind handled here."""
+    """The FF block of each layer; CapreseError names the first one without gate_proj, up_proj, down_proj and act_fn."""
     decoder_layers = getattr(model.get_decoder(), "layers", [])
     shape = (info.hidden_size, info.intermediate_size)
     blocks = {}

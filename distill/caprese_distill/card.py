@@ -1,4 +1,4 @@
-"""The model card: a README.md beside the adapter, as the Hugging Face Hub shows it."""
+"""The model card: a README.md beside the adapter, for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import layer_spans
 from caprese_kernels.errors import CapreseError
 
-from .report import solver, spans, taken
+from .plan import ResourceUsage
+from .report import describe_resources, describe_solver
 
-# In the front matter: a card that names the adapter file is this package's own, and may be written again.
+# A key of the front matter: a card that names the adapter file was written by this package, and may be overwritten.
 MARK = "caprese_adapter"
 
 
 def write_card(adapters: Adapters, output: Path) -> Path | None:
-    """Write the card of the adapter file `output` beside it, whole; its path.
+    """Write the card of the adapter file `output` beside it, and return its path.
 
-    README.md, unless one is there that is not this adapter's; then the adapter's name with .md. None where that, too,
-    is someone else's.
+    README.md, unless that exists and is not this adapter's; then the adapter's name with .md. None if that, too, is
+    not this adapter's.
     """
     for path in (output.with_name("README.md"), output.with_name(f"{output.stem}.md")):
         if not path.exists() or _is_ours(path, output.name):
@@ -42,17 +44,17 @@ def write_card(adapters: Adapters, output: Path) -> Path | None:
 
 
 def make_card(adapters: Adapters, name: str) -> str:
-    """The card's text, for an adapter file of that name. `training` is as `caprese distill` writes it."""
+    """The card's text, for an adapter file of that name whose `training` `Job.run` wrote."""
     config, training = adapters.config, adapters.config.training
     model = config.base_model.name_or_path
     low_rank = (
         f"L [{config.base_model.hidden_size}, {config.rank}] and R [{config.rank}, {config.base_model.hidden_size}]"
     )
-    hub = {} if Path(model).is_dir() else {"base_model": model}  # which the Hub wants to be a repository's name
+    hub = {} if Path(model).is_dir() else {"base_model": model}  # the Hub expects a repository's name
     parts = [
         _front_matter({MARK: name, **hub, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
         f"# Caprese adapter for {model}",
-        f"Low-rank layers that give back what {model} loses when each generated token runs through "
+        f"Low-rank layers that recover what {model} loses when each generated token runs through "
         f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_METHODS[config.method]}. "
         f"Prompts run through the original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
         "## Serve it",
@@ -64,10 +66,10 @@ def make_card(adapters: Adapters, name: str) -> str:
                 ("method", config.method),
                 ("density", f"{config.density:g}"),
                 ("rank", str(config.rank)),
-                ("layers", f"{spans(config.layers)} of {config.base_model.num_hidden_layers}"),
+                ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
                 ("tensors", f"{low_rank} a layer, {str(adapters.dtype).removeprefix('torch.')}"),
                 ("parameters", f"{adapters.num_parameters:,}"),
-                ("made by", f"{training['stage']}, {solver(training)}"),
+                ("made by", f"{training['stage']}, {describe_solver(training)}"),
             ],
         ),
         "## Errors on held-out samples",
@@ -97,7 +99,11 @@ def make_card(adapters: Adapters, name: str) -> str:
                 ("data", ", ".join(f"{key} `{value}`" for key, value in source.items())),
                 ("samples", f"{training['samples']:,}, {training['tokens']:,} response tokens"),
                 ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
-                *([("memory and time", taken(training["resources"]))] if training["resources"] else []),
+                *(
+                    [("memory and time", describe_resources(ResourceUsage(**training["resources"])))]
+                    if training["resources"]
+                    else []
+                ),
             ],
         ),
         f"```\n{training['command']}\n```",
@@ -124,7 +130,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _is_ours(path: Path, name: str) -> bool:
-    """Whether the front matter names that adapter file."""
+    """Whether the front matter of the file `path` names that adapter file."""
     try:
         head, _, rest = path.read_text(encoding="utf-8").partition("---\n")
     except (OSError, UnicodeDecodeError):

@@ -1,15 +1,17 @@
-"""Where a killed run goes on from: moments and progress in one safetensors file, which appears whole or not at all."""
+"""Checkpoints of a run: tensors and progress in one safetensors file, which appears whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from caprese_kernels.errors import CapreseError
 from .data.samples import Sample
 from .placement import aligned
 
-_SUMMED = 2**22  # weights at a time: on a CPU torch copies what it sums to float64
+CHECKPOINT_SECONDS = 60.0
+_SUMMED = 2**22  # weights summed at a time: on a CPU torch copies them to float64
 
 
 def resume_path(output: Path) -> Path:
@@ -30,7 +33,7 @@ def resume_path(output: Path) -> Path:
 def fingerprint(model: nn.Module, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
     """What the moments depend on: the model's weights, the token ids, and `settings` (JSON values).
 
-    Weights count by the float64 sum of each, which tells models apart without hashing gigabytes.
+    A weight counts by its float64 sum, which tells models apart without hashing gigabytes.
     """
     weights = hashlib.sha256()
     for prefix, module in model.named_modules():
@@ -45,8 +48,16 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], **settings: Any) ->
     return {"weights": weights.hexdigest(), "token ids": ids.hexdigest(), **settings}
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes and values."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Write tensors, progress and identity; raises CapreseError when the disk refuses."""
+    """Write tensors, progress and identity; CapreseError where the file cannot be written."""
     partial = _partial(path)
     header = {"identity": json.dumps(identity), "progress": json.dumps(progress)}
     try:
@@ -65,7 +76,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any],
 
 
 def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
-    """Tensors and progress; or, as a string, why the file is of no use here."""
+    """Tensors and progress; or, as a string, why this run cannot use the file."""
     try:
         with safe_open(path, framework="pt") as file:
             progress = _progress(file, identity)
@@ -78,7 +89,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
 
 
 def load_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The progress alone; None where `load` finds nothing of use."""
+    """The progress alone; None where this run cannot use the file, or there is none."""
     try:
         with safe_open(path, framework="pt") as file:
             progress = _progress(file, identity)
@@ -95,10 +106,61 @@ def _progress(file: Any, identity: Mapping[str, Any]) -> dict[str, Any] | str:
 
 
 def remove(path: Path) -> None:
-    """After success: the file, and what a kill in the middle of writing left."""
+    """Remove the checkpoint, and what a kill during a write left of it."""
     path.unlink(missing_ok=True)
     _partial(path).unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
+
+
+class Resumable(Protocol):
+    """Work in progress that a checkpoint can hold."""
+
+    @property
+    def position(self) -> str:
+        """How far it has come, for a message: "step 3 of 8"."""
+        ...
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and progress (JSON values)."""
+        ...
+
+    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """Take the state of a snapshot."""
+        ...
+
+
+class CheckpointStore:
+    """Restores `state` from the checkpoint at `path` if it belongs to this run, and writes it there as work goes on.
+
+    Without a `path`, it does nothing.
+    """
+
+    def __init__(
+        self,
+        state: Resumable,
+        path: Path | None,
+        console: Console | None,
+        identity: Mapping[str, Any],
+    ):
+        self.state, self.path, self.identity = state, path, identity
+        if path and path.exists():
+            found = load(path, self.identity)
+            if isinstance(found, str):
+                outcome = f"{found}; starting anew"
+            else:
+                state.resume(*found)
+                outcome = f"going on after {state.position}"
+            if console:
+                console.print(f"checkpoint {path}: {outcome}")
+        self.last_save, self.save_seconds = time.monotonic(), 0.0
+
+    def save_if_due(self) -> None:
+        """Save every CHECKPOINT_SECONDS, less often where writing is slow: at most a tenth of the time goes to it."""
+        now = time.monotonic()
+        if self.path and now - self.last_save >= max(CHECKPOINT_SECONDS, 10 * self.save_seconds):
+            save(self.path, *self.state.snapshot(), self.identity)
+            self.last_save = time.monotonic()
+            self.save_seconds = self.last_save - now

@@ -1,4 +1,4 @@
-"""From what the user names to what the work needs: device, configuration, tokenizer, weights; with a user's errors."""
+"""Loads what the settings name: device, configuration, tokenizer, weights. A mistake raises CapreseError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from caprese_kernels.errors import CapreseError
 
 
 def find_device(device: str) -> torch.device:
-    """ "auto" is cuda where there is one."""
+    """The device by its name; "auto" is cuda if there is a GPU, else cpu."""
     if device == "cuda" and not torch.cuda.is_available():
         raise CapreseError("--device", expected="a GPU that torch can use", found="none", fix="use --device cpu")
     return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -26,23 +26,23 @@ def load_small_parts(model: str) -> tuple[Any, Any]:
         raise CapreseError(
             "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"
         )
-    try:
-        from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    try:
         return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # OSError, ValueError, KeyError, what the file formats raise ...
+    except Exception as error:  # OSError, ValueError, KeyError, errors of the file formats ...
         raise _unloadable(model, error) from None
 
 
 def load_skeleton(model: str, config: Any, dtype: str) -> Any:
-    """The same model without any weight, on torch's meta device: shapes and dtypes, at no cost."""
+    """The model without weights, on torch's meta device: shapes and dtypes at no cost."""
     from transformers import AutoModelForCausalLM
 
     wanted = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),  # which is written into
+                copy.deepcopy(config),  # from_config changes it
                 dtype=wanted,
                 attn_implementation=_attention(config),
             )
@@ -51,19 +51,19 @@ def load_skeleton(model: str, config: Any, dtype: str) -> Any:
 
 
 def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype of the checkpoint's weights, as its configuration says."""
+    """The dtype of the checkpoint's weights, from its configuration."""
     return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
-def longest(config: Any, max_length: int) -> int:
-    """Tokens of a sample: `max_length`, or as many as the model has positions, which is all that a server feeds it."""
+def max_sample_tokens(config: Any, max_length: int) -> int:
+    """The most tokens of a sample: `max_length`, or the number of the model's positions if that is less."""
     return min(max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or max_length)
 
 
 def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None = None, **options: Any) -> Any:
-    """The causal language model in `dtype` ("auto" is the checkpoint's), with every weight.
+    """The causal language model in `dtype` ("auto": the checkpoint's); CapreseError if a weight is missing.
 
-    `device_map` spreads it over devices, by accelerate; `options` are others of from_pretrained.
+    accelerate spreads it over devices by `device_map`; `options` are further arguments of from_pretrained.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -92,7 +92,8 @@ def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
 
 
 def _attention(config: Any) -> str | None:
-    """torch's fused attention cannot cap scores (Gemma 2), and transformers leaves the cap out without a word."""
+    """The attention to load: "eager" for a model with capped scores (Gemma 2), else the default. torch's fused one
+    cannot cap scores, and transformers then omits the cap silently."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 

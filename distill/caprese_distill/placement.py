@@ -1,7 +1,7 @@
-"""Where a model's parts are, when accelerate has spread them (`--device-map`): several GPUs, memory of the CPU, disk.
+"""Where a model's parts are once accelerate has spread them (`--device-map`): several GPUs, the CPU's memory, disk.
 
-What does not fit stays on the CPU or on disk, its parameters being on "meta", without data, but for the moment in which
-their module computes; accelerate's hook on the module knows where that is.
+Parameters that fit on no GPU stay on the CPU or on disk: they are on "meta", without data, except while their module
+computes. accelerate's hook on the module knows the device it computes on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where `module` computes."""
+    """The device `module` computes on."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def aligned(module: nn.Module) -> AbstractContextManager[Any]:
-    """Within it, `module`'s own parameters have their data, where it computes."""
+    """A context in which `module`'s own parameters have their data, on the device it computes on."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -31,10 +31,10 @@ def aligned(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def return_freed() -> None:
-    """Give freed memory of this process back to the system.
+    """Return freed memory of this process to the system.
 
-    glibc keeps freed blocks below 32 MiB, which are most moments and activations; batches of ever other lengths then
-    leave holes that the next does not fit, and a process grows to half as much again as it uses.
+    glibc keeps freed blocks below 32 MiB, which most moments and activations are. Batches of varying length then leave
+    holes that the next batch does not fit, and the process grows to half as much again as it uses.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 
 class _Speed(ProgressColumn):
-    """Units a second since this process began (not counting what a checkpoint brought)."""
+    """Units a second since this process began, without what a checkpoint restored."""
 
     def __init__(self, unit: str):
         super().__init__()
@@ -23,6 +23,6 @@ class _Speed(ProgressColumn):
 
 
 def progress_bar(console: Console | None, unit: str) -> Progress:
-    """A bar with the speed in `unit`/s and the time left; without a console, silent."""
+    """A bar with the speed in `unit` (such as "tok/s") and the time left; silent without a console."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, _Speed(unit), TimeRemainingColumn(), console=console, disable=console is None)

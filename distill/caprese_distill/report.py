@@ -1,95 +1,53 @@
-"""What `caprese distill` prints: the plan and its estimate before, the errors and what it really took after."""
+"""What `caprese distill` prints: the plan and its estimate before, the errors and the resources used after."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
-from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.config import layer_spans
 
-from .data.samples import Sample, split
-from .end_to_end.train import Recipe, steps_of
-from .estimate import Memory, gib, peak_memory
-from .layer_wise.adam import AdamSettings
-from .stages import Remaining
+from .memory import Memory, gib
+from .plan import DistillationPlan, Estimate, ResourceUsage
+from .result import Result
 
 
-@dataclass(frozen=True)
-class Resources:
-    """The estimate, and what was taken since it was made."""
-
-    memory: Memory
-    seconds: dict[str, float]  # by stage, what is left
-    device: torch.device
-    started: float = field(default_factory=time.monotonic)
-
-    def record(self) -> dict[str, Any]:
-        """Estimate and reality so far, for `training["resources"]`."""
-        estimated = {"host": self.memory.host_peak}
-        if self.device.type == "cuda":
-            estimated["device"] = self.memory.peak
-        return {
-            "seconds": round(time.monotonic() - self.started, 1),
-            "estimated_seconds": round(sum(self.seconds.values()), 1),
-            "peak_bytes": peak_memory(self.device),
-            "estimated_bytes": estimated,
-        }
-
-
-def report_plan(
-    console: Console,
-    model: Any,
-    info: BaseModelInfo,
-    method: Method,
-    recipe: Recipe | None,
-    samples: Sequence[Sample],
-    given: int,
-    memory: Memory,
-    adam: AdamSettings | None = None,
-    weighting: bool = False,
-) -> None:
-    """What is going to be done, and the memory that it takes; `given` rows gave these samples."""
-    count = sum(p.numel() for p in model.parameters())
-    added = 2 * info.hidden_size * method.rank * len(method.layers)
+def render_plan(plan: DistillationPlan) -> list[RenderableType]:
+    """Tables of what will be done, and of the memory that it takes."""
+    work, memory = plan.work, plan.memory
+    info, method, adam, recipe = work.info, work.method, work.adam, work.recipe
+    added, total = plan.adapter_parameters, plan.model_parameters
     in_blocks = 3 * info.hidden_size * info.intermediate_size * info.num_hidden_layers
-    prompt = sum(s.prompt_length for s in samples)
-    response = sum(s.num_rows for s in samples)
-    fit, held_out = split(samples)
     rows = {
-        "model": f"{info.name_or_path}, {info.architecture}, {count:,} parameters",
-        "FF blocks": f"{info.num_hidden_layers} found, {len(method.layers)} replaced: layers {spans(method.layers)}",
+        "model": f"{info.name_or_path}, {info.architecture}, {total:,} parameters",
+        "FF blocks": f"{info.num_hidden_layers} found, {len(method.layers)} replaced: layers "
+        f"{layer_spans(method.layers)}",
         "method": str(method),
         # Paper, appendix B, figure 6: of the whole model, and of its FF blocks alone.
-        "adapter": f"{added:,} parameters, {added / count:.2%} of the model's, {added / in_blocks:.2%} of its FF "
+        "adapter": f"{added:,} parameters, {added / total:.2%} of the model's, {added / in_blocks:.2%} of its FF "
         f"blocks'; {gib(memory.output)}",
         "stages": f"layer-wise ({f'Adam, {adam.epochs} epochs' if adam else 'closed form'})"
-        + (", again weighted by the gradient" if weighting else "")
+        + (", again weighted by the gradient" if work.weighting else "")
         + (", then end to end" if recipe else ""),
-        "samples": f"{len(samples):,} used, {len(held_out):,} of them held out; {given - len(samples):,} skipped",
-        "tokens": f"{prompt:,} of prompts, {response:,} of responses",
+        "samples": f"{len(work.samples):,} used, {plan.held_out:,} of them held out; "
+        f"{plan.rows - len(work.samples):,} skipped",
+        "tokens": f"{plan.prompt_tokens:,} of prompts, {plan.response_tokens:,} of responses",
     }
     if recipe:
         rows["training"] = (
-            f"{len(steps_of(fit, recipe)):,} optimizer steps of {recipe.batch} samples, {recipe.epochs} epochs, "
+            f"{plan.steps:,} optimizer steps of {recipe.batch} samples, {recipe.epochs} epochs, "
             f"learning rate {recipe.learning_rate:g}"
         )
-    rows["disk"] = f"{gib(memory.disk)} at the most while it runs, checkpoints included"
+    rows["disk"] = f"at most {gib(memory.disk)} during the run, checkpoints included"
     table = Table("", "plan", show_header=False, title="plan")
-    for key, told in rows.items():
-        table.add_row(key, told)
-    console.print(table)
-    _report_memory(console, memory)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return [table, _memory_table(memory)]
 
 
-def _report_memory(console: Console, memory: Memory) -> None:
+def _memory_table(memory: Memory) -> Table:
     table = Table("where", "what", title="memory")
     table.add_column("estimate", justify="right")
     place = "GPU" if memory.host else "always"
@@ -104,77 +62,75 @@ def _report_memory(console: Console, memory: Memory) -> None:
     if memory.host:
         table.add_row("host", "peak", gib(memory.host_peak), style="bold")
     table.add_row("GPU" if memory.host else "", "peak", gib(memory.peak), style="bold")
-    console.print(table)
+    return table
 
 
-def report_estimate(console: Console, resources: Resources, left: Remaining) -> None:
-    """Seconds by stage: of the rest, where an earlier run did a part."""
-    told = ", ".join(f"{stage} {minutes(seconds)}" for stage, seconds in resources.seconds.items())
-    rest = "of what an earlier run left" if left.resumed else "estimated from a few batches"
-    console.print(f"time, {rest}: {minutes(sum(resources.seconds.values()))} ({told or 'nothing left to do'})")
+def render_estimate(estimate: Estimate | None) -> str:
+    """The time in all and by stage; after an interrupted run, of the remaining work."""
+    if estimate is None:
+        return "time: only estimated for one process on one device"
+    stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in estimate.seconds.items())
+    scope = "for what an earlier run left" if estimate.resumed else "estimated from a few batches"
+    return f"time, {scope}: {format_duration(sum(estimate.seconds.values()))} ({stages or 'nothing left to do'})"
 
 
-def solver(training: dict[str, Any]) -> str:
-    """ "closed-form", or with what it was weighted."""
+def describe_solver(training: dict[str, Any]) -> str:
+    """ "closed-form", or "closed-form, weighted by the gradient"."""
     weighted = f", weighted by the {training['weighting']}" if "weighting" in training else ""
     return f"{training['solver']}{weighted}"
 
 
-def spans(layers: Sequence[int]) -> str:
-    """ "0-11", or "0-3, 7": ascending indices."""
-    told: list[list[int]] = []
-    for i in layers:
-        if told and told[-1][-1] == i - 1:
-            told[-1].append(i)
-        else:
-            told.append([i])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in told)
-
-
-def minutes(seconds: float) -> str:
-    """A duration as a user reads it."""
+def format_duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours: "11.5 min"."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def taken(resources: dict[str, Any]) -> str:
-    """ "estimated 4.1 GiB, 12.0 min; was 4.0 GiB, 11.5 min", from `training["resources"]`."""
+def describe_resources(usage: ResourceUsage) -> str:
+    """ "estimated 4.1 GiB, 12.0 min; was 4.0 GiB, 11.5 min"."""
 
     def side(seconds: float, sizes: dict[str, int]) -> str:
         names = {"host": "", "device": " on the GPU"}
-        return ", ".join([*(gib(size) + names[place] for place, size in sizes.items()), minutes(seconds)])
+        return ", ".join([*(gib(size) + names[place] for place, size in sizes.items()), format_duration(seconds)])
 
-    estimated = side(resources["estimated_seconds"], resources["estimated_bytes"])
-    return f"estimated {estimated}; was {side(resources['seconds'], resources['peak_bytes'])}"
+    estimated = side(usage.estimated_seconds, usage.estimated_bytes)
+    return f"estimated {estimated}; was {side(usage.seconds, usage.peak_bytes)}"
 
 
-def report(adapters: Adapters, output: Path, card: Path | None) -> None:
-    """Errors of every layer on held-out samples, those of the whole model, what it took, and the files."""
+def render_result(result: Result) -> list[RenderableType]:
+    """Errors of every layer and of the whole model on held-out samples, the resources used, and the files."""
+    adapters = result.adapters
     config, training = adapters.config, adapters.config.training
-    console = Console()
     table = Table(
-        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by {solver(training)}, "
-        "held-out samples"
+        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by "
+        f"{describe_solver(training)}, held-out samples"
     )
     for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
         table.add_column(column, justify="right")
-    for layer, row in training["errors"].items():
-        parts = [f"{row[key]:.1%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")]
-        table.add_row(layer, *parts, "-" if row["ridge"] is None else f"{row['ridge']:g}")
-    console.print(table)
-    if "end_to_end" in training:
-        errors = training["end_to_end"]["held_out_errors"]
-        told = ", ".join(f"epoch {n}: {error:.2%}" for n, error in enumerate(errors))
-        console.print(f"last hidden state, ||M - M_student||²/||M||² on held-out samples: {told}")
-        if errors[-1] > errors[0]:
-            console.print("end-to-end training made it worse: give a lower --learning-rate, or --stage layer-wise")
-    if training["resources"]:
-        console.print(f"memory and time: {taken(training['resources'])}")
-    size = output.stat().st_size / 2**20
+    for layer, errors in result.errors.items():
+        shares = (errors.error_before, errors.error_after, errors.remaining, errors.remaining_fit)
+        table.add_row(str(layer), *(f"{share:.1%}" for share in shares), _ridge(errors.ridge))
+    parts: list[RenderableType] = [table]
+    if held_out := result.held_out_errors:
+        epochs = ", ".join(f"epoch {n}: {error:.2%}" for n, error in enumerate(held_out))
+        parts.append(f"last hidden state, ||M - M_student||²/||M||² on held-out samples: {epochs}")
+        if held_out[-1] > held_out[0]:
+            parts.append("end-to-end training made it worse: use a lower --learning-rate, or --stage layer-wise")
+    if result.resources:
+        parts.append(f"memory and time: {describe_resources(result.resources)}")
+    size = result.adapter.stat().st_size / 2**20
     tokens = f"{training['samples']} samples, {training['tokens']:,} response tokens, {training['seconds']:g} s"
-    console.print(f"wrote {output} ({size:.1f} MiB, {str(adapters.dtype).removeprefix('torch.')}): {tokens}")
-    if card:
-        console.print(f"wrote {card}")
+    dtype = str(adapters.dtype).removeprefix("torch.")
+    parts.append(f"wrote {result.adapter} ({size:.1f} MiB, {dtype}): {tokens}")
+    if result.card:
+        parts.append(f"wrote {result.card}")
     else:
-        console.print("no model card: files of its names are there already, and not this adapter's")
+        parts.append("no model card: files with its names exist, and are not this adapter's")
+    if result.responses:
+        parts.append(f"wrote {result.responses}: responses that --data reads")
+    return parts
+
+
+def _ridge(ridge: float | None) -> str:
+    return "-" if ridge is None else f"{ridge:g}"

@@ -1,4 +1,4 @@
-"""Layer-wise, then end to end: the stages of a distillation, each of which a killed run need not do twice."""
+"""Runs the stages of a distillation: layer-wise, then end to end. A killed run does not repeat what it finished."""
 
 from __future__ import annotations
 
@@ -7,34 +7,48 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
-from .end_to_end import train as end_to_end
-from .end_to_end.train import Recipe, distill_end_to_end
-from .layer_wise import closed_form as layerwise
-from .layer_wise import weighted
+from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
 from .layer_wise.adam import AdamSettings, Descent
-from .layer_wise.closed_form import distill_layer_wise, make_batches, pack
-from .layer_wise.moments import Batch
-from .layer_wise.weighted import distill_weighted
+from .layer_wise.closed_form import distill_layer_wise
+from .layer_wise.passes import pass_identity
+from .layer_wise.weighted import distill_weighted, weighted_identity
 from .placement import return_freed
 from .scale.cluster import Cluster
+from .work import RemainingWork, Work
 
 
-class Here:
-    """The stages' work in this process; `cluster.Cluster` has the same methods."""
+class Executor(Protocol):
+    """Computes the stages: in this process (`LocalExecutor`), or on workers (`Cluster`)."""
+
+    def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
+        """`checkpoint.fingerprint` of its model."""
+        ...
+
+    def layer_wise(self, work: Work, resume: Path, console: Console | None) -> Adapters:
+        """`distill_layer_wise` with its model."""
+        ...
+
+    def end_to_end(self, work: Work, initial: Adapters, resume: Path, console: Console | None, writer: Any) -> Adapters:
+        """`distill_end_to_end` with its model."""
+        ...
+
+
+class LocalExecutor:
+    """The model, a transformers causal LM, in this process."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -42,78 +56,55 @@ class Here:
     def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
         return checkpoint.fingerprint(self.model, samples, **settings, dtype=str(self.model.dtype))
 
-    def layer_wise(self, *work: Any) -> Adapters:
-        return distill_layer_wise(self.model, *work)
+    def layer_wise(self, work: Work, resume: Path, console: Console | None) -> Adapters:
+        return distill_layer_wise(self.model, work.samples, work.info, work.method, resume, console, work.adam)
 
-    def end_to_end(self, *work: Any) -> Adapters:
-        return distill_end_to_end(self.model, *work)
-
-
-@dataclass(frozen=True)
-class Remaining:
-    """What a run has still to do after what a killed one left."""
-
-    batches: Sequence[Batch]  # through the original model, layer-wise
-    layers: Sequence[int]  # to solve in closed form
-    steps: Sequence[Sequence[Sample]]  # of training end to end
-    looks: int  # at the held-out samples, end to end
-    resumed: bool
-    weighted: Sequence[Batch] = ()  # through original and student, for the weighted closed form
+    def end_to_end(self, work: Work, initial: Adapters, resume: Path, console: Console | None, writer: Any) -> Adapters:
+        assert work.recipe is not None
+        ranks = RankContext(writer)
+        return distill_end_to_end(self.model, work.samples, initial, work.recipe, resume, console, ranks)
 
 
-def remaining(
-    model: Any,
-    samples: Sequence[Sample],
-    method: Method,
-    recipe: Recipe | None,
-    output: Path,
-    adam: AdamSettings | None = None,
-    weighting: bool = False,
-) -> Remaining:
-    """What `run_stages` with the same arguments would do: all of it, or what follows what it left."""
+def remaining_work(model: Any, work: Work, output: Path) -> RemainingWork:
+    """What `run_stages` with the same arguments would do: everything, or what an earlier run left."""
+    samples, method, recipe = work.samples, work.method, work.recipe
     resume = checkpoint.resume_path(output)
-    initial = _load_stage(_layer_wise_path(output), _identity(Here(model), samples, method, adam))
-    if weighting:
-        again = _load_stage(_weighted_path(output), _identity(Here(model), samples, method, None, weighting))
-        if again is None:
-            return _remaining_weighted(model, samples, method, recipe, output, initial)
-        initial = again
+    unweighted = replace(work, weighting=False)
+    initial = _load_stage(_layer_wise_path(output), _identity(LocalExecutor(model), unweighted))
+    if work.weighting:
+        weighted = _load_stage(_weighted_path(output), _identity(LocalExecutor(model), work))
+        if weighted is None:
+            return _remaining_weighted(model, work, output, initial)
+        initial = weighted
     progress = None
     batches: Sequence[Batch] = []
     if initial is None:
         if resume.exists():
-            progress = checkpoint.load_progress(resume, layerwise.identity_of(model, samples, method, adam))
-        batches = _layer_wise_batches(samples, next(model.parameters()).device, adam, progress or {})
-    layers = method.layers if initial is None and adam is None else ()
+            progress = checkpoint.load_progress(resume, pass_identity(model, samples, method, work.adam))
+        batches = _layer_wise_batches(samples, next(model.parameters()).device, work.adam, progress or {})
+    layers = method.layers if initial is None and work.adam is None else ()
     if recipe is None:
-        return Remaining(batches, layers, [], 0, initial is not None or bool(progress))
-    steps, looks = end_to_end.steps_of(split(samples)[0], recipe), recipe.epochs + 1
+        return RemainingWork(batches, layers, [], 0, initial is not None or bool(progress))
+    steps, evaluations = steps_of(split(samples)[0], recipe), recipe.epochs + 1
     if initial is not None and resume.exists():
-        progress = checkpoint.load_progress(
-            resume, end_to_end.identify(model, samples, method, initial.tensors(), recipe)
-        )
+        identity = training_identity(model, samples, method, initial.tensors(), recipe)
+        progress = checkpoint.load_progress(resume, identity)
         if progress:
-            steps, looks = steps[progress["step"] :], looks - len(progress["errors"])
-    return Remaining(batches, layers, steps, looks, initial is not None or bool(progress))
+            steps, evaluations = steps[progress["step"] :], evaluations - len(progress["errors"])
+    return RemainingWork(batches, layers, steps, evaluations, initial is not None or bool(progress))
 
 
-def _remaining_weighted(
-    model: Any,
-    samples: Sequence[Sample],
-    method: Method,
-    recipe: Recipe | None,
-    output: Path,
-    initial: Adapters | None,
-) -> Remaining:
-    """As `remaining`, where the weighted closed form is not done."""
-    first = remaining(model, samples, method, recipe, output)
-    batches, resume = make_batches(samples, next(model.parameters()).device), checkpoint.resume_path(output)
+def _remaining_weighted(model: Any, work: Work, output: Path, initial: Adapters | None) -> RemainingWork:
+    """As `remaining_work`, while the weighted closed form is not done."""
+    first = remaining_work(model, replace(work, weighting=False), output)
+    batches, resume = make_batches(work.samples, next(model.parameters()).device), checkpoint.resume_path(output)
     progress = None
     if initial is not None and resume.exists():
-        progress = checkpoint.load_progress(resume, weighted.identify(model, samples, method, initial))
+        identity = weighted_identity(model, work.samples, work.method, initial)
+        progress = checkpoint.load_progress(resume, identity)
     return replace(
         first,
-        layers=(*first.layers, *method.layers),
+        layers=(*first.layers, *work.method.layers),
         resumed=first.resumed or bool(progress),
         weighted=batches[(progress or {}).get("batches", 0) :],
     )
@@ -122,7 +113,7 @@ def _remaining_weighted(
 def _layer_wise_batches(
     samples: Sequence[Sample], device: torch.device, adam: AdamSettings | None, progress: dict[str, Any]
 ) -> list[Batch]:
-    """What goes through the original model yet: one pass; before it, with Adam, that of every step."""
+    """The batches still to feed to the original model: those of one pass; with Adam, those of every step before it."""
     last = make_batches(samples, device)[progress.get("batches", 0) :]
     if adam is None:
         return last
@@ -135,41 +126,29 @@ def _layer_wise_batches(
 
 
 def run_stages(
-    model: Any,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    recipe: Recipe | None,
-    output: Path,
-    console: Console | None = None,
-    logs: Path | None = None,
-    adam: AdamSettings | None = None,
-    weighting: bool = False,
+    model: Any, work: Work, output: Path, console: Console | None = None, logs: Path | None = None
 ) -> Adapters:
-    """Adapters by the layer-wise stage and, given a recipe, the end-to-end one; not yet written to `output`.
+    """The adapters of `work`, not yet written to `output`.
 
-    `model` is a transformers causal LM, or the cluster.Cluster whose workers have it.
-    The layer-wise stage is the closed form, or Adam if its settings are given (not on a cluster); with `weighting`
-    (and without Adam, not on a cluster), the closed form follows again, weighted by the gradient.
-    Beside `output`, hidden files hold what a killed run has done; `clean_up` removes them once `output` is written.
-    `logs` is a directory for TensorBoard.
+    `model` is a transformers causal LM, or the Cluster whose workers have it (without Adam and weighting). Hidden files
+    beside `output` hold what a killed run has done; `clean_up` removes them once `output` is written. `logs` is a
+    directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
-    place = model if isinstance(model, Cluster) else Here(model)
-    assert not (weighting and (adam or isinstance(place, Cluster))), "only the closed form is weighted, in one process"
-    keep = recipe is not None
-    adapters = _first_stage(place, samples, info, method, output, keep or weighting, console, adam)
-    if weighting:
-        adapters = _weighted_stage(model, samples, info, method, output, keep, console, adapters)
-    if recipe is None:
+    executor: Executor = model if isinstance(model, Cluster) else LocalExecutor(model)
+    keep = work.recipe is not None
+    adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
+    if work.weighting:
+        adapters = _weighted_stage(model, work, output, keep, console, adapters)
+    if work.recipe is None:
         return adapters
     return_freed()
-    with _writer(logs) as writer:
-        return place.end_to_end(samples, info, method, adapters, recipe, resume, console, writer)
+    with _summary_writer(logs) as writer:
+        return executor.end_to_end(work, adapters, resume, console, writer)
 
 
 def save(adapters: Adapters, path: Path) -> None:
-    """Write the adapter file whole; CapreseError where the disk refuses."""
+    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
     try:
         adapters.save(path)
     except (OSError, SafetensorError) as error:
@@ -177,7 +156,7 @@ def save(adapters: Adapters, path: Path) -> None:
             f"output {path}",
             expected="a file that can be written",
             found=getattr(error, "strerror", None) or str(error),
-            fix="free some space, or give another --output; the same command goes on from the last checkpoint",
+            fix="free some space, or give another --output; the same command continues from the last checkpoint",
         ) from None
 
 
@@ -188,7 +167,7 @@ def held_bytes(output: Path) -> int:
 
 
 def clean_up(output: Path) -> None:
-    """After `output` was written: the hidden files beside it go."""
+    """Remove the hidden files beside `output`, once it is written."""
     checkpoint.remove(checkpoint.resume_path(output))
     _layer_wise_path(output).unlink(missing_ok=True)
     _weighted_path(output).unlink(missing_ok=True)
@@ -196,54 +175,38 @@ def clean_up(output: Path) -> None:
 
 
 def scratch_path(output: Path) -> Path:
-    """Where Ray Train keeps its own files of a run."""
+    """The directory for Ray Train's own files of a run."""
     return output.with_name(f".{output.name}.ray")
 
 
-def _first_stage(
-    place: Here | Cluster,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    output: Path,
-    keep: bool,
-    console: Console | None,
-    adam: AdamSettings | None,
-) -> Adapters:
-    """The layer-wise adapters: those that an earlier run with the same settings left, or made now."""
+def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, console: Console | None) -> Adapters:
+    """The layer-wise adapters: those that an earlier run with the same settings left, or new ones."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
-    identity = _identity(place, samples, method, adam)
+    identity = _identity(executor, replace(work, weighting=False))
     found = _load_stage(path, identity)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
-    adapters = place.layer_wise(samples, info, method, resume, console, adam)
+    adapters = executor.layer_wise(work, resume, console)
     if keep:
         _keep_stage(adapters, path, identity, resume)
     return adapters
 
 
 def _weighted_stage(
-    model: Any,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    output: Path,
-    keep: bool,
-    console: Console | None,
-    initial: Adapters,
+    model: Any, work: Work, output: Path, keep: bool, console: Console | None, initial: Adapters
 ) -> Adapters:
-    """The adapters of the weighted closed form, likewise."""
+    """The adapters of the weighted closed form: those that an earlier run left, or new ones."""
     path, resume = _weighted_path(output), checkpoint.resume_path(output)
-    identity = _identity(Here(model), samples, method, None, weighting=True)
+    identity = _identity(LocalExecutor(model), work)
     found = _load_stage(path, identity)
     if found is not None:
         if console:
             console.print(f"weighted closed form: done before, {path}")
         return found
     return_freed()
-    adapters = distill_weighted(model, samples, info, method, initial, resume, console)
+    adapters = distill_weighted(model, work.samples, initial, resume, console)
     if keep:
         _keep_stage(adapters, path, identity, resume)
     return adapters
@@ -257,19 +220,19 @@ def _keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> 
 
 def _load_stage(path: Path, identity: str) -> Adapters | None:
     if path.exists():
-        with contextlib.suppress(CapreseError):  # what cannot be read is made again
+        with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
             found = Adapters.load(path)
             if found.config.training.pop("identity", None) == identity:
                 return found
     return None
 
 
-def _identity(
-    place: Here | Cluster, samples: Sequence[Sample], method: Method, adam: AdamSettings | None, weighting: bool = False
-) -> str:
+def _identity(executor: Executor, work: Work) -> str:
+    """A hash of all that the last layer-wise stage of `work` depends on."""
+    method, adam = work.method, work.adam
     settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-    settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": weighting}
-    identity = json.dumps(place.fingerprint(samples, **settings))
+    settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": work.weighting}
+    identity = json.dumps(executor.fingerprint(work.samples, **settings))
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -282,7 +245,8 @@ def _weighted_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _writer(logs: Path | None) -> Iterator[Any]:
+def _summary_writer(logs: Path | None) -> Iterator[Any]:
+    """A TensorBoard SummaryWriter for the directory `logs`; None without it."""
     if logs is None:
         yield None
         return

@@ -1,9 +1,9 @@
-"""The sparse model with L and R, as serving runs it, sharing every weight with the original: one copy in memory.
+"""The sparse model with L and R, as serving runs it. It shares every weight with the original: one copy in memory.
 
 Both are the same transformers model. Hooks on its FF blocks leave the original alone, or make it the student: prompt
 tokens run the full block, generated ones only the neurons that their prompt chose, plus x L R (paper, eq. 9 and 10).
-A prompt's tokens see none of that, attention being causal, so its statistic is the same in both, and what the
-original's pass selected serves the student's.
+Attention is causal, so prompt tokens see none of that: the statistic of a prompt is the same in both, and the student
+uses what the original's pass selected.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from caprese_kernels.config import Method
 
-from .layer_wise.moments import Batch, keep_mask, select
+from .data.batches import Batch
 from .placement import device_of
+from .selection import keep_mask, select
 
 
 class SharedModel(ABC):
-    """What training needs of a model that is its own teacher: targets, the student's answer to them, its parameters."""
+    """A model that is its own teacher, for training: targets, the student's output, the student's parameters."""
 
     title: str  # of the training, in progress bars and errors
 
@@ -36,7 +37,7 @@ class SharedModel(ABC):
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, always in the same order."""
+        """The trained parameters, always in the same order."""
 
     def original(self, batch: Batch) -> Tensor:
         """M(x) of eq. 8: the original's last hidden state (after the final norm), [N, D], of the generated tokens."""
@@ -60,7 +61,7 @@ class Student(SharedModel):
     """L [D, r], R [r, D] of each sparse layer, float32 parameters on their block's device, and the hooks that use them.
 
     They are rounded to the model's dtype at every use, as the adapter file rounds them: what is trained is what is
-    served. float32 itself, because a bfloat16 parameter does not move by a step below 1/256 of its size.
+    served. They are float32 because a bfloat16 parameter does not move by a step below 1/256 of its size.
     """
 
     title = "end-to-end"
@@ -75,7 +76,7 @@ class Student(SharedModel):
     ):
         super().__init__(model, method)
         devices = {i: device_of(block) for i, block in blocks.items()}
-        # Of one layout whatever they come from: a solver's or a file's, products are the same to the bit.
+        # Contiguous whether they come from a solver or a file, so that products are the same to the bit.
         self.left, self.right = (
             {
                 i: nn.Parameter(
@@ -140,17 +141,17 @@ class Student(SharedModel):
 
 @contextmanager
 def frozen(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """The model's own weights without gradients; with `gradient_checkpointing`, a layer's activations are computed
-    again in the backward pass instead of kept.
+    """Within it, the model's own weights have no gradients; with `gradient_checkpointing`, a layer's activations are
+    recomputed in the backward pass instead of kept.
 
-    Only the decoder layers themselves are in training mode, which is what turns checkpointing on: what is inside
-    them (dropout) stays in evaluation mode.
+    Only the decoder layers themselves are in training mode, which turns checkpointing on; the modules inside them
+    (dropout) stay in evaluation mode.
     """
     wanted = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # else layers before the first L, R keep activations; it would outlive us
+        model.disable_input_require_grads()  # else layers before the first L, R keep activations
         for layer in model.get_decoder().layers:
             layer.training = True
     try:

@@ -4,7 +4,7 @@ One safetensors file holds, for each sparse layer i, `layers.{i}.L` [D, r] and `
 (paper, section 3.1), all of one dtype, and in its header `format`, `format_version` and `config`.
 Version 2 adds `layers.{i}.prior` [F] float32, which sums to 1: each neuron's share of the statistic of the
 distillation data's responses. It may leave L and R out (rank 0). A file without a prior is written as version 1.
-Never pickle: a file that is not safetensors is refused unread.
+It is never a pickle: a file that is not safetensors is refused unread.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import __version__
-from .config import AdapterConfig, validate
+from .config import AdapterConfig
 from .errors import CapreseError
+from .validation import validate
 
 FORMAT, FORMAT_VERSIONS = "caprese", ("1", "2")
 VERSION_2_SETTINGS = {"score", "prior", "core"}
@@ -61,7 +62,7 @@ class Adapters:
         return "2" if self.prior else "1"
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in the file."""
+        """All tensors, by their names in the file."""
         named: dict[str, Tensor] = {}
         for part, tensors in (("L", self.left), ("R", self.right), ("prior", self.prior)):
             named |= {f"layers.{i}.{part}": tensor for i, tensor in tensors.items()}
@@ -97,7 +98,7 @@ class Adapters:
         return cls(config, *parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; it appears whole or not at all."""
+        """Write the file: it appears whole or not at all. Raises CapreseError for tensors that do not fit."""
         path = Path(path)
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors().items()}
         config = self.config.model_copy(update={"caprese_version": __version__})
@@ -108,7 +109,7 @@ class Adapters:
         header = {"format": FORMAT, "format_version": self.version, "config": settings}
         try:
             partial.touch()
-            mode = partial.stat().st_mode  # the user's usual one; save_file's files only their owner can read
+            mode = partial.stat().st_mode  # as the umask gives it; save_file makes files that only their owner can read
             save_file(tensors, partial, metadata=header)
             partial.chmod(mode)
             os.replace(partial, path)
@@ -256,7 +257,7 @@ def _refuse(where: str, expected: str, found: str) -> NoReturn:
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
-    """`safe_open` with a user's errors; looks at the first bytes so that a pickle is called one."""
+    """`safe_open` that raises CapreseError; reads the first bytes to recognize a pickle."""
     try:
         with open(path, "rb") as file:
             head = file.read(8)

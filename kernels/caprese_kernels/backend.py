@@ -18,8 +18,14 @@ if TYPE_CHECKING:  # config needs pydantic, the kernels do not
     from .config import KernelName
 
 
+class RowPlan(Protocol):
+    """What `Backend.plan_layers` prepares for several layers at once; `plan[i]` is the one of layer i."""
+
+    def __getitem__(self, layer: int) -> RowPlan: ...
+
+
 class Backend(Protocol):
-    """What each implementation offers; a module is one. `reference` documents and defines every function.
+    """What each implementation offers; a module is one. `reference` defines and documents every function.
 
     Rows are tokens. `slots` int64 names each token's (or segment's) row of a table, -1 for padding. Tables are
     `keep` [S, F] bool and `tau` [S] float32 of selections, `statistic` [S, F] float32 and `histogram`
@@ -29,7 +35,10 @@ class Backend(Protocol):
     NAME: str
 
     def dense_ff(self, x: Tensor, ff: PackedFF) -> Tensor: ...
-    def griffin_ff(self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor: ...
+    def griffin_ff(
+        self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+    ) -> Tensor: ...
+    def plan_layers(self, keep: Tensor, slots: Tensor) -> RowPlan | None: ...
     def core_ff(self, x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor: ...
     def cats_ff(self, x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]: ...
     def griffin_norms(self, z: Tensor, scale: Tensor | None = None) -> Tensor: ...
@@ -58,8 +67,8 @@ class Backend(Protocol):
 def choose(kernel: KernelName, device: torch.device) -> Backend:
     """The implementation called `kernel` for tensors on `device`; "auto" takes the fast one that this machine can run.
 
-    Where there is none, "auto" says so once and takes the reference, which reads every weight. A kernel asked for by
-    name that cannot run raises CapreseError. The C++ kernels are compiled here, if they were not before.
+    Where there is none, "auto" warns once and takes the reference, which reads every weight. Raises CapreseError for a
+    kernel asked for by name that cannot run. The C++ kernels are compiled here, unless the cache has them.
     """
     if kernel == "reference":
         return _reference()
@@ -71,7 +80,7 @@ def choose(kernel: KernelName, device: torch.device) -> Backend:
 
         return cast(Backend, cpu) if wanted == "cpu" else _gpu()
     if kernel == "auto":
-        _say_once(f"Caprese: no fast kernels: {reason}. The reference runs instead, which reads every weight")
+        _warn_once(f"Caprese: no fast kernels: {reason}. The reference runs instead, which reads every weight")
         return _reference()
     raise CapreseError(
         f"kernel {kernel!r}", expected=f"one that runs on {device.type}", found=reason, fix=f"use 'auto' or {fits!r}"
@@ -109,5 +118,5 @@ def _gpu() -> Backend:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logging.getLogger("vllm.caprese").warning(message)  # vLLM's handlers show what is below its own name

@@ -1,20 +1,21 @@
 """Configuration of the method: the one schema that trainer and server share.
 
 `CapreseConfig` is what a user writes (`--caprese-config`, `additional_config["caprese"]`);
-`AdapterConfig` is what an adapter file's header says; `resolve` joins the two for one model
-into a `Method`, which has no open choices left.
+`AdapterConfig` is the `config` entry of an adapter file's header; `resolve` joins the two for one
+model into a `Method`, which has no open choices left.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import CapreseError
+from .validation import validate
 
 MethodName = Literal["griffin", "cats"]
 KernelName = Literal["auto", "triton", "cpu", "reference"]
@@ -22,8 +23,6 @@ LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, str
 Score = Literal["paper", "weighted"]
 Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 DEFAULT_DENSITY = 0.5
 DEFAULT_RANK = 256
@@ -41,8 +40,21 @@ ACTIVATIONS = {
 }
 
 
+# Architectures whose FF block has no gate: two matrices, W_1 and W_2, instead of three.
+UNGATED_ARCHITECTURES = frozenset(
+    {
+        "GPT2LMHeadModel",
+        "GPTJForCausalLM",
+        "GPTNeoXForCausalLM",
+        "OPTForCausalLM",
+        "PhiForCausalLM",
+        "Starcoder2ForCausalLM",
+    }
+)
+
+
 def activation_of(hf_config: Any) -> str:
-    """The activation's canonical name, or the model's own for an unknown one."""
+    """The canonical name of the model's activation; an unknown one keeps the model's name."""
     keys = (
         "hidden_activation",
         "hidden_act",
@@ -53,7 +65,7 @@ def activation_of(hf_config: Any) -> str:
 
 
 def _intermediate_size(hf_config: Any) -> int:
-    """F by any of its names: `ffn_dim` is OPT's; GPT-2 says `n_inner`, or None for 4 D."""
+    """F under any of its names: OPT's is `ffn_dim`; GPT-2's is `n_inner`, where None means 4 D."""
     if hasattr(hf_config, "n_inner"):
         return hf_config.n_inner or 4 * hf_config.hidden_size
     return hf_config.ffn_dim if hasattr(hf_config, "ffn_dim") else hf_config.intermediate_size
@@ -81,6 +93,11 @@ class BaseModelInfo(BaseModel):
             num_hidden_layers=hf_config.num_hidden_layers,
             hidden_act=activation_of(hf_config),
         )
+
+    @property
+    def num_ff_matrices(self) -> int:
+        """Matrices of one FF block: W_g, W_1 and W_2, or W_1 and W_2 without a gate."""
+        return 2 if self.architecture in UNGATED_ARCHITECTURES else 3
 
     def check_serves(self, served: BaseModelInfo, where: str) -> None:
         """Raise CapreseError unless an adapter made for `self` fits the model `served`."""
@@ -139,9 +156,6 @@ class CapreseConfig(BaseModel):
     core: Share | None = Field(
         None, description="griffin: share kappa of a selection that all requests share, by the adapter's prior"
     )
-    reselect_interval: Annotated[int, Field(ge=1, strict=True)] | None = Field(
-        None, description="rho: decode steps between reselections"
-    )
     statistics_page: Annotated[int, Field(ge=1, strict=True)] = Field(
         512, description="prefix cache: tokens between two pages of statistics, rounded up to whole KV blocks"
     )
@@ -150,6 +164,11 @@ class CapreseConfig(BaseModel):
         description="prefix cache: MiB a device for pages of statistics; default 1% of its memory, 0 for no cache",
     )
     kernel: KernelName = Field("auto", description="implementation of the FF kernels")
+    kernel_extension: str | None = Field(
+        None,
+        min_length=1,
+        description="FF kernels of another vLLM plugin, by the name it registered; they wrap `kernel`",
+    )
 
     @classmethod
     def parse(cls, value: Any, where: str) -> CapreseConfig:
@@ -171,44 +190,16 @@ class CapreseConfig(BaseModel):
                 found=type(value).__name__,
                 fix='write for example {"method": "griffin", "density": 0.5}',
             )
+        value = dict(value)
+        interval = value.pop("reselect_interval", None)  # in the paper, but not implemented
+        if interval is not None:
+            raise CapreseError(
+                f"{where}: key 'reselect_interval'",
+                expected="null, or no such key",
+                found=repr(interval),
+                fix="leave it out: reselection is not available yet",
+            )
         return validate(cls, value, where)
-
-
-def validate(schema: type[Schema], value: Any, where: str) -> Schema:
-    """`schema.model_validate` with the first mistake told as a CapreseError."""
-    try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        errors = error.errors()
-        if not errors[0]["loc"]:
-            raise CapreseError(where, expected="a JSON object", found=repr(value), fix="correct it") from None
-
-        # A member of a location may name a branch of a union, which says nothing to a user.
-        def key_of(e: Any) -> str:
-            return ".".join(str(part) for part in e["loc"] if part in known or isinstance(part, int))
-
-        known = _keys(schema)
-        # A union tells one mistake for each branch: those of the branch that got furthest say what is wrong.
-        errors = [e for e in errors if e["loc"][0] == errors[0]["loc"][0]]
-        errors = [e for e in errors if len(e["loc"]) == max(len(other["loc"]) for other in errors)]
-        first = errors[0]
-        told = [e["msg"][0].lower() + e["msg"][1:] for e in errors if key_of(e) == key_of(first)]
-        if first["type"] == "extra_forbidden":
-            told = ["one of " + ", ".join(schema.model_fields)]
-        raise CapreseError(
-            f"{where}: key {key_of(first) or '.'.join(map(str, first['loc']))!r}",
-            expected=" or ".join(told),
-            found=repr(first["input"]) if first["type"] != "missing" else "nothing",
-            fix="correct it",
-        ) from None
-
-
-def _keys(schema: type[BaseModel]) -> set[str]:
-    keys = set(schema.model_fields)
-    for field in schema.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= _keys(field.annotation)
-    return keys
 
 
 @dataclass(frozen=True)
@@ -264,6 +255,17 @@ def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
             fix="correct the list",
         )
     return tuple(sorted(choice))
+
+
+def layer_spans(layers: Sequence[int]) -> str:
+    """Ascending layer indices as text: "0-11", or "0-3, 7"."""
+    spans: list[list[int]] = []
+    for i in layers:
+        if spans and spans[-1][-1] == i - 1:
+            spans[-1].append(i)
+        else:
+            spans.append([i])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseModelInfo) -> tuple[Method, list[str]]:
@@ -335,7 +337,7 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
                     found=f"{surplus} in the configuration",
                     fix="leave 'layers' out, or distill an adapter for these layers",
                 )
-    if name == "griffin" and int(density * served.intermediate_size) < 1:
+    if name == "griffin" and density * served.intermediate_size < 1:  # then k = floor(d F) is 0
         raise CapreseError(
             "density",
             expected=f"at least one of {served.intermediate_size} neurons kept",

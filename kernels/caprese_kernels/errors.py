@@ -4,7 +4,7 @@ from typing import Any
 
 
 class CapreseError(ValueError):
-    """A mistake in what the user gave, told in one line: what was expected, what was found, what to do.
+    """A mistake in what the user gave, reported in one line: what was expected, what was found, what to do.
 
     The command line prints `str(error)` and exits with 1; Python callers catch it as a ValueError.
     """

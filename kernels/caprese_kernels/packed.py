@@ -29,17 +29,16 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
 
 
 def allocate(rows: int, like: Tensor) -> Tensor:
-    """Uninitialized storage [rows, D] for weights of `like`'s type and device, on a CPU in huge pages where Linux has
-    them.
+    """Uninitialized storage [rows, D] of `like`'s dtype and device; on a CPU in huge pages, where Linux has them.
 
-    Scattered rows touch as many pages as they are rows. Of 4 KiB each, looking up their addresses takes a tenth of the
-    time (8 to 16 tokens, Qwen 2.5 1.5B's shape, two cores of an EPYC 9004).
+    Each scattered row touches its own page. With pages of 4 KiB, translating their addresses takes a tenth of the time
+    (8 to 16 tokens, Qwen 2.5 1.5B's shape, two cores of an EPYC 9004).
     """
     storage = like.new_empty(rows, like.shape[1])
     if storage.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
         begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (storage.data_ptr() + storage.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:  # advice: a kernel without huge pages refuses it, and nothing is lost
+        if length > 0:  # advice: a kernel without huge pages ignores it
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return storage
 
@@ -130,6 +129,7 @@ class PackedFF:
 
     @property
     def act(self) -> Activation:
+        """The activation function."""
         return ACTIVATION_FUNCTIONS[self.activation]
 
     @property
@@ -142,6 +142,7 @@ class PackedFF:
 
     @property
     def num_matrices(self) -> int:
+        """Weight matrices of [F, D]: 3, or 2 without a gate."""
         return 2 if self.gate is None else 3
 
     @classmethod
@@ -157,7 +158,10 @@ class PackedFF:
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> PackedFF:
-        """From weights as torch.nn.Linear holds them: gate, up [F, D], down [D, F]; and L [D, r], R [r, D]. Copies."""
+        """Copy weights as torch.nn.Linear holds them: gate, up [F, D], down [D, F]; and L [D, r], R [r, D].
+
+        L and R take the dtype of `up`. Raises CapreseError for shapes that do not fit, or L without R.
+        """
         pairs = [("L and R", left, right)]
         if gate is not None:
             pairs.append(("the biases of gate and up", gate_bias, up_bias))

@@ -50,13 +50,21 @@ def sparse_ff(x: Tensor, ff: PackedFF, keep: Tensor) -> Tensor:
     return _down_plus(x, torch.where(keep, z, 0), ff)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None) -> Tensor:
     """GRIFFIN for T generated tokens: token t keeps the neurons keep[slots[t]].
 
     `keep` [S, F] bool, one selection a slot; `slots` [T] int64. A slot of -1 is padding: y is zero there.
+    `row_plan` is this layer's of `plan_layers`, or None; it changes no result.
     """
     y = sparse_ff(x, ff, keep[slots])
     return torch.where(slots[:, None] >= 0, y, 0)
+
+
+def plan_layers(keep: Tensor, slots: Tensor) -> None:
+    """What `griffin_ff` may share among L layers of the same tokens: `keep` [L, S, F] bool, `slots` [T] int64.
+
+    A backend that reads only the rows it needs lists those of all layers here, in one launch. None: nothing to share.
+    """
 
 
 def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:

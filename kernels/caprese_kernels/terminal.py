@@ -2,9 +2,6 @@
 
 A verb prints its result to stdout (a table, or JSON with `--json`) and everything else (the plan, progress, warnings)
 to stderr through `notes()`, so that `caprese VERB --json > result.json` always writes clean JSON.
-
-Exit codes: 0 success; 1 a `CapreseError`, printed as one line on stderr; 2 wrong usage, such as an unknown option;
-130 interrupted (Ctrl-C); 143 terminated.
 """
 
 from __future__ import annotations
@@ -13,14 +10,25 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
 
+from .errors import CapreseError
+
 PIPE_WIDTH = 150  # columns of a table that is not printed to a terminal
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 an error, printed as one line on stderr (with -v after its traceback); 2 wrong usage, "
+    f"such as an unknown option; {INTERRUPTED} interrupted (Ctrl-C); {TERMINATED} terminated (SIGTERM)."
+)
 
 
 class Verbosity(IntEnum):
@@ -29,9 +37,17 @@ class Verbosity(IntEnum):
     VERBOSE = 1
 
 
+_LOG_LEVELS = {
+    Verbosity.QUIET: logging.ERROR,
+    Verbosity.NORMAL: logging.WARNING,
+    Verbosity.VERBOSE: logging.DEBUG,
+}
 _verbosity = Verbosity.NORMAL
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; everything else goes to stderr.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as JSON; everything else goes to stderr.", rich_help_panel="Output"),
+]
 
 
 def verbosity() -> Verbosity:
@@ -40,11 +56,10 @@ def verbosity() -> Verbosity:
 
 
 def set_verbosity(chosen: Verbosity) -> None:
-    """Apply -q or -v to `notes()` and to Python's logging."""
+    """Apply -q or -v to `notes()` and to the log messages of this project's packages."""
     global _verbosity
     _verbosity = chosen
-    level = {Verbosity.QUIET: logging.ERROR, Verbosity.NORMAL: logging.WARNING, Verbosity.VERBOSE: logging.DEBUG}
-    logging.getLogger("caprese").setLevel(level[chosen])
+    logging.getLogger("vllm.caprese").setLevel(_LOG_LEVELS[chosen])
 
 
 def notes() -> Console:
@@ -69,9 +84,10 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     """`function` as a command with -v and -q besides its own options: `app.command("inspect")(verb(inspect))`."""
 
     @functools.wraps(function)
-    def run(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
-        if verbose or quiet:
-            set_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE)
+    def run_verb(*args: Any, verbose: bool, quiet: bool, **options: Any) -> None:
+        if verbose and quiet:
+            raise typer.BadParameter("give either --verbose or --quiet, not both")
+        set_verbosity(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL)
         function(*args, **options)
 
     flags = {
@@ -85,10 +101,31 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     own = [p.replace(annotation=types.get(p.name, p.annotation)) for p in parameters]
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = [inspect.Parameter(name, keyword, default=False, annotation=flag) for name, flag in flags.items()]
-    run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {**types, **flags}
-    return run
+    run_verb.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    run_verb.__annotations__ = {**types, **flags}
+    return run_verb
 
 
 def _flag(*names: str, help: str) -> Any:
     return Annotated[bool, typer.Option(*names, help=help, rich_help_panel="Output")]
+
+
+def run(app: typer.Typer, prog_name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line (default: this process's arguments) and exit with one of `EXIT_CODES`.
+
+    A `CapreseError` is one line on stderr, with -v after its traceback; other exceptions are bugs and pass through.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an exception, so that `with` blocks clean up
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in a script's background jobs
+    try:
+        app(arguments, prog_name=prog_name)
+    except CapreseError as error:
+        if _verbosity == Verbosity.VERBOSE:
+            traceback.print_exception(error)
+        print(f"caprese: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:
+            print("caprese: interrupted", file=sys.stderr)
+        raise
+    sys.exit(0)

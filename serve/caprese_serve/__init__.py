@@ -1,1 +1,1 @@
-"""The `caprese` command, and the demo."""
+"""The `caprese` command, the demo, and a client and launcher of `vllm serve`."""

@@ -1,4 +1,4 @@
-"""An asynchronous client of one served model: the `openai` client, and what the server says of itself."""
+"""An asynchronous client of one served model: the `openai` client, and the server's report at /caprese."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 Item = TypeVar("Item")
-# Seconds to connect, read, write, get a connection. Long reasoning in a full batch takes an hour and more to answer.
+# Seconds to connect, to read, to write, to get a connection. A long response in a full batch can take over an hour.
 TIMEOUTS = (30.0, None, None, None)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The samples of one request; `tokens` counts those of all samples."""
+    """The samples of one request: texts, finish reasons, and the number of generated tokens of all samples."""
 
     texts: tuple[str, ...]
     finish: tuple[str, ...]
@@ -24,11 +24,11 @@ class Reply:
 
 
 class Client:
-    """Asks the model `model` of the server at `url`, within an `async with` block."""
+    """A client of the model `model` at the server `url`; an async context manager."""
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
-        http = DefaultAsyncHttpxClient(trust_env=False, timeout=TIMEOUTS)  # no proxies: the server is near
+        http = DefaultAsyncHttpxClient(trust_env=False, timeout=TIMEOUTS)  # no proxies: the server is local
         self.openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
 
     async def __aenter__(self) -> Client:
@@ -38,8 +38,8 @@ class Client:
         await self.openai.close()
 
     async def answer(self, prompt: str, *, chat: bool = True, **options: Any) -> Reply:
-        """`prompt` as the one message of a chat, or as bare text to go on with. openai.OpenAIError if that fails."""
-        create: Any  # the two have other types, which say the same
+        """Send `prompt` as a chat of one message, or without `chat` as text to complete. Raises openai.OpenAIError."""
+        create: Any  # the two methods have different types but take the same arguments here
         if chat:
             create, options["messages"] = self.openai.chat.completions.create, [{"role": "user", "content": prompt}]
         else:
@@ -50,13 +50,13 @@ class Client:
         return Reply(texts, finish, reply.usage.completion_tokens)
 
     async def report(self) -> dict[str, Any]:
-        """GET /caprese; openai.OpenAIError if that fails."""
+        """The JSON at /caprese. Raises openai.OpenAIError."""
         report: Any = await self.openai.get(f"{self.url}/caprese", cast_to=object)
         return report
 
 
 async def in_turns(concurrency: int, work: Callable[[Item], Awaitable[object]], items: Iterable[Item]) -> None:
-    """`work` on every item, so many at once; the first failure ends the others and is raised."""
+    """Run `work` on every item, `concurrency` at a time. The first exception cancels the others and is raised."""
     turn = asyncio.Semaphore(concurrency)
 
     async def one(item: Item) -> None:

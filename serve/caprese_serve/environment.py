@@ -1,4 +1,4 @@
-"""What the software runs on: versions, processor, memory, GPUs, compiler, and whether vLLM knows the plugin."""
+"""`caprese collect-env`: versions, processor, memory, GPUs, compiler, and whether vLLM finds the plugin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU_FLAGS = (
 
 
 def collect() -> dict[str, Any]:
-    """Everything that a bug report needs, as JSON values. Imports torch to ask for GPUs, if it is there."""
+    """The environment of a bug report, as JSON values. Imports torch, if it is installed, to list the GPUs."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -43,12 +43,13 @@ def collect() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions by name; None for what is not installed."""
+    """The version of each package of interest; None if it is not installed."""
     found: dict[str, str | None] = {"caprese": _version("caprese-vllm"), "python": platform.python_version()}
     return found | {name: _version(name) for name in PACKAGES}
 
 
 def hardware() -> dict[str, Any]:
+    """Processor, memory and GPUs, as JSON values."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)

@@ -1,8 +1,8 @@
-"""Runs a command that must not outlive the process that asked for it: `python guard.py PARENT COMMAND...`.
+"""Runs a command that ends when a given process ends: `python guard.py PARENT COMMAND...`.
 
-The command gets a process group of its own. When the parent process ends, in whatever way, or this one is told to
-stop, the whole group is asked to end, and killed if it does not. A process that is killed hard cannot stop its
-children itself, which is why this stands between. Standard library only; run as a script.
+The command runs in its own process group. When the process PARENT (a process id) ends in any way, or this one gets
+SIGTERM, SIGINT or SIGHUP, the whole group gets SIGTERM and, after a grace period, SIGKILL. A separate process does this
+because a process that is killed with SIGKILL cannot stop its own children. Standard library only; run as a script.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-GRACE = 5.0  # seconds between asking the group to end and killing it
-POLL = 0.1
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+POLL = 0.1  # seconds
 
 
 def main(parent: int, command: Sequence[str]) -> int:
-    """The command's exit code, or 128 + n where signal n ended it."""
-    told = False
+    """Run the command; returns its exit code, 128 + n if signal n ended it, or 127 if it does not start."""
+    stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal told
-        told = True
+        nonlocal stopped
+        stopped = True
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, stop)
@@ -33,19 +33,19 @@ def main(parent: int, command: Sequence[str]) -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    while process.poll() is None and not told and os.getppid() == parent:
+    while process.poll() is None and not stopped and os.getppid() == parent:
         time.sleep(POLL)
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-    _signal_group(process.pid, signal.SIGKILL)  # whoever is left, also where the command has ended by itself
+    _signal_group(process.pid, signal.SIGKILL)  # child processes that are left, also if the command has ended
     code = process.wait()
     return code if code >= 0 else 128 - code
 
 
 def _signal_group(group: int, signum: int) -> None:
-    # An empty group; macOS says the latter of a group of zombies.
+    # ProcessLookupError: the group is empty. PermissionError: on macOS, the group has only zombies.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signum)
 

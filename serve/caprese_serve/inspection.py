@@ -1,4 +1,4 @@
-"""`caprese inspect`: what an adapter file holds, and whether a model can be served with it, without an engine."""
+"""`caprese inspect`: the contents of an adapter file, and whether it fits a model; needs no engine."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rich.table import Table
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters, find_adapter
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import BaseModelInfo, layer_spans
 from caprese_kernels.errors import CapreseError
-
-UNGATED = ("OPTForCausalLM",)  # FF blocks of two matrices; all others have three
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
-    """Everything about an adapter as JSON values; raises CapreseError for what a server would refuse."""
+    """An adapter's configuration, size and norms as JSON values.
+
+    Raises CapreseError for a file that a server would refuse, or, with `model`, for a model that it does not fit.
+    """
     path = find_adapter(weights)
     adapters = Adapters.load(path)
     config = adapters.config
     if model is not None:
         config.base_model.check_serves(model_info(model), f"adapter {path}")
     base = config.base_model
-    matrices = 2 if base.architecture in UNGATED else 3
-    ff_parameters = matrices * base.hidden_size * base.intermediate_size * base.num_hidden_layers
+    ff_parameters = base.num_ff_matrices * base.hidden_size * base.intermediate_size * base.num_hidden_layers
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
@@ -47,15 +47,15 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
 
 
 def model_info(model: str) -> BaseModelInfo:
-    """The dimensions of a model directory or Hub id, from its config alone."""
+    """The dimensions of a model directory or Hub id, from its config.json. Raises CapreseError if unreadable."""
     path = Path(model) / "config.json"
     try:
         try:
             from transformers import AutoConfig
-        except ImportError:  # then the values must stand in a local file
+        except ImportError:  # without transformers only a local file can be read
             return BaseModelInfo.from_hf(SimpleNamespace(**json.loads(path.read_text())), model)
         return BaseModelInfo.from_hf(AutoConfig.from_pretrained(model).get_text_config(), model)
-    except Exception as error:  # transformers raises of many kinds for a configuration that it does not like
+    except Exception as error:  # transformers raises many types for a configuration that it cannot read
         raise CapreseError(
             f"model {model}",
             expected="a directory or Hub id of a language model whose config.json can be read",
@@ -73,7 +73,7 @@ def render(report: dict[str, Any]) -> Group:
     sizes = f"D {base['hidden_size']}, F {base['intermediate_size']}, {base['num_hidden_layers']} layers"
     facts.add_row("", f"{sizes}, {base['hidden_act']}")
     facts.add_row("method", f"{report['method']}, density {report['density']:g}, rank {report['rank']}")
-    facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {_listed(report['layers'])}")
+    facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {layer_spans(report['layers'])}")
     facts.add_row("dtype", report["dtype"])
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
@@ -91,8 +91,3 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
     """Frobenius norm of L R, from r x r products: ||L R||^2 = <L'L, R R'>."""
     left, right = left.double(), right.double()
     return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
-
-
-def _listed(layers: list[int]) -> str:
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if whole and len(layers) > 2 else ", ".join(map(str, layers))

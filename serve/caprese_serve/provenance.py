@@ -1,4 +1,4 @@
-"""Where a result comes from; goes beside every figure that is written to a file."""
+"""The origin of a result (command, commit, hardware, versions), which every result file has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware_slug() -> str:
-    """A folder's name for what figures were measured on: the GPU, or the CPU where there is none."""
+    """A folder name for results of this machine: the GPU's name, or the CPU's if there is no GPU."""
     found = hardware()
     name = found["gpus"][0]["name"] if found["gpus"] else found["cpu"]["model"]
     words = re.sub(r"\((r|tm)\)|\bprocessor\b|\bcpu\b|@.*", " ", name.lower())
@@ -40,12 +40,12 @@ def hardware_slug() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit that this file is checked out from, or what CAPRESE_GIT_COMMIT says of a copy without git; or None.
+    """The commit of this checkout, with "-dirty" if tracked files other than results are changed.
 
-    With "-dirty" where tracked files differ, other than the results that a run is about to write anew.
+    In a copy without git: the environment variable CAPRESE_GIT_COMMIT, or None.
     """
     here = Path(__file__)
-    if not _git(here.parent, "ls-files", here.name):  # not ours: an environment inside someone's repository
+    if not _git(here.parent, "ls-files", here.name):  # an installation inside another repository
         return os.environ.get("CAPRESE_GIT_COMMIT")
     commit = _git(here.parent, "rev-parse", "HEAD")
     changed = _git(here.parent, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
@@ -54,8 +54,8 @@ def git_commit() -> str | None:
 
 @cache
 def source_digest() -> str:
-    """Of this project's Python and C++ files: what a dirty commit, or none, does not tell. Results of other sources do
-    not go together."""
+    """16 hex digits of the SHA-256 of the packages' code and task files. Identifies the code where the commit does not:
+    if it is dirty or unknown."""
     digest = hashlib.sha256()
     specs = (find_spec(package) for package in PACKAGES)
     folders = (Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ())

@@ -1,4 +1,4 @@
-"""`vllm serve` as a context manager: started on a free port, waited for, and stopped whatever happens."""
+"""`vllm serve` as a context manager: starts on a free port, waits until it answers, and always stops the server."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
+from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
 from . import guard
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 600.0  # seconds; large models load for minutes
-# A log line that says what went wrong: a refusal, a wrong flag, or the last line of a traceback, but not vLLM's
-# "Engine core initialization failed", which comes after the cause.
+# A log line with the cause of a failure: a CapreseError, a wrong flag, or the last line of a traceback, but not vLLM's
+# "Engine core initialization failed", which follows the cause.
 _REASON = re.compile(
     r"^(\([^)]*\) )?((ERROR )?.*\] )?(caprese: |vllm.*: error: |[\w.]*(Error|Exception): (?!Engine core init))"
 )
 
 
 class VllmServer:
-    """A server of one model on the local machine, for as long as the `with` block runs.
+    """A server of one model on the local machine, which runs as long as the `with` block.
 
-    The server and all its child processes end with the block: after an exception, Ctrl-C, SIGTERM, and also when this
-    process is killed hard. Its output goes to the file `log`.
+    The server and all its child processes end with the block: after an exception, Ctrl-C, SIGTERM, and also if this
+    process is killed with SIGKILL. The server's output goes to the file `log`. Raises CapreseError if the server ends,
+    or does not answer within `timeout` seconds.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class VllmServer:
         console: Console | None = None,
     ) -> None:
         self.log, self.timeout = log, timeout
-        self.console = console or Console(stderr=True)
+        self.console = console or terminal.notes()
         self.port = _free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.command = [*(command or (vllm_program(),)), "serve", os.fspath(model), "--host", HOST]
@@ -81,7 +83,7 @@ class VllmServer:
         return self._guard is not None and self._guard.poll() is None
 
     def stop(self) -> None:
-        """End the server with all its processes; safe to call twice."""
+        """Stop the server and its child processes; does nothing if it is stopped."""
         if self._guard is None:
             return
         self._guard.terminate()
@@ -91,11 +93,11 @@ class VllmServer:
             self._guard.kill()
 
     def get(self, path: str) -> dict[str, Any]:
-        """The JSON that the server answers at `path`."""
+        """The JSON that the server returns at `path`. Raises CapreseError for any status but 200."""
         return get_json(self.url, path, f"see {self.log}")
 
     def failure(self, found: str) -> CapreseError:
-        """The error that tells why the server is of no use, with what it said last."""
+        """The error for a server that does not work; its message points to the log."""
         return CapreseError("vllm serve", expected="a server that answers", found=found, fix=f"see {self.log}")
 
     def _wait_until_healthy(self) -> None:
@@ -110,8 +112,8 @@ class VllmServer:
                     raise self.failure(f"no answer within {self.timeout:g} s: {self._reason()}")
                 if self._healthy():
                     break
-                said = "".join(self._tail(1))[: max(self.console.width - 36, 20)]
-                status.update(f"starting vllm serve, {elapsed:.0f} s  [dim]{escape(said)}[/dim]")
+                line = "".join(self._tail(1))[: max(self.console.width - 36, 20)]
+                status.update(f"starting vllm serve, {elapsed:.0f} s  [dim]{escape(line)}[/dim]")
                 time.sleep(0.25)
         self.startup_seconds = time.monotonic() - begin
 
@@ -122,18 +124,19 @@ class VllmServer:
             return False
 
     def _tail(self, count: int) -> list[str]:
-        """The last lines of the log that say anything."""
+        """The last lines of the log that are not blank."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-count:]
 
     def _reason(self) -> str:
+        """The last log line with a cause, or else the last three lines."""
         lines = self._tail(1000)
-        told = [line for line in lines if _REASON.match(line)]
-        return told[-1] if told else " | ".join(lines[-3:]) or "no output"
+        reasons = [line for line in lines if _REASON.match(line)]
+        return reasons[-1] if reasons else " | ".join(lines[-3:]) or "no output"
 
 
 def get_json(url: str, path: str, fix: str) -> dict[str, Any]:
-    """The JSON that a server answers at `path`; CapreseError, saying what to do, where it does not."""
+    """The JSON that a server returns at `path`. Raises CapreseError, with `fix` as what to do, for any other answer."""
     try:
         response = _get(url + path)
         found = f"{response.status_code} {response.reason_phrase}"
@@ -145,7 +148,7 @@ def get_json(url: str, path: str, fix: str) -> dict[str, Any]:
 
 
 def _get(url: str) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=30) as client:  # no proxies: the server is near
+    with httpx.Client(trust_env=False, timeout=30) as client:  # no proxies: the server is local
         return client.get(url)
 
 
@@ -157,7 +160,7 @@ def vllm_program() -> str:
             "vllm",
             expected=f"the vllm command beside {sys.executable}",
             found="none",
-            fix='install it with pip install "caprese-vllm[cuda]" or, in a checkout, make setup',
+            fix='pip install "caprese-vllm[cuda]", or make setup in a checkout',
         )
     return str(program)
 

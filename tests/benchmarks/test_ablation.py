@@ -15,7 +15,7 @@ from caprese_serve.demo import MODEL
 def run(out: Path, **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"methods": "griffin", "densities": "0.5", "ranks": "0,32", "stage": "layer-wise"}
     given |= {"learning_rate": None, "epochs": 1, "samples": 200, "math": 8, "reading": 2}
-    ablation(str(MODEL), **(given | {"quick": False, "resume": False} | options), out=out)
+    ablation(model=str(MODEL), **(given | {"quick": False, "resume": False} | options), out=out)
     return json.loads((out / "ablation.json").read_text())
 
 

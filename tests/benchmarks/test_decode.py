@@ -1,8 +1,9 @@
-"""The decode step: transformers' own, its bytes, its variants held to the reference, and what it imports."""
+"""The decode step: equal to transformers', its bytes, its variants compared with the reference, and what it imports."""
 
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from caprese_bench.engine import decode
 from caprese_bench.engine import models as engine_models
-from caprese_bench.engine.decode_ff import Choices
-from caprese_bench.engine.decode_model import DecodeModel, Dimensions
+from caprese_bench.engine.decode_ff import DecodeBlocks
+from caprese_bench.engine.decode_model import DecodeDimensions, DecodeModel
 from caprese_bench.engine.models import ARCHS, write_arch
 from caprese_bench.kernels.floor import Weights, step_bytes
 from caprese_bench.paper import families
@@ -45,29 +46,29 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_archs_are_the_published_shapes() -> None:
-    """As benchmarks/families.py has them, which is checked against the Hub's own counts."""
+    """As in paper/families.py, which is checked against the Hub's own counts."""
     names = {"qwen": "Qwen2.5 ", "llama": "Llama 3.1 ", "gemma": "Gemma 2 "}
-    found = {name: of for _, models in families.FAMILIES.values() for name, of in models.items()}
+    published = {name: of for family in families.FAMILIES.values() for name, of in family.models.items()}
     for arch, config in ARCHS.items():
         if arch == "tiny":
             continue
         size = arch.rpartition("-")[2].upper()
-        wanted = dict(zip(families.KEYS, found[names[arch.partition("-")[0].rstrip("2.5")] + size], strict=True))
+        wanted = asdict(published[names[arch.partition("-")[0].rstrip("2.5")] + size])
         wanted["head_dim"] = config.get("head_dim", wanted["head_dim"])
-        assert {key: config.get(key, wanted["head_dim"]) for key in families.KEYS} == wanted
+        assert {key: config.get(key, wanted["head_dim"]) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("arch", ["qwen2.5-0.5b", "qwen2.5-14b", "llama-3.1-8b", "tiny"])
 def test_the_floor_is_that_of_the_whole_model(arch: str, tmp_path: Path) -> None:
     whole = Weights.of(AutoConfig.from_pretrained(write_arch(arch, tmp_path)))
-    ours = Dimensions.of(arch).weights()
+    ours = DecodeDimensions.of(arch).weights()
     assert step_bytes(ours, context=7) == step_bytes(whole, context=7)
     assert (ours.ff, ours.gate, ours.kv) == (whole.ff, whole.gate, whole.kv)
 
 
 def test_other_layers_are_refused() -> None:
     with pytest.raises(CapreseError, match="a Qwen 2 or Llama shape"):
-        Dimensions.of("gemma-2-9b")
+        DecodeDimensions.of("gemma-2-9b")
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -76,7 +77,7 @@ def test_the_step_is_transformers(monkeypatch: pytest.MonkeyPatch, biased: bool)
     if not biased:
         monkeypatch.setitem(ARCHS, "tiny", TINY | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     context, batch = 9, 3
-    ours = DecodeModel(Dimensions.of("tiny"), 8, context, batch, "cpu", torch.float32)
+    ours = DecodeModel(DecodeDimensions.of("tiny"), 8, context, batch, "cpu", torch.float32)
     settings = dict(ARCHS["tiny"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.rope_parameters = {"rope_type": "default", "rope_theta": TINY["rope_theta"]}
@@ -114,7 +115,7 @@ def test_every_variant_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFix
     decode.decode(arch="tiny", context=16, batch="1,3", rank=8, repeats=3, out=tmp_path)
     assert schemas.check(tmp_path / "decode.json") == 2 * len(decode.VARIANTS)
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    sizes = Dimensions.of("tiny").weights()
+    sizes = DecodeDimensions.of("tiny").weights()
     for row in rows:
         full = next(r for r in rows if (r["batch"], r["variant"]) == (row["batch"], "Full"))
         assert row["ratio"] == pytest.approx(row["time_ms"] / full["time_ms"])
@@ -140,25 +141,26 @@ def test_a_wrong_variant_is_refused(name: str) -> None:
         return (y[0] * 1.1, y[1]) if name == "cats" else y * 1.1
 
     with torch.inference_mode():
-        model = DecodeModel(Dimensions.of("tiny"), 8, 16, 2, "cpu", torch.bfloat16)
+        model = DecodeModel(DecodeDimensions.of("tiny"), 8, 16, 2, "cpu", torch.bfloat16)
         backend: Any = SimpleNamespace(NAME="cpu", griffin_ff=wrong, cats_ff=wrong)
-        choices = Choices(model, backend, 0.5, lambda layer, x: reference.dense_ff(x, model.plain(layer)))
+        blocks = DecodeBlocks(model, backend, 0.5, lambda layer, x: reference.dense_ff(x, model.plain(layer)))
         variant = decode.VARIANTS[name]
-        ff = choices.feed_forward(variant)
+        ff = blocks.feed_forward(variant)
         if name == "lora":
-            first = choices.lora[0]
+            first = blocks.lora[0]
             first.b_down.mul_(1.5)
-            real = first.forward(cpu, choices.inputs[0], choices.keep[0], choices.slots)
+            real = first.forward(cpu, blocks.inputs[0], blocks.keep[0], blocks.slots)
             first.b_down.div_(1.5)
             ff = lambda layer, x: real if layer == 0 else x  # noqa: E731
         with pytest.raises(CapreseError, match=r"an output within 0\.009 of the reference"):
-            choices.check(variant, ff)
+            blocks.check(variant, ff)
 
 
 def test_torch_is_enough(tmp_path: Path) -> None:
-    """As on a machine that has torch and triton: no vLLM, pydantic or transformers."""
+    """As on a machine with torch and triton alone: no vLLM, pydantic or transformers."""
     code = f"""
 import sys
+from dataclasses import asdict
 from pathlib import Path
 for name in ("vllm", "pydantic", "transformers", "openai", "httpx", "datasets"):
     sys.modules[name] = None
@@ -174,11 +176,11 @@ decode.decode(arch="tiny", context=16, batch="1", rank=8, repeats=3, out=Path({s
 
 def test_users_mistakes() -> None:
     assert engine_models.ARCHS
-    for arguments, told in (
+    for arguments, message in (
         ({"arch": "gpt-5"}, "--arch: expected one of qwen2.5-0.5b"),
-        ({"arch": "tiny", "variants": "full,dense"}, "--variants: expected of full"),
+        ({"arch": "tiny", "variants": "full,dense"}, "--variants: expected some of full"),
         ({"arch": "tiny", "variants": "griffin"}, "full among them"),
         ({"arch": "tiny", "batch": "0"}, "--batch: expected"),
     ):
-        with pytest.raises(CapreseError, match=told):
+        with pytest.raises(CapreseError, match=message):
             decode.decode(**arguments)

@@ -43,7 +43,7 @@ def test_calls_at_no_depth_map_memory_anew() -> None:
 
 def test_what_it_runs_may_fail() -> None:
     def fail() -> None:
-        raise KeyError("told")
+        raise KeyError("broken")
 
-    with pytest.raises(KeyError, match="told"):
+    with pytest.raises(KeyError, match="broken"):
         on_one_stack_chunk(fail)

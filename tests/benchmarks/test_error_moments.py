@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from caprese_bench.recovery.error_moments import Case, fit_ranks, run_cases
 from caprese_distill.blocks import find_blocks
 from caprese_distill.data.samples import Sample, split
-from caprese_distill.layer_wise.closed_form import run_pass
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.layer_wise.solve import solve
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
+from tests.support.distill import make_samples
 
 CASES = [Case("top-k", 0.3), Case("griffin", 0.5), Case("griffin", 0.25), Case("cats", 0.3)]
 LAYERS = (0, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""How variants are asked, of a stand-in server: stored at once, asked once, proven; and what the verbs make of it."""
+"""Collecting responses from a stand-in server: stored at once, requested once, proven; and the verbs' rows."""
 
 import json
 import signal
@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 
 from caprese_bench.evaluation.accuracy import accuracy
-from caprese_bench.evaluation.asking import Proof
+from caprese_bench.evaluation.counters import CounterCheck
 from caprese_bench.evaluation.coverage import activated, coverage
 from caprese_bench.evaluation.length import length
 from caprese_bench.evaluation.store import Store
-from caprese_bench.evaluation.variants import FULL, Variant, bench_of
+from caprese_bench.evaluation.variants import FULL, ServedVariant, load_served_model
+from caprese_bench.paper.counts import count
 from caprese_bench.paper.families import config
-from caprese_bench.recovery.parameters import count
 from caprese_bench.results import schemas
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import problems
 from caprese_serve.demo.results import Served
-from tests.benchmarks.fake_openai import FakeServer, running
+from tests.support.fake_openai import FakeServer, running
 
 MATH = {each.prompt: each for each in problems("math", "test", 50)}
 CAPRESE = "import sys; sys.argv[0] = 'caprese'; from caprese_serve.cli import main; main()"
@@ -77,11 +77,11 @@ def test_what_is_stored(fake: FakeServer, tmp_path: Path) -> None:
     prompt = list(MATH)[int(first["id"])]
     assert first["texts"] == [right(prompt, 0)]
     assert (first["finish"], first["tokens"]) == (["stop"], len(right(prompt, 0).split()))
-    told = first["identity"]
-    assert told["model"] == "tests/fake"
-    assert told["options"] == {"temperature": 0, "top_p": 1, "max_tokens": 160}
-    assert {"method", "density", "layers", "rank", "adapter"} == set(told["caprese"])
-    assert len(told["caprese"]["adapter"]) == len(told["prompt"]["sha256"]) == 64
+    identity = first["identity"]
+    assert identity["model"] == "tests/fake"
+    assert identity["options"] == {"temperature": 0, "top_p": 1, "max_tokens": 160}
+    assert {"method", "density", "layers", "rank", "adapter"} == set(identity["caprese"])
+    assert len(identity["caprese"]["adapter"]) == len(identity["prompt"]["sha256"]) == 64
     assert lines(tmp_path, "full")[0]["identity"]["caprese"] == "off"
 
 
@@ -97,20 +97,22 @@ def test_resume_asks_what_is_missing(fake: FakeServer, tmp_path: Path) -> None:
     fake.requests.clear()
     ask(fake, tmp_path, resume=True)
     length(tasks="demo-math", url=fake.url, limit=20, out=tmp_path)
-    assert not fake.requests, "all is there, for accuracy and length"
+    assert not fake.requests, "everything is stored, for accuracy and length"
     ask(fake, tmp_path, resume=True, max_tokens=99)
     assert len(fake.requests) == 40, "another sampling is another identity"
     fake.requests.clear()
     ask(fake, tmp_path)
-    assert len(fake.requests) == 40, "without --resume all is asked anew"
+    assert len(fake.requests) == 40, "without --resume everything is requested again"
     assert path.with_suffix(".jsonl.old").exists()
 
 
 @pytest.mark.parametrize(
-    ("signum", "code", "told"),
-    [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "the same command with --resume goes on")],
+    ("signum", "code", "message"),
+    [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "the same command with --resume continues")],
 )
-def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.Signals, code: int, told: str) -> None:
+def test_a_stopped_run_goes_on(
+    fake: FakeServer, tmp_path: Path, signum: signal.Signals, code: int, message: str
+) -> None:
     fake.delay = 0.2
     command = [sys.executable, "-c", CAPRESE, "bench", "accuracy", "--tasks", "demo-math", "--url", fake.url]
     command += ["--limit", "20", "--concurrency", "2", "--out", str(tmp_path)]
@@ -120,11 +122,11 @@ def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.
             assert time.monotonic() < deadline
             time.sleep(0.02)
         run.send_signal(signum)
-        said, _ = run.communicate(timeout=30)
+        printed, _ = run.communicate(timeout=30)
     assert run.returncode == code
-    assert told in " ".join(said.split())
+    assert message in " ".join(printed.split())
     stored = len(lines(tmp_path, "full"))
-    assert (f"{stored} of 20 responses are in {tmp_path}" in said) is (signum == signal.SIGINT)
+    assert (f"{stored} of 20 responses are in {tmp_path}" in printed) is (signum == signal.SIGINT)
     assert 4 <= stored < 20
     fake.delay = 0.0
     fake.requests.clear()
@@ -134,7 +136,7 @@ def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.
 
 
 @pytest.mark.parametrize(
-    ("lie", "told"),
+    ("server", "message"),
     [
         (
             {"counts": lambda tokens, off: 0},
@@ -145,29 +147,29 @@ def test_a_stopped_run_goes_on(fake: FakeServer, tmp_path: Path, signum: signal.
     ],
 )
 def test_a_variant_that_ran_another_path_has_no_row(
-    fake: FakeServer, tmp_path: Path, lie: dict[str, Any], told: str
+    fake: FakeServer, tmp_path: Path, server: dict[str, Any], message: str
 ) -> None:
-    for name, value in lie.items():
+    for name, value in server.items():
         setattr(fake, name, value)
-    with pytest.raises(CapreseError, match=told):
+    with pytest.raises(CapreseError, match=message):
         ask(fake, tmp_path)
     result = json.loads((tmp_path / "accuracy.json").read_text())
     assert result["partial"]
-    liar = "Full" if "variant full" in told else "Caprese (GRIFFIN)"
-    assert liar not in [row["variant"] for row in result["rows"]]
-    stored = [line for path in tmp_path.glob(f"accuracy/{told.split()[1][:-1]}-*/*.jsonl") for line in path.open()]
-    assert not stored, "which of the responses does not fit is not known, so none of them is kept"
+    wrong = "Full" if "variant full" in message else "Caprese (GRIFFIN)"
+    assert wrong not in [row["variant"] for row in result["rows"]]
+    stored = [line for path in tmp_path.glob(f"accuracy/{message.split()[1][:-1]}-*/*.jsonl") for line in path.open()]
+    assert not stored, "it is unknown which response does not fit, so none is kept"
 
 
 def test_another_configuration_than_was_asked_for(fake: FakeServer, tmp_path: Path) -> None:
-    bench = bench_of(None, [str(ADAPTERS["griffin"])], fake.url, "", None)
+    model = load_served_model(None, [str(ADAPTERS["griffin"])], fake.url, "", None)
     fake.served["rank"] = 0
     now = Served.model_validate(fake.served | {"generated_tokens": 0, "ff_weights_read": None})
     with pytest.raises(CapreseError, match=r"variant caprese-griffin: expected .*, rank 48; found .*, rank 0"):
-        Proof(bench.chosen[1], now)
+        CounterCheck(model.chosen[1], now)
 
 
-def test_a_failing_request_is_told_and_the_others_are_kept(fake: FakeServer, tmp_path: Path) -> None:
+def test_a_failing_request_is_reported_and_the_others_are_kept(fake: FakeServer, tmp_path: Path) -> None:
     fake.fails = lambda prompt: prompt == list(MATH)[9]
     with pytest.raises(
         CapreseError, match=r"Full, word problems, problem 9: expected a response; .* out of luck.*--resume"
@@ -238,7 +240,7 @@ def test_coverage(fake: FakeServer, tmp_path: Path) -> None:
 def test_activated_is_the_papers() -> None:
     """Section 4.2: GRIFFIN on Llama 3.2 3B spares 15.8%."""
     counted = count("Llama 3.2 3B", config("Llama 3", "Llama 3.2 3B"))
-    variant = Variant("caprese-griffin", "", Method("griffin", 0.5, tuple(range(14)), 256))
+    variant = ServedVariant("caprese-griffin", "", Method("griffin", 0.5, tuple(range(14)), 256))
     assert activated(counted, variant) == pytest.approx(1 - 0.158, abs=0.0005)
     assert activated(counted, FULL) == 1.0
 
@@ -258,7 +260,7 @@ def test_length(fake: FakeServer, tmp_path: Path) -> None:
     assert sum(row["problems"] * row["tokens"] for row in steps) == pytest.approx(20 * full["tokens"])
 
 
-def test_a_damaged_store_is_told(tmp_path: Path) -> None:
+def test_a_damaged_store_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "1"}\n')
     with pytest.raises(CapreseError, match=r"a\.jsonl, line 1: expected a stored response; found Field required"):
@@ -266,19 +268,19 @@ def test_a_damaged_store_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        ({"variants": "full,griffin"}, "--variants: expected of full,caprese-griffin; found 'griffin'"),
-        ({"serve_args": "--seed 1"}, "--url: expected the server as it runs"),
+        ({"variants": "full,griffin"}, "--variants: expected some of full, caprese-griffin; found 'griffin'"),
+        ({"serve_args": "--seed 1"}, "--url: expected no flags for a running server"),
         ({"data": ["demo-math"]}, "--data: expected TASK=FILE, with one of demo-math"),
         ({"data": ["gsm8k=x"]}, "--data: expected TASK=FILE"),
         ({"url": "http://127.0.0.1:9"}, "GET http://127.0.0.1:9/caprese: expected status 200; found ConnectError"),
     ],
 )
-def test_mistakes(fake: FakeServer, tmp_path: Path, options: dict[str, Any], told: str) -> None:
+def test_mistakes(fake: FakeServer, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CapreseError) as error:
         ask(fake, tmp_path, **options)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_lm_eval_is_not_sampled(tmp_path: Path) -> None:
@@ -287,21 +289,21 @@ def test_lm_eval_is_not_sampled(tmp_path: Path) -> None:
 
 
 def test_variants_and_servers() -> None:
-    bench = bench_of(None, [], None, "--seed 3", None)
-    assert [each.id for each in bench.chosen] == ["full", "griffin", "caprese-griffin", "cats", "caprese-cats"]
-    assert [(host.id, [each.id for each in asked]) for host, asked in bench.servers()] == [
+    model = load_served_model(None, [], None, "--seed 3", None)
+    assert [each.id for each in model.chosen] == ["full", "griffin", "caprese-griffin", "cats", "caprese-cats"]
+    assert [(host.id, [each.id for each in asked]) for host, asked in model.servers()] == [
         ("griffin", ["full", "griffin"]), ("caprese-griffin", ["caprese-griffin"]), ("cats", ["cats"]),
         ("caprese-cats", ["caprese-cats"]),
     ]  # fmt: skip
-    assert bench.flags[-2:] == ("--seed", "3")
-    plain, caprese = bench.chosen[1], bench.chosen[2]
+    assert model.flags[-2:] == ("--seed", "3")
+    plain, caprese = model.chosen[1], model.chosen[2]
     assert json.loads(plain.flags()[1]) == {"method": "griffin", "density": 0.5, "layers": [0, 1]}
     assert caprese.flags() == ("--caprese-weights", str(ADAPTERS["griffin"]))
     assert (plain.published, caprese.published) == ("griffin", "end-to-end caprese-griffin")
-    only = bench_of(None, [], None, "", "full")
+    only = load_served_model(None, [], None, "", "full")
     ((host, asked),) = only.servers()
     assert (host.id, [each.id for each in asked]) == ("caprese-cats", ["full"])
-    identities = [json.dumps(bench.identity(each)) for each in bench.chosen]
+    identities = [json.dumps(model.identity(each)) for each in model.chosen]
     assert len(set(identities)) == 5
-    twice = bench_of(None, [str(ADAPTERS["cats"])] * 2, None, "", None)
+    twice = load_served_model(None, [str(ADAPTERS["cats"])] * 2, None, "", None)
     assert [each.id for each in twice.chosen] == ["full", "cats", "caprese-cats-1", "caprese-cats-2"]

@@ -1,4 +1,4 @@
-"""Tasks and their graders: every file holds the schema, gold answers score 1, other problems' answers 0."""
+"""Tasks and their graders: every file follows the schema, gold answers score 1, other problems' answers 0."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from caprese_bench.evaluation.exams import exam_of, verified
-from caprese_bench.evaluation.harness import Harness
+from caprese_bench.evaluation.lm_eval_problems import LmEvalProblems
+from caprese_bench.evaluation.problem_sets import load_problems, verified
 from caprese_bench.evaluation.tasks import GROUPS, chosen, load, names, parse
 from caprese_kernels.errors import CapreseError
 from caprese_serve.cli import main
@@ -57,7 +57,7 @@ def test_every_task_is_valid_and_published() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("grader:", "graders:", "graders: expected no such key"),
         ("grader: marked", "", "a grader with source"),
@@ -74,15 +74,17 @@ def test_every_task_is_valid_and_published() -> None:
         ("group: demo", "group: [demo", "task demo-math: expected YAML"),
     ],
 )
-def test_mistakes_in_a_task(old: str, new: str, told: str) -> None:
+def test_mistakes_in_a_task(old: str, new: str, message: str) -> None:
     assert old in DEMO
     with pytest.raises(CapreseError) as error:
         parse("demo-math", DEMO.replace(old, new))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_unknown_task() -> None:
-    with pytest.raises(CapreseError, match=r"--tasks: expected of table1, table2, demo, other, aime24, .* found 'gsm'"):
+    with pytest.raises(
+        CapreseError, match=r"--tasks: expected some of table1, table2, demo, other, aime24, .* found 'gsm'"
+    ):
         chosen("demo,gsm")
 
 
@@ -92,22 +94,22 @@ def test_gsm8k_through_lm_eval() -> None:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.dummy import DummyLM
 
-    exam = exam_of(load("gsm8k"), DATA / "gsm8k/test.jsonl", None)
-    assert isinstance(exam, Harness)
-    assert len(exam.questions) == 1319
-    assert exam.questions[0].prompt.startswith("Q: Janet")
-    assert exam.questions[0].prompt.endswith("\nA: Let's think step by step.")
-    assert exam.questions[0].stop == ("Q:", "</s>", "<|im_end|>")
-    gold = [instance.doc["answer"] for instance in exam.instances]
-    assert mean(exam.score(gold)) == 1.0
-    wrong = exam.score(rotated(gold))
+    problems = load_problems(load("gsm8k"), DATA / "gsm8k/test.jsonl", None)
+    assert isinstance(problems, LmEvalProblems)
+    assert len(problems.questions) == 1319
+    assert problems.questions[0].prompt.startswith("Q: Janet")
+    assert problems.questions[0].prompt.endswith("\nA: Let's think step by step.")
+    assert problems.questions[0].stop == ("Q:", "</s>", "<|im_end|>")
+    gold = [instance.doc["answer"] for instance in problems.instances]
+    assert mean(problems.score(gold)) == 1.0
+    wrong = problems.score(rotated(gold))
     assert mean(wrong) == 15 / 1319  # neighbours with the same answer
 
     class Answered(DummyLM):
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             return [rotated(gold)[request.doc_id] for request in requests]
 
-    (task,) = exam.tasks
+    (task,) = problems.tasks
     found = evaluate(Answered(), {"gsm8k_cot_zeroshot": task}, bootstrap_iters=0, log_samples=False)
     assert found is not None
     assert found["results"]["gsm8k_cot_zeroshot"]["exact_match,flexible-extract"] == pytest.approx(mean(wrong))
@@ -117,10 +119,12 @@ def test_gsm8k_through_lm_eval() -> None:
 def test_gsm8k_through_math_verify() -> None:
     rows = [json.loads(line) for line in (DATA / "gsm8k/test.jsonl").read_text().splitlines()]
     gold = [row["answer"].partition("#### ")[2] for row in rows]
-    said = [f"It is {row['answer']}.\nTherefore, the final answer is: $\\boxed{{{answer}}}$. I hope it is correct."
+    answered = [f"It is {row['answer']}.\nTherefore, the final answer is: $\\boxed{{{answer}}}$. I hope it is correct."
             for row, answer in zip(rows, gold, strict=True)]  # fmt: skip
-    assert all(map(verified, said, gold))
-    assert mean([float(verified(text, answer)) for text, answer in zip(rotated(said), gold, strict=True)]) == 15 / 1319
+    assert all(map(verified, answered, gold))
+    assert (
+        mean([float(verified(text, answer)) for text, answer in zip(rotated(answered), gold, strict=True)]) == 15 / 1319
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_the_other_tasks_of_lm_eval(tmp_path: Path) -> None:
     """Rows as the Hub's data sets hold them."""
     turns = {"input_text": ["What has Tom?", "Which colour?"]}
     answers = {"input_text": ["a kite", "red"]}
-    coqa = exam_of(
+    coqa = load_problems(
         load("coqa"),
         write(tmp_path / "coqa", {"story": "Tom has a red kite.", "questions": turns, "answers": answers}),
         None,
@@ -158,7 +162,9 @@ def test_the_other_tasks_of_lm_eval(tmp_path: Path) -> None:
         return {"unanswerable": False, "yes_no": None, "free_form_answer": text, "extractive_spans": []}
 
     asked = {"question": ["Which data?"], "answers": [{"answer": [blob("the Penn treebank")]}]}
-    qasper = exam_of(load("qasper"), write(tmp_path / "qasper", {"title": "T", "abstract": "A", "qas": asked}), None)
+    qasper = load_problems(
+        load("qasper"), write(tmp_path / "qasper", {"title": "T", "abstract": "A", "qas": asked}), None
+    )
     assert qasper.questions[0].prompt == "TITLE: T\nABSTRACT: A\n\nQ: Which data?\n\nA:"
     assert qasper.metric == "f1_abstractive"
     # Of "penn bank" one of two words is right, and one of the two gold ones (articles do not count) found.
@@ -167,57 +173,60 @@ def test_the_other_tasks_of_lm_eval(tmp_path: Path) -> None:
         {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "level": "Level 1", "type": "Algebra"},
         {"problem": "Half of 1?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 2", "type": "Algebra"},
     ]
-    math = exam_of(load("math"), write(tmp_path / "math", *rows), None)
+    math = load_problems(load("math"), write(tmp_path / "math", *rows), None)
     assert [question.prompt for question in math.questions] == [f"Problem:\n{r['problem']}\n\nSolution:" for r in rows]
     assert math.score(["The answer is $2$.", "So we get 0.5"]) == [1.0, 1.0]
     assert math.score(["The answer is $3$.", "So we get $\\frac13$"]) == [0.0, 0.0]
-    assert len(exam_of(load("math"), tmp_path / "math", 1).questions) == 1
+    assert len(load_problems(load("math"), tmp_path / "math", 1).questions) == 1
 
 
 def test_the_demos_tasks() -> None:
-    exam = exam_of(load("demo-math"), None, 50)
-    assert {question.difficulty for question in exam.questions} == {"1", "2", "3"}
-    steps = [question.prompt.count("box") for question in exam.questions if question.difficulty == "1"]
-    assert len(exam.questions) == 50
+    problems = load_problems(load("demo-math"), None, 50)
+    assert {question.difficulty for question in problems.questions} == {"1", "2", "3"}
+    steps = [question.prompt.count("box") for question in problems.questions if question.difficulty == "1"]
+    assert len(problems.questions) == 50
     assert steps
-    reading = exam_of(load("demo-reading"), None, 5)
+    reading = load_problems(load("demo-reading"), None, 5)
     for question in reading.questions:
         assert question.difficulty == str(len(question.prompt.split(". ")) - 2)  # "Read this" and the question
 
 
 def test_local_files(tmp_path: Path) -> None:
     rows = [{"problem": "1 + 1?", "answer": "2", "level": 1, "unique_id": "a"}]
-    exam = exam_of(load("math500"), write(tmp_path / "a.jsonl", *rows), None)
-    (question,) = exam.questions
+    problems = load_problems(load("math500"), write(tmp_path / "a.jsonl", *rows), None)
+    (question,) = problems.questions
     assert (question.id, question.difficulty) == ("a", "1")
     assert question.prompt.endswith("before answering.\n\n1 + 1?")
-    assert exam.score(["\\boxed{2}"]) == [1.0]
-    for content, told in (
-        ([{"problem": "x", "answer": "2", "level": 1}], "row 0: column 'unique_id': expected a value; found problem,"),
-        ([*rows, *rows], "a name for each problem; found 'a' twice"),
+    assert problems.score(["\\boxed{2}"]) == [1.0]
+    for content, message in (
+        (
+            [{"problem": "x", "answer": "2", "level": 1}],
+            "row 0: column 'unique_id': expected a value; found the columns problem,",
+        ),
+        ([*rows, *rows], "a different name for each problem; found 'a' twice"),
         ([], "expected problems; found none"),
         ([3], "line 1: expected a JSON object; found 3"),
     ):
         with pytest.raises(CapreseError) as error:
-            exam_of(load("math500"), write(tmp_path / "b.jsonl", *content), None)
-        assert told in str(error.value)
+            load_problems(load("math500"), write(tmp_path / "b.jsonl", *content), None)
+        assert message in str(error.value)
     for task in ("math500", "gsm8k"):
         with pytest.raises(CapreseError, match=r"--data .*/none: expected a JSONL file"):
-            exam_of(load(task), tmp_path / "none", None)
+            load_problems(load(task), tmp_path / "none", None)
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "coqa", "qasper", "math"])
 def test_files_that_lm_eval_cannot_read(task: str, tmp_path: Path) -> None:
     with pytest.raises(CapreseError, match=r"expected the columns of .*'s data set; found (KeyError|UndefinedError): "):
-        exam_of(load(task), write(tmp_path / "a", {"colour": "red"}), None)
+        load_problems(load(task), write(tmp_path / "a", {"colour": "red"}), None)
     with pytest.raises(CapreseError, match="expected problems; found none"):
-        exam_of(load(task), write(tmp_path / "b"), None)
+        load_problems(load(task), write(tmp_path / "b"), None)
     with pytest.raises(CapreseError, match="line 1: expected a JSON object"):
-        exam_of(load(task), write(tmp_path / "c", [1]), None)
+        load_problems(load(task), write(tmp_path / "c", [1]), None)
 
 
 @pytest.mark.parametrize(("package", "task"), [("lm_eval", "gsm8k"), ("math_verify", "math500")])
-def test_a_missing_package_is_told_with_its_extra(
+def test_a_missing_package_is_reported_with_its_extra(
     package: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "a", {"question": "1?", "answer": "#### 1"})
@@ -229,9 +238,9 @@ def test_a_missing_package_is_told_with_its_extra(
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own handlers stay
     with pytest.raises(SystemExit):
         main()
-    told = capsys.readouterr().err
-    assert told.startswith(f"caprese: package {package}")
-    assert 'pip install "caprese-vllm[bench]"' in told
+    message = capsys.readouterr().err
+    assert message.startswith(f"caprese: package {package}")
+    assert 'pip install "caprese-vllm[bench]"' in message
 
 
 def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,4 +252,4 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for task in ("amc23", "coqa"):
         with pytest.raises(CapreseError, match=r"ConnectionError: no network; .* --data TASK=FILE"):
-            exam_of(load(task), None, 3)
+            load_problems(load(task), None, 3)

@@ -11,7 +11,7 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import Problem, problems
-from tests.engine import conftest  # noqa: F401  the environment of engines in this process
+from tests.support import environment  # noqa: F401  the environment of engines in this process
 from tests.support.hf_reference import HFReference
 
 MAX_TOKENS = 64
@@ -79,9 +79,9 @@ def test_a_request_stands_alone(model: Any, tokenizer: Any, asked: list[Problem]
 
 def test_the_original_model_and_the_limit(model: Any, tokenizer: Any, asked: list[Problem]) -> None:
     before = model.get_decoder().layers[0].mlp.forward
-    told: list[int] = []
-    answers = decode(model, tokenizer, asked, advance=told.append)
-    assert sum(told) == len(asked)
+    advanced: list[int] = []
+    answers = decode(model, tokenizer, asked, advance=advanced.append)
+    assert sum(advanced) == len(asked)
     assert score(tokenizer, asked, answers).accuracy > 0.9
     assert decode(model, tokenizer, asked, max_tokens=5) == [answer[:5] for answer in answers]
     # Density 1 drops nothing.

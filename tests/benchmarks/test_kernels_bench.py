@@ -20,15 +20,15 @@ from caprese_bench.kernels import measure as kernel_measure
 from caprese_bench.kernels import timing as kernel_timing
 from caprese_bench.kernels.cases import Case, Shape
 from caprese_bench.results import compare, recording
-from caprese_bench.results.report import Columns, Result, table, terminal
-from caprese_kernels import reference
+from caprese_bench.results.report import Columns, Result, show, table
+from caprese_kernels import reference, terminal
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 
 TINY = Shape("tiny", 32, 96)
 CPU: dict[str, Any] = {"cpu": {"model": "EPYC", "cores": 2}}
 H200 = {"name": "NVIDIA H200"}
-SETTINGS = kernel_measure.Settings("cpu", "reference", repeats=3, quick=True, seconds=5)
+SETTINGS = kernel_measure.MeasurementSettings("cpu", "reference", repeats=3, quick=True, seconds=5)
 FUNCTIONS = ("dense_ff", "griffin_ff", "cats_ff", "griffin_observe", "griffin_select", "cats_observe", "cats_threshold")
 
 
@@ -226,6 +226,7 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert page.count("<tr>") == 2 * (len(result.rows) + 5)
     assert result.provenance["source"] in page
     assert not re.search(r"""<script|<link|<img|@import|(?:src|href)=(?!["']?#)|url\((?!#)""", page)
+    show(result, kernel_bench.COLUMNS, as_json=False)
     printed = capsys.readouterr().out
     assert "tiny" in printed
     assert "of dense" in printed
@@ -289,16 +290,16 @@ def test_interrupted_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     measured.clear()
     for part in ("git_commit", "source", "hardware", "versions"):
         other = replace(whole, provenance=whole.provenance | {part: "another"})
-        with pytest.raises(CapreseError, match=f"{part.replace('_', ' ')} as then"):
+        with pytest.raises(CapreseError, match=f"the same {part.replace('_', ' ')} as the earlier run"):
             recording.previous(tmp_path / "kernels.json", other)
-    with pytest.raises(CapreseError, match="settings as then"):
+    with pytest.raises(CapreseError, match="the same settings as the earlier run"):
         kernel_bench.run(todo, replace(SETTINGS, repeats=4), backend(), tmp_path, resume=True)
-    kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: anew
+    kernel_bench.run(todo[:1], replace(SETTINGS, repeats=4), backend(), tmp_path)  # without --resume: measured again
     assert measured == todo[:1]
 
 
 def test_users_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(CapreseError, match=r"--shapes: expected of llama-3\.1-8b"):
+    with pytest.raises(CapreseError, match=r"--shapes: expected some of llama-3\.1-8b"):
         kernel_bench.kernels(shapes="llama")
     with pytest.raises(CapreseError, match="--sections"):
         kernel_bench.kernels(sections="shapes,colours")
@@ -355,15 +356,15 @@ def test_compare_sets_cases_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
     ("changes", "warning"),
     [
         ({"git_commit": "abc-dirty"}, "B was measured on uncommitted changes"),
-        ({"git_commit": None}, "B does not know its commit"),
-        ({"hardware": CPU | {"gpus": [H200]}}, "other hardware.gpus: [] and [{'name': 'NVIDIA H200'}]"),
-        ({"versions": {"torch": "2.11"}}, "other versions.torch: 2.13 and 2.11"),
-        ({"settings": {"repeats": 3}}, "other settings.repeats: None and 3"),
+        ({"git_commit": None}, "the commit of B is unknown"),
+        ({"hardware": CPU | {"gpus": [H200]}}, "different hardware.gpus: [] and [{'name': 'NVIDIA H200'}]"),
+        ({"versions": {"torch": "2.11"}}, "different versions.torch: 2.13 and 2.11"),
+        ({"settings": {"repeats": 3}}, "different settings.repeats: None and 3"),
         ({"partial": True}, "B is partial"),
-        ({"rows": [{"section": "shapes", "shape": "8b", "method": "dense"}]}, "other shapes: tiny and 8b"),
+        ({"rows": [{"section": "shapes", "shape": "8b", "method": "dense"}]}, "different shapes: tiny and 8b"),
         (
             {"rows": [{"section": "shapes", "shape": "tiny", "hidden_size": 9, "method": "dense"}]},
-            "shapes of one name and other sizes",
+            "shapes of one name but different sizes",
         ),
     ],
 )
@@ -385,7 +386,7 @@ def test_a_table_says_once_what_all_rows_share() -> None:
     found = table("t", [{"n": 1, "r": 8}, {"n": 2, "r": 8}, {"n": 3}], columns)
     assert found.title == "t: rank 8"
     assert [column.header for column in found.columns] == ["n"]
-    assert terminal().width >= 150
+    assert terminal.result().width >= 150
 
 
 def test_the_command_works_outside_a_checkout(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The latency benchmark: its floor by hand, figures from known times, and runs that did not run what they say."""
+"""The latency benchmark: its floor by hand, figures from known times, and counters that contradict a variant."""
 
 import json
 from collections.abc import Callable
@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from caprese_bench.engine import engines as latency_engines
-from caprese_bench.engine import latency
-from caprese_bench.engine.engines import VARIANTS, Subject, groups
-from caprese_bench.engine.latency import BATCH, ONE, SAMPLES, Case, Run, kept_share, make_cases, proof, rows
+from caprese_bench.engine.engines import groups
+from caprese_bench.engine.latency_cases import BATCH, ONE, SAMPLES, Case, make_cases
+from caprese_bench.engine.latency_measure import Run, check_counters, kept_share
+from caprese_bench.engine.latency_rows import rows
 from caprese_bench.engine.models import write_arch
+from caprese_bench.engine.timed_model import TimedModel, adapter_for, load_timed_model, prompts
+from caprese_bench.engine.variants import VARIANTS, Variant, choose_variants
 from caprese_bench.kernels.floor import Weights, step_bytes
 from caprese_bench.results import schemas
+from caprese_kernels.config import DEFAULT_LAYERS, resolve_layers
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import ADAPTERS, MODEL
 
@@ -23,11 +26,11 @@ from caprese_serve.demo import ADAPTERS, MODEL
 WEIGHTS = Weights(total=1000 + 4 * 900, lookup=200, ff=900, gate=300, layers=4, hidden_size=10, neurons=30, kv=8)
 
 
-def subject(**fields: Any) -> Subject:
+def timed_model(**fields: Any) -> TimedModel:
     config = AutoConfig.for_model(
         "qwen2", hidden_size=10, intermediate_size=30, num_hidden_layers=4, architectures=["Qwen2ForCausalLM"]
     )
-    given = Subject("path", "tiny", config, WEIGHTS, True, density=0.5, rank=2, dtype="bfloat16")
+    given = TimedModel("path", "tiny", config, WEIGHTS, True, density=0.5, rank=2, dtype="bfloat16")
     return replace(given, **fields)
 
 
@@ -62,12 +65,12 @@ def test_cases() -> None:
     for wrong in ("2048", "2048+1", "0+4", "a+b", ""):
         with pytest.raises(CapreseError, match=r"--setups: expected P\+G"):
             make_cases(wrong, "", "")
-    with pytest.raises(CapreseError, match="--n: expected comma-separated numbers from 1"):
+    with pytest.raises(CapreseError, match="--n: expected comma-separated whole numbers from 1"):
         make_cases("8+2", "", "2,0")
-    with pytest.raises(CapreseError, match="--variants: expected of full, griffin"):
-        latency._variants("full,dense")
+    with pytest.raises(CapreseError, match="--variants: expected some of full, griffin"):
+        choose_variants("full,dense")
     with pytest.raises(CapreseError, match="--variants: expected full among them"):
-        latency._variants("griffin,caprese")
+        choose_variants("griffin,caprese")
 
 
 def test_who_runs_together() -> None:
@@ -79,8 +82,18 @@ def test_who_runs_together() -> None:
         groups([full, *others], 1)
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.id)
+@pytest.mark.parametrize("layers", [4, 7])
+def test_default_layers_are_the_methods(variant: Variant, layers: int) -> None:
+    if variant.method is None:
+        assert not variant.sparse_layers(layers)
+    else:
+        choice = "all" if variant.layers == "all" else DEFAULT_LAYERS[variant.method]
+        assert tuple(variant.sparse_layers(layers)) == resolve_layers(choice, layers)
+
+
 def test_corrections_have_as_many_parameters() -> None:
-    big = subject(config=AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960), rank=256)
+    big = timed_model(config=AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960), rank=256)
     weights = replace(WEIGHTS, hidden_size=1536)
     ours, lora = (replace(big, weights=weights).added(VARIANTS[name]) for name in ("caprese", "lora"))
     assert ours == 2 * 1536 * 256
@@ -90,22 +103,22 @@ def test_corrections_have_as_many_parameters() -> None:
 
 @pytest.mark.parametrize("name", ["griffin", "caprese", "cats", "caprese-cats", "caprese-all"])
 def test_the_share_kept_is_found_in_the_share_read(name: str) -> None:
-    variant, us = VARIANTS[name], subject()
-    sparse, depth, kept = len(us.layers(variant)), 10, 0.4
-    low_rank = 2 * depth * us.rank if variant.correction == "caprese" else 0
+    variant, model = VARIANTS[name], timed_model()
+    sparse, depth, kept = len(model.layers(variant)), 10, 0.4
+    low_rank = 2 * depth * model.rank if variant.correction == "caprese" else 0
     read = 900 * kept if variant.method == "griffin" else 300 + 600 * kept
     share = ((4 - sparse) + sparse * (read + low_rank) / 900) / 4
-    assert kept_share(us, variant, share) == pytest.approx(kept)
+    assert kept_share(model, variant, share) == pytest.approx(kept)
 
 
-def said(name: str, tokens: int, **changes: Any) -> dict[str, Any]:
-    """What an engine's counters say of a variant that ran as it should."""
-    variant, us = VARIANTS[name], subject()
-    sparse, rank = len(us.layers(variant)), us.rank_of(variant)
+def counters(name: str, tokens: int, **changes: Any) -> dict[str, Any]:
+    """What an engine's counters report of a variant that ran as it should."""
+    variant, model = VARIANTS[name], timed_model()
+    sparse, rank = len(model.layers(variant)), model.rank_of(variant)
     read = 450 if variant.method == "griffin" else 600
     return {
         "method": variant.method,
-        "layers": list(us.layers(variant)),
+        "layers": list(model.layers(variant)),
         "rank": rank,
         "density": 0.5,
         "kernel": "lora over cpu" if variant.correction == "lora" else "cpu",
@@ -118,14 +131,14 @@ CASE = Case(ONE, 100, 5)
 
 
 @pytest.mark.parametrize("name", ["griffin", "lora", "caprese", "caprese-all", "cats", "caprese-cats"])
-def test_counters_that_fit_are_a_proof(name: str) -> None:
-    path = proof(subject(), VARIANTS[name], CASE, 3, said(name, 7), said(name, 7 + 12))
+def test_counters_that_fit_are_a_check_counters(name: str) -> None:
+    path = check_counters(timed_model(), VARIANTS[name], CASE, 3, counters(name, 7), counters(name, 7 + 12))
     assert path["sparse_tokens"] == 12
     assert path["kept_share"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         ("griffin", {"generated_tokens": 18}, "12 tokens generated by sparse FF blocks; found 11"),
         ("griffin", {"layers": [0]}, r"griffin in layers \[0, 1\]"),
@@ -137,21 +150,21 @@ def test_counters_that_fit_are_a_proof(name: str) -> None:
         ("cats", {"ff_weights_read": 1.0}, "50% of the neurons kept; found 100.0%"),
     ],
 )
-def test_a_variant_that_ran_otherwise_fails(name: str, changes: dict[str, Any], told: str) -> None:
-    before = said(name, 7)
-    after = said(name, 19, **changes)
+def test_a_variant_that_ran_otherwise_fails(name: str, changes: dict[str, Any], message: str) -> None:
+    before = counters(name, 7)
+    after = counters(name, 19, **changes)
     if "ff_weights_read" in changes:
         before["ff_weights_read"] = changes["ff_weights_read"]
-    with pytest.raises(CapreseError, match=told):
-        proof(subject(), VARIANTS[name], CASE, 3, before, after)
+    with pytest.raises(CapreseError, match=message):
+        check_counters(timed_model(), VARIANTS[name], CASE, 3, before, after)
 
 
 def test_full_must_be_plain_and_a_method_must_not() -> None:
-    assert proof(subject(), VARIANTS["full"], CASE, 3, None, None) == {}
+    assert check_counters(timed_model(), VARIANTS["full"], CASE, 3, None, None) == {}
     with pytest.raises(CapreseError, match="variant full: expected plain vLLM"):
-        proof(subject(), VARIANTS["full"], CASE, 3, None, said("griffin", 12))
+        check_counters(timed_model(), VARIANTS["full"], CASE, 3, None, counters("griffin", 12))
     with pytest.raises(CapreseError, match="variant cats: expected cats in layers"):
-        proof(subject(), VARIANTS["cats"], CASE, 3, None, None)
+        check_counters(timed_model(), VARIANTS["cats"], CASE, 3, None, None)
 
 
 def answer(first: float, step: float) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def test_figures_from_known_times(tmp_path: Path) -> None:
     full = Run(VARIANTS["full"], [answer(1.0, 0.1), answer(1.0, 0.2), answer(1.0, 0.3)], 1.0, {})
     path = {"sparse_tokens": 24, "ff_weights_read": 0.75, "kept_share": 0.5, "kernel": "cpu"}
     griffin = Run(VARIANTS["griffin"], [answer(2.0, 0.05), answer(2.0, 0.16), answer(2.0, 0.3)], 0.6, path)
-    plain, row = rows(Case(BATCH, 100, 5, batch=2), subject(), [full, griffin], pace=1e-3)
+    plain, row = rows(Case(BATCH, 100, 5, batch=2), timed_model(), [full, griffin], bandwidth=1e-3)
     assert (plain["ratio"], plain["predicted_ratio"], plain["variant"]) == (1, 1, "Full")
     assert row["tpot_ms"] == pytest.approx(1e3 * 0.16 * 1.5)  # means over requests, the median round
     assert row["full_tpot_ms"] == pytest.approx(1e3 * 0.2 * 1.5)
@@ -181,34 +194,34 @@ def test_figures_from_known_times(tmp_path: Path) -> None:
     assert row["bandwidth_share"] == pytest.approx(needed / 0.24 / 1e6)
     assert row["tokens_per_s"] == pytest.approx(2 / 0.24)
     for each in (plain, row):
-        schemas.Latency.model_validate(each)
+        schemas.ROWS["latency"].model_validate(each)
 
 
 def test_prompts_differ_but_not_between_engines(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    us = subject()
-    first, again = (latency_engines.prompts(us, None, 3, 8, seed=1) for _ in range(2))
+    model = timed_model()
+    first, again = (prompts(model, None, 3, 8, seed=1) for _ in range(2))
     assert first == again
-    assert first != latency_engines.prompts(us, None, 3, 8, seed=2)
+    assert first != prompts(model, None, 3, 8, seed=2)
     assert len({tuple(prompt) for prompt in first}) == 3
     assert {len(prompt) for prompt in first} == {8}
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"prompt": "Ann has 3 apples."}) + "\n")
-    real = subject(path=str(model_dir("llama")))
-    made = latency_engines.prompts(real, str(text), 2, 9, seed=0)
+    real = timed_model(path=str(model_dir("llama")))
+    made = prompts(real, str(text), 2, 9, seed=0)
     assert [len(prompt) for prompt in made] == [9, 9]
 
 
 def test_an_adapters_settings_go_before_the_others(tmp_path: Path) -> None:
     path = str(ADAPTERS["griffin"])
-    made = latency_engines.subject_of("", str(MODEL), [path], 0.3, 7, "float32", tmp_path)
+    made = load_timed_model("", str(MODEL), [path], 0.3, 7, "float32", tmp_path)
     plain, caprese, everywhere = (VARIANTS[id] for id in ("griffin", "caprese", "caprese-all"))
     assert (made.density_of("griffin"), made.density_of("cats")) == (0.5, 0.3)
     assert made.layers(plain) == made.layers(caprese) == (0, 1)
     assert (made.rank_of(plain), made.rank_of(caprese)) == (0, 48)
-    assert latency_engines.adapter_for(made, caprese, tmp_path) == Path(path)
+    assert adapter_for(made, caprese, tmp_path) == Path(path)
     with pytest.raises(CapreseError, match=r"an adapter for layers \[0, 1, 2, 3\]; found griffin.*for layers \[0, 1\]"):
-        latency_engines.adapter_for(made, everywhere, tmp_path)
+        adapter_for(made, everywhere, tmp_path)
     with pytest.raises(CapreseError, match="variant caprese-cats: expected an adapter for cats"):
-        latency_engines.adapter_for(made, VARIANTS["caprese-cats"], tmp_path)
+        adapter_for(made, VARIANTS["caprese-cats"], tmp_path)
     with pytest.raises(CapreseError, match="--weights: expected --model"):
-        latency_engines.subject_of("qwen2.5-0.5b", None, [path], 0.5, 256, "float32", tmp_path)
+        load_timed_model("qwen2.5-0.5b", None, [path], 0.5, 256, "float32", tmp_path)

@@ -12,19 +12,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caprese_bench.hugging_face.decoding import decode, prompt_ids
 from caprese_bench.hugging_face.students import DecodedFF, EndToEnd, LayerWise, LowRank, held_out_errors
 from caprese_bench.lora.training import Lora, begin, fit, lora_rank, tensors
-from caprese_distill.blocks import find_blocks, plan
+from caprese_distill import checkpoint
+from caprese_distill.blocks import find_blocks, resolve_method
+from caprese_distill.data.batches import Batch
 from caprese_distill.data.samples import Row, Sample, encode
 from caprese_distill.end_to_end.train import Recipe, Trainer, distill_end_to_end
-from caprese_distill.layer_wise import closed_form as layerwise
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
-from caprese_distill.layer_wise.moments import Batch
 from caprese_distill.student import Student, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.reference import CatsStatistic
 from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import TASKS, problems
-from tests.distill.conftest import make_samples
-from tests.distill.test_moments import by_hand, mlp_inputs
+from tests.support.distill import by_hand, make_samples, mlp_inputs
 
 ModelDir = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -34,7 +33,7 @@ def load(
     model_dir: ModelDir, method: str, name: str = "llama", layers: list[int] | None = None, dtype: Any = torch.float32
 ) -> tuple[Any, BaseModelInfo, Method]:
     model = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=dtype).eval()
-    return model, *plan(model.config, name, method, density=0.4, rank=8, layers=layers or [0, 2])
+    return model, *resolve_method(model.config, name, method, density=0.4, rank=8, layers=layers or [0, 2])
 
 
 def demo() -> tuple[Any, Any]:
@@ -127,7 +126,7 @@ def test_untrained_it_is_the_plain_method(model_dir: ModelDir, method: str) -> N
 def test_training_lowers_the_held_out_error(stage: Any, method: str) -> None:
     """And touches nothing but A and B. On the demo's model: random weights have little that can be learnt."""
     model, tokenizer = demo()
-    info, resolved = plan(model.config, "demo", method, density=0.3, rank=48, layers=[0, 1])
+    info, resolved = resolve_method(model.config, "demo", method, density=0.3, rank=48, layers=[0, 1])
     rows = [Row(n, p.prompt, p.response) for task in TASKS for n, p in enumerate(problems(task, "train", 40))]
     samples, lora = encode(tokenizer, rows, 512)[0], begin(info, resolved, 0, CPU)
     before, start = ({k: t.clone() for k, t in d.items()} for d in (model.state_dict(), tensors(lora)))
@@ -155,7 +154,7 @@ def test_layers_are_trained_each_on_its_own(model_dir: ModelDir) -> None:
 def test_a_killed_training_goes_on_to_the_same_bits(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any
 ) -> None:
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     model, info, method = load(model_dir, "cats", layers=[0, 1])
     samples, recipe = make_samples(20), Recipe(1e-2, batch=4, epochs=2)
     whole, cut = (begin(info, method, 0, CPU) for _ in range(2))
@@ -173,7 +172,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     monkeypatch.setattr(Trainer, "_step", step)
     again = begin(info, method, 0, CPU)
     steps: list[int] = []
-    monkeypatch.setattr(Trainer, "_tell", lambda self, *_: steps.append(self.step))
+    monkeypatch.setattr(Trainer, "_report_step", lambda self, *_: steps.append(self.step))
     fit(stage, model, samples, info, method, again, recipe, tmp_path / "resume")
     assert 1 < steps[0] <= 7 <= steps[-1] == 10
     assert all(torch.equal(t, tensors(whole)[name]) for name, t in tensors(again).items())
@@ -184,11 +183,11 @@ def test_held_out_errors_are_the_distillers(model_dir: ModelDir, method: str) ->
     model, info, resolved = load(model_dir, method)
     samples = make_samples(30)
     first = distill_layer_wise(model, samples, info, resolved)
-    last = distill_end_to_end(model, samples, info, resolved, first, Recipe(1e-3, epochs=1))
+    last = distill_end_to_end(model, samples, first, Recipe(1e-3, epochs=1))
     ff = {i: LowRank(first.left[i], first.right[i]) for i in resolved.layers}
     layer_wise, whole = held_out_errors(model, samples, info, resolved, ff)
-    told = [each["error_after"] for each in first.config.training["errors"].values()]
-    assert layer_wise == pytest.approx(sum(told) / 2, rel=1e-4)
+    errors_after = [each["error_after"] for each in first.config.training["errors"].values()]
+    assert layer_wise == pytest.approx(sum(errors_after) / 2, rel=1e-4)
     errors = last.config.training["end_to_end"]["held_out_errors"]
     assert whole == pytest.approx(errors[0], rel=1e-4)
     ff = {i: LowRank(last.left[i], last.right[i]) for i in resolved.layers}
@@ -200,7 +199,7 @@ def test_held_out_errors_are_the_distillers(model_dir: ModelDir, method: str) ->
 def test_greedy_answers_are_the_trained_students(name: str) -> None:
     """Every token decoded is the likeliest after the hidden state that `EndToEnd` gives the token before it."""
     model, tokenizer = demo()
-    info, method = plan(model.config, "demo", name, density=0.05, rank=48, layers=[0, 1, 2, 3])
+    info, method = resolve_method(model.config, "demo", name, density=0.05, rank=48, layers=[0, 1, 2, 3])
     asked = [*problems("math", "test", 6), *problems("reading", "test", 4)]
     lora: Mapping[int, nn.Module] = stir(begin(info, method, 0, CPU), 0.5)
     answers = decode(model, tokenizer, asked, {i: DecodedFF(method, each) for i, each in lora.items()}, max_tokens=24)

@@ -1,4 +1,4 @@
-"""`caprese bench parameters`: totals as published, shares as the paper says."""
+"""`caprese bench parameters`: totals as published, shares as in the paper."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import OPTConfig
 
+from caprese_bench.paper.counts import count, count_published
 from caprese_bench.paper.families import FAMILIES, config
-from caprese_bench.recovery.parameters import count, parameters, row
+from caprese_bench.recovery.parameters import parameters, row
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import MODEL
 
@@ -31,8 +32,15 @@ PUBLISHED = {  # "Model size" of the safetensors files on the Hub
 
 
 def test_totals_are_those_published() -> None:
-    found = {name: count(name, config(f, name)).total for f, (_, models) in FAMILIES.items() for name in models}
-    assert found == PUBLISHED
+    counts = [count_published(name, model) for name, family in FAMILIES.items() for model in family.models]
+    assert {each.name: each.total for each in counts} == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("family", "model"), [(name, model) for name, each in FAMILIES.items() for model in each.models]
+)
+def test_formulas_count_what_transformers_builds(family: str, model: str) -> None:
+    assert count_published(family, model) == count(model, config(family, model), family)
 
 
 def test_shares_the_paper_states() -> None:

@@ -1,4 +1,4 @@
-"""`caprese bench recovery --quick`: complete rows, nothing done twice, adapters from elsewhere; and its arithmetic."""
+"""`caprese bench recovery --quick`: complete rows, nothing done twice, given adapters; and its arithmetic."""
 
 import json
 import random
@@ -28,7 +28,7 @@ VARIANTS = ["Full", "GRIFFIN", *STAGES.values()]
 
 def run(out: Path, *more: str) -> Any:
     words = ["recovery", "--quick", "--problems", "6", "--samples", "24", "--out", str(out), *more]
-    result = CliRunner().invoke(app(words), words)
+    result = CliRunner().invoke(app, words)
     if result.exception:
         raise result.exception
     return result.output
@@ -58,7 +58,7 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert partial["partial"]
     assert [r["variant"] for r in partial["rows"]] == VARIANTS[:5]
 
-    with monkeypatch.context() as patch:  # what was made is not made again
+    with monkeypatch.context() as patch:  # what was trained is not trained again
         patch.setattr(recovery_adapters, "distill_layer_wise", killed)
         patch.setattr(recovery_adapters, "distill_end_to_end", killed)
         output = run(tmp_path)
@@ -89,7 +89,7 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run(tmp_path)
         assert rows_of(tmp_path) == whole
         with pytest.raises(Killed):
-            run(tmp_path, "--seed", "2")  # other samples: all anew
+            run(tmp_path, "--seed", "2")  # other samples: everything is trained again
 
     def wrong(*_: object, **__: object) -> None:
         pytest.fail("nothing of this depends on what changed")
@@ -105,7 +105,7 @@ def test_quick_killed_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given.mkdir()
     for stage in STAGES:
         shutil.copy(tmp_path / "recovery" / f"griffin-{stage}.safetensors", given)
-    with monkeypatch.context() as patch:  # adapters from elsewhere are taken, whatever they were trained on
+    with monkeypatch.context() as patch:  # given adapters are used as they are
         patch.setattr(Trainer, "__init__", killed)
         patch.setattr(recovery_adapters, "distill_layer_wise", killed)
         run(tmp_path / "new", "--adapters", str(given), "--seed", "2")

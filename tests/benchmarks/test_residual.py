@@ -1,4 +1,4 @@
-"""`caprese bench residual` on the demo model: what the figure must show whatever the numbers."""
+"""`caprese bench residual` on the demo model: relations that hold for any figures."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from caprese_bench.recovery.residual import default_ranks, residual
-from caprese_bench.recovery.samples import load, numbers
+from caprese_bench.recovery.samples import load_model_with_samples
+from caprese_bench.results.lists import numbers
 from caprese_distill.data.samples import split
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import MODEL
@@ -15,7 +16,7 @@ from caprese_serve.demo import MODEL
 
 def run(out: Path, **options: Any) -> list[dict[str, Any]]:
     given: dict[str, Any] = {"data": None, "samples": 200, "densities": "0.1,0.5", "ranks": None, "layers": None}
-    residual(str(MODEL), **(given | options), quick=True, out=out)
+    residual(model=str(MODEL), **(given | options), quick=True, out=out)
     return json.loads((out / "residual.json").read_text())["rows"]
 
 
@@ -42,7 +43,7 @@ def test_own_data_and_layers(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = run(tmp_path, data=str(data), ranks="0,4", layers="1,3")
     assert {row["rank"] for row in rows} == {0, 4}
-    held_out = split(load(str(MODEL), str(data), 40).samples)[1]
+    held_out = split(load_model_with_samples(str(MODEL), str(data), 40).samples)[1]
     provenance = json.loads((tmp_path / "residual.json").read_text())["provenance"]
     settings = provenance["settings"]
     assert provenance["tokens_held_out"] == sum(sample.num_rows for sample in held_out)
@@ -59,4 +60,4 @@ def test_what_a_user_mistypes(tmp_path: Path) -> None:
     data = tmp_path / "short.jsonl"
     data.write_text('{"prompt": "a", "response": ""}\n' * 3)
     with pytest.raises(CapreseError, match="2 or more usable"):
-        load(str(MODEL), str(data), 3)
+        load_model_with_samples(str(MODEL), str(data), 3)

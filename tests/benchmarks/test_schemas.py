@@ -1,4 +1,4 @@
-"""Every committed result holds its format; the format refuses what is not."""
+"""Every committed result follows its schema; what breaks a schema is refused."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda r: r["rows"][3].pop("added"), r"rows\.3\.added: .*found nothing"),
         (lambda r: r["rows"][3].update(added="9"), r"rows\.3\.added: expected input should be a valid integer"),
@@ -38,14 +38,14 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda r: r["rows"][3].update(colour=1), r"rows\.3\.colour: .*found 1"),
         (lambda r: r["provenance"].pop("time"), r"provenance\.time: .*found nothing"),
         (lambda r: r["keys"].append("colour"), "keys and measures among the columns; found colour"),
-        (lambda r: r["rows"].append(r["rows"][0]), "a row for each case; found two for"),
+        (lambda r: r["rows"].append(r["rows"][0]), "one row for each case; found two for"),
         (lambda r: r.update(name="colours"), "one of kernels, "),
     ],
 )
-def test_what_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object], told: str) -> None:
+def test_what_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps(changed(change)))
-    with pytest.raises(CapreseError, match=told):
+    with pytest.raises(CapreseError, match=message):
         schemas.check(path)
 
 

@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caprese_bench.engine.prefix import CPU
-from caprese_bench.engine.process import Engine
+from caprese_bench.engine.process import Engine, EngineSettings
 from caprese_bench.hugging_face.decoding import decode, prompt_ids
 from caprese_bench.hugging_face.students import DecodedFF
 from caprese_bench.lora.served import engine, kernels
 from caprese_bench.lora.training import begin, tensors
-from caprese_distill.blocks import plan
+from caprese_distill.blocks import resolve_method
 from caprese_kernels import cpu, reference
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import problems
-from tests.benchmarks.served_lora_problems import CASES, Problem, assert_near, problem
+from tests.support.served_lora import CASES, Problem, assert_near, problem
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,12 +61,12 @@ def test_without_b_it_is_griffin(backend: Any) -> None:
 
 def test_blocks_that_have_no_lora() -> None:
     up = torch.randn(6, 4)
-    for ff, told in (
+    for ff, message in (
         (PackedFF.pack(None, up, up.t(), "relu"), "no gate"),
         (PackedFF.pack(up, up, up.t(), "silu", up[:2].t(), up[:2]), "a low-rank layer"),
         (PackedFF.pack(up, up, up.t(), "silu", gate_bias=up[:, 0], up_bias=up[:, 0]), "biases"),
     ):
-        with pytest.raises(CapreseError, match=told):
+        with pytest.raises(CapreseError, match=message):
             kernels.check(ff)
 
 
@@ -74,7 +74,7 @@ def test_the_engine_answers_as_transformers_does(tmp_path: Path) -> None:
     """Trained weights would do the same: these are drawn large enough to change answers."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    info, method = plan(model.config, "demo", "griffin", 0.5, rank=48, layers=[0, 1])
+    info, method = resolve_method(model.config, "demo", "griffin", 0.5, rank=48, layers=[0, 1])
     lora = begin(info, method, 0, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     for each in lora.values():
@@ -86,10 +86,10 @@ def test_the_engine_answers_as_transformers_does(tmp_path: Path) -> None:
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16}
     options |= {"skip_tokenizer_init": True, "seed": 0}
     given = CPU | engine.variables(tmp_path, 48, tmp_path / "lora.safetensors")
-    caprese = {"method": "griffin", "density": 0.5, "layers": [0, 1]}
-    with Engine(tmp_path / "log", given, model=str(MODEL), caprese=caprese, engine=options) as served:
-        found = served.ask("answer", prompts=prompts, max_tokens=40, stop=tokenizer.eos_token_id)["ids"]
-        assert served.ask("report")["caprese"]["kernel"] == "lora over cpu"
+    caprese = {"method": "griffin", "density": 0.5, "layers": [0, 1], "kernel_extension": engine.EXTENSION}
+    with Engine(tmp_path / "log", EngineSettings(str(MODEL), caprese, options, given)) as served:
+        found = served.run("answer", prompts=prompts, max_tokens=40, stop=tokenizer.eos_token_id)["ids"]
+        assert served.run("report")["caprese"]["kernel"] == "lora over cpu"
     ff = {i: DecodedFF(method, each) for i, each in lora.items()}
     assert decode(model, tokenizer, asked, ff, 40) == found
     assert decode(model, tokenizer, asked, max_tokens=40) != found

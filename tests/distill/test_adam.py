@@ -1,7 +1,6 @@
 """Adam on eq. 7 against a plain loop over stored activations, against the closed form, and against being killed."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, stages
-from caprese_distill.blocks import plan
-from caprese_distill.cli import distill
+from caprese_distill import checkpoint, cli, stages
+from caprese_distill.blocks import resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS
 from caprese_distill.data.samples import split
 from caprese_distill.end_to_end.train import Recipe
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.adam import AdamSettings, Descent, LowRank, schedule
-from caprese_distill.layer_wise.closed_form import descend, distill_layer_wise, run_pass
+from caprese_distill.layer_wise.adam import AdamSettings, Descent, LowRank
+from caprese_distill.layer_wise.closed_form import descend, distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments, Observer
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.layer_wise.solve import reduced_rank, solve
+from caprese_distill.schedule import linear_schedule
+from caprese_distill.work import Work
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows, make_samples
-from tests.distill.test_moments import by_hand, mlp_inputs
+from tests.support.distill import ModelDir, WriteRows, by_hand, make_rows, make_samples, mlp_inputs
 
-ModelDir = Callable[[str], Path]
 CPU = torch.device("cpu")
 
 
@@ -43,14 +42,14 @@ def pairs(state: Descent) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def same(a: Descent, b: Descent) -> bool:
-    """Every bit but the clock's."""
+    """Whether all is equal to the bit, except times."""
     (found, progress), (expected, other) = a.snapshot(), b.snapshot()
     counts = all(progress[key] == other[key] for key in ("step", "batches", "tokens"))
     return found.keys() == expected.keys() and counts and all(torch.equal(found[k], expected[k]) for k in found)
 
 
 def test_the_gradient_is_that_of_equation_7() -> None:
-    """dL = 2 X'(X L R - E) R' and dR = 2 (X L)'(X L R - E), added over two lots of rows, in float64."""
+    """dL = 2 X'(X L R - E) R' and dR = 2 (X L)'(X L R - E), added over two groups of rows, in float64."""
     torch.manual_seed(0)
     x, e = torch.randn(2, 90, 12, dtype=torch.float64)
     layer = LowRank(12, 3, torch.Generator().manual_seed(0))
@@ -68,16 +67,16 @@ def test_the_gradient_is_that_of_equation_7() -> None:
 
 
 def test_the_schedule() -> None:
-    """2% of 100 steps rise, then a line to zero; however few the steps, each has a rate above zero."""
+    """The rate rises for 2% of 100 steps, then falls linearly to zero; with few steps, each has a rate above zero."""
     settings = AdamSettings()
     assert (settings.lr, settings.batch, settings.epochs, settings.warmup) == (1e-3, 128, 20, 0.02)  # Table 6
-    rates = [schedule(step, 100, settings.warmup) for step in range(100)]
+    rates = [linear_schedule(step, 100, settings.warmup) for step in range(100)]
     assert rates[:4] == [0.5, 1.0, 1.0, 97 / 98]
     assert rates[51] == 0.5
     assert rates[-1] == 1 / 98
-    assert [schedule(step, 3, settings.warmup) for step in range(3)] == [1.0, 1.0, 0.5]
-    assert schedule(0, 1, settings.warmup) == 1.0
-    assert [schedule(step, 6, 0.5) for step in range(6)] == [1 / 3, 2 / 3, 1.0, 1.0, 2 / 3, 1 / 3]
+    assert [linear_schedule(step, 3, settings.warmup) for step in range(3)] == [1.0, 1.0, 0.5]
+    assert linear_schedule(0, 1, settings.warmup) == 1.0
+    assert [linear_schedule(step, 6, 0.5) for step in range(6)] == [1 / 3, 2 / 3, 1.0, 1.0, 2 / 3, 1 / 3]
 
 
 def test_l_is_random_and_r_is_zero() -> None:
@@ -109,9 +108,9 @@ def test_an_epoch_takes_every_sample_once() -> None:
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_equals_a_loop_over_stored_activations(model: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Eq. 7 is the mean over the response tokens of a step: here of 7 samples, then of 3, in several batches."""
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 100)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)
     samples, settings = make_samples(11), AdamSettings(epochs=3, batch=7, lr=1e-2)
-    info, resolved = plan(model.config, "m", method, density=0.4, rank=4, layers=[0, 2])
+    info, resolved = resolve_method(model.config, "m", method, density=0.4, rank=4, layers=[0, 2])
     state = descend(model, samples, info, resolved, settings)
     start = Descent([0, 2], info.hidden_size, 4, 10, settings, CPU)
     fit = split(samples)[0]
@@ -134,7 +133,7 @@ def test_equals_a_loop_over_stored_activations(model: Any, monkeypatch: pytest.M
 
 def test_the_first_loss_is_that_of_no_adapter(model: Any) -> None:
     samples = make_samples(12)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     moments, seen = run_pass(model, samples, info, method), []
     update = Descent.update
 
@@ -156,7 +155,7 @@ def test_the_first_loss_is_that_of_no_adapter(model: Any) -> None:
 def test_nears_the_closed_form_and_never_passes_it(model: Any) -> None:
     """Without a ridge the closed form is the optimum on the samples fitted; Adam's many steps end within 5% of it."""
     samples = make_samples(40)
-    info, method = plan(model.config, "m", "griffin", 0.5, 8)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
     moments = run_pass(model, samples, info, method)
     settings = AdamSettings(lr=1e-2, batch=12, epochs=60)
     found = descend(model, samples, info, method, settings).solutions(torch.float32)
@@ -173,18 +172,18 @@ def test_nears_the_closed_form_and_never_passes_it(model: Any) -> None:
 def test_errors_are_those_of_the_adapters_stored(model_dir: ModelDir, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("qwen2"), dtype=dtype)
     samples = make_samples(20)
-    info, method = plan(model.config, "m", "griffin", 0.5, 8)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
     settings = AdamSettings(lr=1e-2, batch=9, epochs=3)
     adapters = distill_layer_wise(model, samples, info, method, adam=settings)
     assert adapters.dtype == dtype
-    told = adapters.config.training
-    assert (told["solver"], told["samples"], told["samples_held_out"]) == ("adam", 20, 2)
-    assert told["adam"] == {"lr": 1e-2, "batch": 9, "epochs": 3, "warmup": 0.02, "seed": 0}
-    assert told["tokens"] == sum(s.num_rows for s in samples)
-    assert 0 <= told["seconds_training"] <= told["seconds"]
+    training = adapters.config.training
+    assert (training["solver"], training["samples"], training["samples_held_out"]) == ("adam", 20, 2)
+    assert training["adam"] == {"lr": 1e-2, "batch": 9, "epochs": 3, "warmup": 0.02, "seed": 0}
+    assert training["tokens"] == sum(s.num_rows for s in samples)
+    assert 0 <= training["seconds_training"] <= training["seconds"]
     moments = run_pass(model, samples, info, method)
     for i in method.layers:
-        errors = told["errors"][str(i)]
+        errors = training["errors"][str(i)]
         assert errors["ridge"] is None
 
         def remaining(sums: Moments, layer: int = i) -> float:
@@ -200,10 +199,10 @@ def test_errors_are_those_of_the_adapters_stored(model_dir: ModelDir, dtype: tor
 
 def test_batches_within_a_step_do_not_matter(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = make_samples(20)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     found = []
     for tokens in (1, 64, 4096):  # one sample, a few, all
-        monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", tokens)
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", tokens)
         found.append(descend(model, samples, info, method, AdamSettings(batch=8, epochs=4, lr=1e-2)))
     for other in found[1:]:
         for i in method.layers:
@@ -214,19 +213,19 @@ def test_batches_within_a_step_do_not_matter(model: Any, monkeypatch: pytest.Mon
 
 def test_layers_are_independent(model: Any) -> None:
     samples, settings = make_samples(12), AdamSettings(batch=4, epochs=2)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4, layers=[0, 1, 2])
-    _, alone = plan(model.config, "m", "griffin", 0.5, 4, layers=[1])
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4, layers=[0, 1, 2])
+    _, alone = resolve_method(model.config, "m", "griffin", 0.5, 4, layers=[1])
     together = pairs(descend(model, samples, info, method, settings))[1]
     for a, b in zip(together, pairs(descend(model, samples, info, alone, settings))[1], strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_to_the_same_bits(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after every checkpoint, and in the middle of a step and of the errors' pass."""
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     samples, settings = make_samples(14), AdamSettings(batch=5, epochs=3)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     whole = descend(model, samples, info, method, settings)
     save, expect, calls = checkpoint.save, Observer.expect, 0
 
@@ -256,33 +255,33 @@ def test_a_killed_run_goes_on_to_the_same_bits(model: Any, tmp_path: Path, monke
         assert parts.seconds >= parts.seconds_training > 0
 
 
-def test_the_checkpoint_of_another_run_is_left_aside(
+def test_the_checkpoint_of_another_run_is_ignored(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     samples, settings, console = make_samples(8), AdamSettings(batch=4, epochs=1), Console(width=200)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     resume = tmp_path / "r"
 
-    def told() -> str:
+    def printed() -> str:
         return capsys.readouterr().out.split("checkpoint ", 1)[1]
 
     descend(model, samples, info, method, settings, resume)
     descend(model, samples, info, method, settings, resume, console)
-    assert "going on after step" in told()
+    assert "going on after step" in printed()
     descend(model, samples, info, method, replace(settings, lr=1e-2), resume, console)
-    assert "it belongs to a run with other Adam settings; starting anew" in told()
+    assert "it belongs to a run with other Adam settings; starting anew" in printed()
     descend(model, samples, info, replace(method, rank=3), replace(settings, lr=1e-2), resume, console)
-    assert "it belongs to a run with other rank; starting anew" in told()
+    assert "it belongs to a run with other rank; starting anew" in printed()
     run_pass(model, samples, info, method, resume, console)
-    assert "it belongs to a run with other solver; starting anew" in told()
+    assert "it belongs to a run with other solver; starting anew" in printed()
     descend(model, samples, info, method, settings, resume, console)
-    assert "it belongs to a run with other solver, rank, Adam settings; starting anew" in told()
+    assert "it belongs to a run with other solver, rank, Adam settings; starting anew" in printed()
 
 
 def test_divergence_names_the_layer_and_the_rate(model: Any) -> None:
     samples = make_samples(8)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     settings = AdamSettings(lr=1e30, batch=4, epochs=2)
     with pytest.raises(CapreseError, match=r"Adam, layer 0: expected a finite loss; found NaN or Inf at step 1 of 4"):
         descend(model, samples, info, method, settings)
@@ -293,24 +292,24 @@ def test_divergence_names_the_layer_and_the_rate(model: Any) -> None:
 def test_non_finite_activations_are_refused(model: Any) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = math.inf
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     with pytest.raises(CapreseError, match=r"activations of layer 1: expected finite values; found NaN or Inf.*line"):
         descend(model, make_samples(5), info, method, AdamSettings())
 
 
 def test_density_one_gives_zero_adapters(model: Any) -> None:
-    info, method = plan(model.config, "m", "griffin", 1.0, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 1.0, 4)
     adapters = distill_layer_wise(model, make_samples(5), info, method, adam=AdamSettings(epochs=2))
     assert not any(t.any() for t in adapters.tensors().values())
 
 
-def test_another_solvers_first_stage_is_not_taken_over(
+def test_the_layer_wise_stage_of_another_solver_is_not_reused(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer-wise adapters that a killed end-to-end run left belong to one solver and its settings."""
-    monkeypatch.setattr(stages, "distill_end_to_end", lambda *args: args[4])
+    monkeypatch.setattr(stages, "distill_end_to_end", lambda *args: args[2])
     samples, settings = make_samples(8), AdamSettings(epochs=1)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     solvers, made = (None, settings, settings, replace(settings, epochs=2), None), []
     make = stages.distill_layer_wise
 
@@ -320,21 +319,21 @@ def test_another_solvers_first_stage_is_not_taken_over(
 
     monkeypatch.setattr(stages, "distill_layer_wise", watch)
     for adam in solvers:
-        found = stages.run_stages(model, samples, info, method, Recipe(1e-4), tmp_path / "a", adam=adam)
+        found = stages.run_stages(model, Work(samples, info, method, Recipe(1e-4), adam), tmp_path / "a")
         assert found.config.training["solver"] == ("adam" if adam else "closed-form")
     assert made == [None, settings, replace(settings, epochs=2), None]
 
 
-def test_the_command(model_dir: ModelDir, write_rows: Callable[[list[dict[str, Any]]], Path], tmp_path: Path) -> None:
+def test_the_command(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
     app, output = typer.Typer(), tmp_path / "out" / "a.safetensors"
-    app.command("distill")(distill)
+    app.command("distill")(cli.distill)
     words = [str(model_dir("llama")), "--data", str(write_rows(make_rows(22))), "--output", str(output), "--rank", "8"]
     words += ["--stage", "layer-wise", "--solver", "adam", "--layer-wise-epochs", "3", "--layer-wise-batch", "7"]
     result = CliRunner().invoke(app, [*words, "--layer-wise-learning-rate", "0.01", "--seed", "3", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "layer-wise by adam" in " ".join(result.output.split())
-    told = Adapters.load(output).config.training
-    assert told["adam"] == {"lr": 0.01, "batch": 7, "epochs": 3, "warmup": 0.02, "seed": 3}
-    assert "--layer-wise-learning-rate 0.01 --layer-wise-batch 7 --layer-wise-epochs 3" in told["command"]
-    assert all(0 < errors["remaining"] < 1 for errors in told["errors"].values())
+    training = Adapters.load(output).config.training
+    assert training["adam"] == {"lr": 0.01, "batch": 7, "epochs": 3, "warmup": 0.02, "seed": 3}
+    assert "--layer-wise-learning-rate 0.01 --layer-wise-batch 7 --layer-wise-epochs 3" in training["command"]
+    assert all(0 < errors["remaining"] < 1 for errors in training["errors"].values())
     assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.safetensors"]

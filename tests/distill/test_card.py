@@ -3,24 +3,20 @@
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from caprese_distill.card import make_card, write_card
-from caprese_distill.cli import distill
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows
-
-WriteRows = Callable[[list[dict[str, Any]]], Path]
+from tests.support.distill import WriteRows, make_rows, run_distill
 
 
 @pytest.fixture
 def output(model_dir: Callable[[str], Path], write_rows: WriteRows, tmp_path: Path) -> Path:
     path = tmp_path / "out" / "a.safetensors"
-    distill(str(model_dir("llama")), str(write_rows(make_rows(12))), path, rank=8, epochs=2)
+    run_distill(str(model_dir("llama")), str(write_rows(make_rows(12))), path, rank=8, epochs=2)
     return path
 
 
@@ -51,11 +47,11 @@ def test_it_says_what_the_adapter_is(output: Path) -> None:
     for epoch, error in enumerate(training["end_to_end"]["held_out_errors"]):
         assert f"| {epoch} | {error:.3%} |" in lines
     assert training["command"] in lines
-    for told in (training["data"]["sha256"], training["versions"]["torch"], "; was "):
-        assert told in body
+    for fact in (training["data"]["sha256"], training["versions"]["torch"], "; was "):
+        assert fact in body
 
 
-def test_what_is_not_ours_stays(output: Path) -> None:
+def test_other_files_are_not_overwritten(output: Path) -> None:
     adapters, readme, named = Adapters.load(output), output.parent / "README.md", output.with_name("a.md")
     readme.write_text(readme.read_text().replace("density", "old"))
     assert write_card(adapters, output) == readme  # ours: written again
@@ -71,7 +67,7 @@ def test_what_is_not_ours_stays(output: Path) -> None:
     assert sorted(p.name for p in output.parent.iterdir()) == ["README.md", "a.md", "a.safetensors", "b.md"]
 
 
-def test_a_full_disk_is_told(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, *_: object, **__: object) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

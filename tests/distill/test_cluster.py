@@ -1,4 +1,4 @@
-"""Several workers, here processes of this machine under a real Ray: the same adapters, whoever dies on the way."""
+"""Several workers, here processes of this machine under a real Ray: the same adapters, whichever worker dies."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,24 +19,26 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from caprese_distill import checkpoint
-from caprese_distill.blocks import plan
+from caprese_distill.blocks import resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.end_to_end.train import Group, Recipe, Trainer, distill_end_to_end
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.closed_form import Pass, make_batches
+from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, distill_end_to_end
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.scale import cluster
+from caprese_distill.scale.ray_training import Workers
+from caprese_distill.work import Work
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
+from tests.support.distill import ModelDir, make_samples
 
-ModelDir = Callable[[str], Path]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 HALF = {"CPU": 0.5}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
-    """Three CPUs, whatever the machine has."""
+    """Ray with three CPUs, however many the machine has."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
@@ -53,9 +55,9 @@ def ray_cluster() -> Iterator[None]:
 
 
 def load(path: Path, mark: Path | None = None, deaths: int = 0, at: int = 3) -> Any:
-    """The model; the first `deaths` processes that come to its batch `at` die there as of kill -9, leaving a mark."""
+    """The model; the first `deaths` processes that reach its batch `at` die there as by kill -9, leaving a mark."""
     torch.set_num_threads(1)
-    layerwise.CHECKPOINT_SECONDS = 0.0
+    checkpoint.CHECKPOINT_SECONDS = 0.0
     model = AutoModelForCausalLM.from_pretrained(path)
     batches = 0
 
@@ -92,9 +94,9 @@ def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[cluster.Pool]:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)  # this process cuts the batches, for all workers
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)  # this process cuts the batches, for all workers
     monkeypatch.setattr(cluster, "SHARDS", 9)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
 
 
 def test_more_workers_than_cpus_are_refused() -> None:
@@ -109,7 +111,7 @@ def test_more_workers_than_cpus_are_refused() -> None:
     ("nodes", "workers", "threads"), [([8], 3, 2), ([8, 8], 3, 4), ([8, 8], 2, 8), ([16, 4], 4, 4), ([3, 1], 4, 1)]
 )
 def test_a_workers_cpus_are_on_one_node(nodes: list[int], workers: int, threads: int) -> None:
-    """Else Ray would wait for such a node."""
+    """Otherwise Ray would wait for such a node."""
     assert cluster.threads_of(nodes, workers, sum(nodes)) == threads
 
 
@@ -117,25 +119,25 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
     model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
-    info, method = plan(model.config, "m", "griffin", 0.5, 8)
-    one = layerwise.run_pass(model, samples, info, method)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
+    one = run_pass(model, samples, info, method)
     of_three = cluster.run_pass(three, samples, info, method)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1)
-    two = cluster.Cluster(dying, 2, HALF, tmp_path)
-    of_two = cluster.run_pass(two.workers(), samples, info, method)
+    two = cluster.Cluster(Workers(dying, 2, HALF, tmp_path))
+    of_two = cluster.run_pass(two.pool(), samples, info, method)
     assert len(list(tmp_path.glob("dead.*"))) == 1
-    adapters = two.layer_wise(samples, info, method)
+    adapters = two.layer_wise(Work(samples, info, method))
     assert_equal(of_two, of_three)
     # The batches' products are the same bits; the order of some 30 float64 additions, 2^-53 = 1.1e-16 each, differs.
     assert_equal(of_two, one, rtol=1e-14)
-    expected = layerwise.distill_layer_wise(model, samples, info, method)
+    expected = distill_layer_wise(model, samples, info, method)
     for i, errors in expected.config.training["errors"].items():
         assert adapters.config.training["errors"][i] == pytest.approx(errors, rel=1e-6)  # float32's L and R
         assert errors["remaining"] < 0.99
     assert adapters.config.training.keys() == expected.config.training.keys()
 
 
-def test_a_killed_run_goes_on_after_its_last_shard(
+def test_a_killed_run_continues_after_its_last_shard(
     model_dir: ModelDir,
     samples: list[Sample],
     three: cluster.Pool,
@@ -143,9 +145,9 @@ def test_a_killed_run_goes_on_after_its_last_shard(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On workers to the same bits; and without them: how many they are is no part of what a checkpoint belongs to."""
+    """On workers to the same bits, and also without them: a checkpoint does not depend on the number of workers."""
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
-    info, method = plan(model.config, "m", "cats", 0.3, 8)
+    info, method = resolve_method(model.config, "m", "cats", 0.3, 8)
     resume, save, deaths = tmp_path / "resume", checkpoint.save, 0
 
     def dying(*args: Any) -> None:
@@ -163,9 +165,9 @@ def test_a_killed_run_goes_on_after_its_last_shard(
             except InterruptedError:
                 deaths += 1
         if deaths == 4:
-            alone = layerwise.run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
-            told = f"going on after batch {sum(map(len, parts[:4]))}\n"
-            assert told in capsys.readouterr().err
+            alone = run_pass(model, samples, info, method, resume, Console(stderr=True, width=200))
+            printed = f"going on after batch {sum(map(len, parts[:4]))}\n"
+            assert printed in capsys.readouterr().err
             assert_equal(alone, whole, rtol=1e-14)  # as above
             resume.unlink()
     assert deaths == 4 + len(parts)
@@ -175,7 +177,9 @@ def test_a_killed_run_goes_on_after_its_last_shard(
 def test_errors_of_a_worker_reach_the_user(
     model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
 ) -> None:
-    info, method = plan(AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8)
+    info, method = resolve_method(
+        AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
+    )
     broken = make_samples(3)
     broken[1].ids[0] = 300
     with pytest.raises(CapreseError, match=r"token ids below 300.*found 300 in the sample of line 2") as error:
@@ -196,7 +200,9 @@ def test_a_worker_that_dies_of_its_work_ends_the_run(
     model_dir: ModelDir, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "RETRIES", 0)
-    info, method = plan(AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8)
+    info, method = resolve_method(
+        AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
+    )
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=99)
     with (
         cluster.Pool(dying, 1, HALF) as pool,
@@ -228,17 +234,18 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
     model_dir: ModelDir, samples: list[Sample], tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).eval()
-    info, method = plan(model.config, "m", "griffin", 0.5, 8)
-    initial = layerwise.distill_layer_wise(model, samples, info, method)
-    recipe, told, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
-    one = distill_end_to_end(model, samples, info, method, initial, recipe)
-    work = (samples, info, method, initial, recipe, tmp_path / "resume", Console(file=told, width=200), seen)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
+    initial = distill_layer_wise(model, samples, info, method)
+    recipe, printed, seen = Recipe(1e-3, epochs=2, warmup=0.3), io.StringIO(), Written([])
+    one = distill_end_to_end(model, samples, initial, recipe)
+    work, console = Work(samples, info, method, recipe), Console(file=printed, width=200)
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=1, at=12)
     ctrl_c = signal.getsignal(signal.SIGINT)
-    two = cluster.Cluster(dying, 2, HALF, tmp_path).end_to_end(*work)
+    cluster_of_two = cluster.Cluster(Workers(dying, 2, HALF, tmp_path))
+    two = cluster_of_two.end_to_end(work, initial, tmp_path / "resume", console, seen)
     assert signal.getsignal(signal.SIGINT) is ctrl_c  # Ray Train would keep it for itself
     assert len(list(tmp_path.glob("dead.*"))) == 1
-    first = re.search(r"going on after step (\d) of 8", told.getvalue())
+    first = re.search(r"going on after step (\d) of 8", printed.getvalue())
     assert first
     assert int(first[1]) > 0
     assert {step for name, _, step in seen.scalars if name == "loss"} == set(range(1, 9))
@@ -253,27 +260,27 @@ def test_training_shared_out_equals_one_process_and_survives_a_death(
             assert (a - b).norm() < 1e-2 * (a - begun).norm()
 
 
-def test_processes_that_see_different_checkpoints_are_told() -> None:
-    class Other(Group):
+def test_processes_that_see_different_checkpoints_raise() -> None:
+    class Other(RankContext):
         """A second process, which is at step 5."""
 
         size = 2
 
-        def sum_(self, tensor: torch.Tensor) -> None:
+        def all_reduce(self, tensor: torch.Tensor) -> None:
             tensor[1] += 5
 
     for step in (5, 3):
-        trainer: Any = SimpleNamespace(group=Other(), step=step)
+        trainer: Any = SimpleNamespace(ranks=Other(), step=step)
         if step == 5:
-            Trainer.agree(trainer, Path("r"))
+            Trainer.check_same_step(trainer, Path("r"))
         else:
             with pytest.raises(CapreseError, match=r"one file that all nodes see; found steps \[3, 5\] by worker"):
-                Trainer.agree(trainer, Path("r"))
+                Trainer.check_same_step(trainer, Path("r"))
 
 
 @dataclass
 class Written:
-    """What end_to_end writes for TensorBoard."""
+    """The scalars that training writes for TensorBoard."""
 
     scalars: list[tuple[str, float, int]]
 

@@ -7,7 +7,7 @@ import torch
 
 from caprese_distill.data.samples import Row, Sample, encode, split
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
+from tests.support.distill import make_samples
 from tests.support.models import BOS, EOS, make_tokenizer
 
 
@@ -84,7 +84,7 @@ def test_kinds_of_problems_that_take_turns_are_both_held_out() -> None:
     assert 10 <= odd <= 30  # of 40; a fair draw leaves this once in a thousand, and this draw is fixed
 
 
-def test_a_template_that_refuses_is_told_by_line() -> None:
+def test_an_error_of_the_template_names_the_line() -> None:
     tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(CapreseError, match=r"data, line 7: expected messages that.*TemplateError: no system role"):

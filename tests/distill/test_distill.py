@@ -1,9 +1,8 @@
-"""The command: adapters on disk, resumption, and every mistake told in one line."""
+"""From settings to adapters on disk: resumption, and a one-line error for every mistake."""
 
 import errno
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
-from caprese_distill import checkpoint, loading
-from caprese_distill.blocks import plan
-from caprese_distill.cli import Solver, Weighting, distill
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill import checkpoint, cli, loading
+from caprese_distill.blocks import resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Observer
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows, make_samples
+from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples, run_distill
 from tests.support.models import make_model, make_tokenizer
 
-ModelDir = Callable[[str], Path]
 Capture = pytest.CaptureFixture[str]
-WriteRows = Callable[[list[dict[str, Any]]], Path]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +39,7 @@ def test_the_command_writes_adapters(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, name: str, method: str, dtype: str, layers: list[int]
 ) -> None:
     app, output, data = typer.Typer(), tmp_path / "new" / "a.safetensors", write_rows(make_rows(22))
-    app.command("distill")(distill)
+    app.command("distill")(cli.distill)
     words = [str(model_dir(name)), "--data", str(data), "--output", str(output), "--method", method]
     words += ["--stage", "layer-wise", "--rank", "8", "--dtype", dtype, "--device", "cpu"]
     result = CliRunner().invoke(app, words)
@@ -53,22 +50,22 @@ def test_the_command_writes_adapters(
     assert adapters.config.layers == layers
     assert str(adapters.dtype) == f"torch.{dtype}"
     assert adapters.config.base_model.name_or_path == str(model_dir(name))
-    told = adapters.config.training
-    assert (told["stage"], told["solver"], told["samples"], told["samples_held_out"]) == (
+    training = adapters.config.training
+    assert (training["stage"], training["solver"], training["samples"], training["samples_held_out"]) == (
         "layer-wise",
         "closed-form",
         22,
         2,
     )
-    assert told["tokens"] > 22 * 20
-    assert told["data"]["file"] == "data.jsonl"
-    assert len(told["data"]["sha256"]) == 64
-    assert told["data"]["instruction"] == "Please reason step by step."
+    assert training["tokens"] > 22 * 20
+    assert training["data"]["file"] == "data.jsonl"
+    assert len(training["data"]["sha256"]) == 64
+    assert training["data"]["instruction"] == "Please reason step by step."
     assert "data.jsonl: 22 of 22 rows, prompts from 'prompt', responses from 'response'" in result.output
-    assert told["command"].startswith("caprese distill ")
-    assert set(told["versions"]) == {"torch", "transformers", "python"}
-    assert list(told["errors"]) == [str(i) for i in layers]
-    for errors in told["errors"].values():
+    assert training["command"].startswith("caprese distill ")
+    assert set(training["versions"]) == {"torch", "transformers", "python"}
+    assert list(training["errors"]) == [str(i) for i in layers]
+    for errors in training["errors"].values():
         assert 0 < errors["remaining"] < 1
         assert errors["error_after"] == pytest.approx(errors["remaining"] * errors["error_before"])
     assert "remaining" in result.output
@@ -90,7 +87,7 @@ def test_a_linear_error_is_recovered(model_dir: ModelDir, tmp_path: Path) -> Non
         mlp.gate_proj.bias.fill_(1.0)
         mlp.up_proj.bias.zero_()
         mlp.up_proj.weight[:8] *= 20
-    info, method = plan(model.config, "m", "griffin", density=0.5, rank=8, layers=[0])
+    info, method = resolve_method(model.config, "m", "griffin", density=0.5, rank=8, layers=[0])
     adapters = distill_layer_wise(model, make_samples(40), info, method)
     errors = adapters.config.training["errors"]["0"]
     assert errors["error_before"] > 1e-4
@@ -102,7 +99,7 @@ def test_a_linear_error_is_recovered(model_dir: ModelDir, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
+def test_an_interrupted_run_continues_to_the_same_bits(
     model_dir: ModelDir,
     write_rows: WriteRows,
     tmp_path: Path,
@@ -110,12 +107,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     capsys: Capture,
     method: str,
 ) -> None:
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 64)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     data = write_rows(make_rows(12))
 
     def run(output: Path, density: float = 0.5) -> None:
-        distill(str(model_dir("llama")), data, output, method=method, rank=8, density=density)
+        run_distill(str(model_dir("llama")), data, output, method=method, rank=8, density=density)
 
     run(tmp_path / "whole.safetensors")
     expect, calls = Observer.expect, 0
@@ -136,7 +133,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert checkpoint.resume_path(output).exists()
     other = checkpoint.resume_path(tmp_path / "other.safetensors")
     other.write_bytes(checkpoint.resume_path(output).read_bytes())
-    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "interrupted; the same command continues from the last checkpoint" in capsys.readouterr().err
     run(output)
     assert "going on after batch" in " ".join(capsys.readouterr().err.split())  # lines break where paths are long
     assert not checkpoint.resume_path(output).exists()
@@ -154,10 +151,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_moments_resume_to_the_bit_from_any_batch(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 80)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 80)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("qwen2")), make_samples(12)
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     whole = run_pass(model, samples, info, method)
     save, resume = checkpoint.save, tmp_path / "r"
 
@@ -180,13 +177,13 @@ def test_moments_resume_to_the_bit_from_any_batch(
         assert torch.equal(whole.fit[i].rows, parts.fit[i].rows)
 
 
-def test_a_damaged_checkpoint_is_left_aside(
+def test_a_damaged_checkpoint_is_ignored(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "a.safetensors"
     checkpoint.resume_path(output).write_bytes(b"half a file")
     (tmp_path / ".a.safetensors.resume.partial").write_bytes(b"killed while writing")
-    distill(str(model_dir("llama")), write_rows(make_rows(3)), output, rank=2)
+    run_distill(str(model_dir("llama")), write_rows(make_rows(3)), output, rank=2)
     assert "cannot be read (SafetensorError); starting anew" in " ".join(capsys.readouterr().err.split())
     Adapters.load(output)
     assert not list(tmp_path.glob(".*"))
@@ -194,7 +191,7 @@ def test_a_damaged_checkpoint_is_left_aside(
 
 def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
     for method in ("griffin", "cats"):
-        distill(
+        run_distill(
             str(model_dir("llama")),
             write_rows(make_rows(3)),
             tmp_path / "a.safetensors",
@@ -213,23 +210,26 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"density": 1.5}, "density.*less than or equal to 1; found 1.5"),
         ({"density": float("nan")}, "density"),
         ({"density": 0.001}, "at least one of 97 neurons"),
-        ({"rank": 0}, "rank: expected 1 to 64, the hidden size; found 0"),
+        ({"rank": 0}, "rank: expected greater than or equal to 1; found 0"),
         ({"rank": 65}, "rank: expected 1 to 64, the hidden size; found 65"),
-        ({"layers": "first"}, "--layers: expected first-half, all, or indices"),
+        ({"layers": "first"}, "layers: expected first-half, all, or indices"),
         ({"layers": "0,9"}, "layers: expected one or more different indices from 0 to 3"),
         ({"layers": "1,1"}, "layers: expected one or more different indices"),
         ({"max_length": 5}, r"2 or more usable.*found 0 of 3 \(3 longer than 5 tokens\)"),
-        ({"learning_rate": 0.0}, "--learning-rate: expected a number above 0; found 0"),
-        ({"learning_rate": float("nan")}, "--learning-rate: expected a number above 0; found nan"),
-        ({"solver": "adam", "layer_wise_learning_rate": -1.0}, "--layer-wise-learning-rate: expected a number above"),
+        ({"learning_rate": 0.0}, "learning_rate: expected greater than 0; found 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number; found nan"),
+        (
+            {"solver": "adam", "layer_wise_learning_rate": -1.0},
+            "layer_wise_learning_rate: expected greater than 0; found -1.0",
+        ),
         ({"tensorboard": Path("/proc/version/logs")}, "--tensorboard: expected a directory; found a file"),
         (
-            {"solver": Solver.adam, "weighting": Weighting.gradient},
-            "--weighting: expected --solver closed-form; found --solver adam",
+            {"solver": "adam", "weighting": "gradient"},
+            "weighting: expected --solver closed-form; found --solver adam",
         ),
-        ({"temperature": 0.5}, "--temperature: expected --generate beside it; found none"),
-        ({"engine": "[1]", "generate": True}, r"--engine: expected a JSON object; found '\[1\]'"),
-        ({"engine": "{", "generate": True}, "--engine: expected a JSON object; found '{'"),
+        ({"temperature": 0.5}, "temperature: expected --generate with it; found none"),
+        ({"engine": "[1]", "generate": True}, r"engine: expected a JSON object; found '\[1\]'"),
+        ({"engine": "{", "generate": True}, "engine: expected a JSON object; found '{'"),
         ({"max_length": 5, "generate": True}, r"0 of 3 \(3 prompt too long for a response within 5 tokens\)"),
         ({"response_column": "text"}, "a column 'text'; found the columns prompt, response; correct --response-column"),
         ({"model": "/no/such/model"}, "model: expected a directory or a Hub id"),
@@ -238,7 +238,7 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ({"data": Path("/no/such.jsonl")}, "expected a readable file; found No such file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_raise_one_line_errors(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, options: dict[str, Any], match: str
 ) -> None:
     given = {
@@ -248,7 +248,7 @@ def test_mistakes_are_told_in_one_line(
         "rank": 4,
     } | options
     with pytest.raises(CapreseError, match=match) as error:
-        distill(**given)
+        run_distill(**given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "a").exists()
 
@@ -258,13 +258,13 @@ def test_no_sample_is_longer_than_the_model_has_positions(
 ) -> None:
     data = write_rows([{"prompt": "one", "response": "two " * 600}] * 3)
     with pytest.raises(CapreseError, match=r"2 or more usable.*found 0 of 3 \(3 longer than 512 tokens\)"):
-        distill(str(model_dir("llama")), str(data), tmp_path / "a", rank=4)
+        run_distill(str(model_dir("llama")), str(data), tmp_path / "a", rank=4)
 
 
 def test_mistakes_leave_nothing_behind(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even a directory; those found before the model's weights are read do not read them."""
+    """Not even a directory; and mistakes found before the model's weights are needed do not read them."""
     output, data = tmp_path / "new" / "a.safetensors", write_rows(make_rows(6))
     broken = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     broken.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("inf")
@@ -275,7 +275,7 @@ def test_mistakes_leave_nothing_behind(
 
     def refused(match: str, model: Path, data: Path, **options: Any) -> None:
         with pytest.raises(CapreseError, match=match) as error:
-            distill(str(model), str(data), output, rank=4, **options)
+            run_distill(str(model), str(data), output, rank=4, **options)
         assert "\n" not in str(error.value)
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -287,10 +287,10 @@ def test_mistakes_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("stage", ["layer-wise", "end-to-end"])
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_a_full_disk_raises_and_leaves_nothing(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, stage: str
 ) -> None:
-    """The system itself refuses to write more than a page to any file, as a full disk would."""
+    """The system refuses to write more than a page to any file, as a full disk would."""
     output = tmp_path / "new" / "a.safetensors"
     words = ["distill", str(model_dir("llama")), "--data", str(write_rows(make_rows(6))), "--output", str(output)]
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert not list(output.parent.iterdir())
 
 
-def test_a_checkpoint_that_finds_no_room(
+def test_a_checkpoint_without_room(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: object, path: Path, **__: object) -> None:
@@ -314,9 +314,9 @@ def test_a_checkpoint_that_finds_no_room(
 
     output = tmp_path / "new" / "a.safetensors"
     monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(CapreseError, match=r"expected room for .* beside the output; found .*No space left on device"):
-        distill(str(model_dir("llama")), str(write_rows(make_rows(6))), output, rank=4)
+        run_distill(str(model_dir("llama")), str(write_rows(make_rows(6))), output, rank=4)
     assert not list(output.parent.iterdir())
 
 
@@ -325,23 +325,23 @@ def test_unloadable_models(model_dir: ModelDir, write_rows: WriteRows, tmp_path:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(CapreseError, match="that transformers loads; found"):
-        distill(str(empty), data, tmp_path / "a")
+        run_distill(str(empty), data, tmp_path / "a")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (empty / name).write_bytes((model_dir("llama") / name).read_bytes())
     with pytest.raises(CapreseError, match="that transformers loads; found OSError"):
-        distill(str(empty), data, tmp_path / "a", rank=4)
+        run_distill(str(empty), data, tmp_path / "a", rank=4)
     (empty / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(CapreseError, match="that transformers loads; found SafetensorError"):
-        distill(str(empty), data, tmp_path / "a", rank=4)
+        run_distill(str(empty), data, tmp_path / "a", rank=4)
 
 
-def test_missing_weights_are_not_made_up(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}
     model.save_pretrained(tmp_path / "m", state_dict=state)
     make_tokenizer().save_pretrained(tmp_path / "m")
     with pytest.raises(CapreseError, match=r"1 weights are missing, first model.layers.1.mlp.up_proj.weight"):
-        distill(str(tmp_path / "m"), write_rows(make_rows(3)), tmp_path / "a", rank=4)
+        run_distill(str(tmp_path / "m"), write_rows(make_rows(3)), tmp_path / "a", rank=4)
 
 
 def test_other_ff_blocks_are_refused_by_name() -> None:
@@ -349,13 +349,13 @@ def test_other_ff_blocks_are_refused_by_name() -> None:
     mixtral = MixtralForCausalLM(
         MixtralConfig(**small, intermediate_size=32, num_key_value_heads=2, num_local_experts=2)
     )
-    info, method = plan(mixtral.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(mixtral.config, "m", "griffin", 0.5, 4)
     with pytest.raises(
         CapreseError, match=r"FF block of layer 0: expected a gated FF block.*found MixtralSparseMoeBlock"
     ):
         run_pass(mixtral, make_samples(2), info, method)
     opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=32, word_embed_proj_dim=32))
-    info, method = plan(opt.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(opt.config, "m", "griffin", 0.5, 4)
     with pytest.raises(
         CapreseError, match=r"FF block of layer 0: expected a gated FF block.*found no module mlp of OPT"
     ):
@@ -373,7 +373,7 @@ def test_non_finite_activations_name_sample_and_layer(model_dir: ModelDir, where
             model.model.embed_tokens.weight[299] = float("nan")
         else:
             model.model.layers[1].mlp.down_proj.weight[3, 5] = float("inf")
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     line, layer = ("line 3", 0) if where == "embedding" else ("line", 1)
     with pytest.raises(
         CapreseError, match=f"activations of layer {layer}: expected finite values; found NaN or Inf.*{line}"
@@ -384,7 +384,7 @@ def test_non_finite_activations_name_sample_and_layer(model_dir: ModelDir, where
 def test_ids_beyond_the_vocabulary_are_refused(model_dir: ModelDir) -> None:
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(3)
     samples[1].ids[0] = 300
-    info, method = plan(model.config, "m", "griffin", 0.5, 4)
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 4)
     with pytest.raises(CapreseError, match=r"token ids below 300.*found 300 in the sample of line 2"):
         run_pass(model, samples, info, method)
 

@@ -1,4 +1,4 @@
-"""End-to-end training: what it trains, in which order, and that a killed run goes on to the same bits."""
+"""End-to-end training: what it trains, in which order, and that a killed run continues to the same bits."""
 
 import os
 import signal
@@ -15,32 +15,29 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from caprese_distill import checkpoint
-from caprese_distill.blocks import find_blocks, plan
-from caprese_distill.cli import distill
-from caprese_distill.end_to_end import train as end_to_end
-from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end, schedule, steps_of
-from caprese_distill.layer_wise import closed_form as layerwise
+from caprese_distill.blocks import find_blocks, resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS, Batch
+from caprese_distill.data.samples import split
+from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end, steps_of
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
-from caprese_distill.layer_wise.moments import Batch
+from caprese_distill.schedule import linear_schedule
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows, make_samples
+from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples, run_distill
 from tests.support.models import make_model
 
-ModelDir = Callable[[str], Path]
-WriteRows = Callable[[list[dict[str, Any]]], Path]
 RECIPE = Recipe(1e-3, batch=6, epochs=2)
 
 
 def layer_wise(model: Any, samples: Any, method: str, rank: int = 4) -> tuple[Any, Any, Adapters]:
-    info, resolved = plan(model.config, "m", method, 0.3, rank)
+    info, resolved = resolve_method(model.config, "m", method, 0.3, rank)
     return info, resolved, distill_layer_wise(model, samples, info, resolved)
 
 
 def train(model: Any, samples: Any, recipe: Recipe = RECIPE, method: str = "griffin", **options: Any) -> Adapters:
-    info, resolved, initial = layer_wise(model, samples, method)
-    return distill_end_to_end(model, samples, info, resolved, initial, recipe, **options)
+    _, _, initial = layer_wise(model, samples, method)
+    return distill_end_to_end(model, samples, initial, recipe, **options)
 
 
 def test_a_linear_error_is_learnt(tmp_path: Path) -> None:
@@ -56,17 +53,17 @@ def test_a_linear_error_is_learnt(tmp_path: Path) -> None:
         mlp.up_proj.weight[:8] *= 20
     before = {key: value.clone() for key, value in model.state_dict().items()}
     samples = make_samples(100)
-    info, method = plan(model.config, "m", "griffin", 0.5, 8, [0])
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8, [0])
     initial = distill_layer_wise(model, samples, info, method)
-    best = distill_end_to_end(model, samples, info, method, initial, Recipe(1e-6, epochs=1))
+    best = distill_end_to_end(model, samples, initial, Recipe(1e-6, epochs=1))
     initial.left[0], initial.right[0] = torch.randn(64, 8) / 8, torch.zeros(8, 64)
-    adapters = distill_end_to_end(model, samples, info, method, initial, Recipe(2e-2, batch=8, epochs=12))
-    told = adapters.config.training
-    errors = told["end_to_end"]["held_out_errors"]
+    adapters = distill_end_to_end(model, samples, initial, Recipe(2e-2, batch=8, epochs=12))
+    training = adapters.config.training
+    errors = training["end_to_end"]["held_out_errors"]
     assert len(errors) == 13
     assert best.config.training["end_to_end"]["held_out_errors"][0] < 1e-4 * errors[0]  # the closed form's
     assert errors[-1] < 0.1 * errors[0]
-    assert (told["stage"], told["end_to_end"]["steps"]) == ("end-to-end", 12 * 12)
+    assert (training["stage"], training["end_to_end"]["steps"]) == ("end-to-end", 12 * 12)
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -74,11 +71,11 @@ def test_a_linear_error_is_learnt(tmp_path: Path) -> None:
 
 
 def test_the_held_out_error_is_that_of_the_samples_held_out(model_dir: ModelDir) -> None:
-    """Computed anew, a sample at a time, for the initial and the final adapters."""
+    """Recomputed, one sample at a time, for the initial and the final adapters."""
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(40)
     info, method, initial = layer_wise(model, samples, "griffin")
-    final = distill_end_to_end(model, samples, info, method, initial, RECIPE)
-    _, held_out = end_to_end.split(samples)
+    final = distill_end_to_end(model, samples, initial, RECIPE)
+    _, held_out = split(samples)
     errors = []
     for adapters in (initial, final):
         with (
@@ -88,15 +85,15 @@ def test_the_held_out_error_is_that_of_the_samples_held_out(model_dir: ModelDir)
             pairs = [(student.original(b), student(b)) for b in (Batch([s], True) for s in held_out)]
         lost = sum(float((a - b).square().sum()) for a, b in pairs)
         errors.append(lost / sum(float(a.square().sum()) for a, _ in pairs))
-    told = final.config.training["end_to_end"]["held_out_errors"]
-    assert [told[0], told[-1]] == pytest.approx(errors, rel=1e-4)
+    recorded = final.config.training["end_to_end"]["held_out_errors"]
+    assert [recorded[0], recorded[-1]] == pytest.approx(errors, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_the_student_without_loss_is_the_original(model_dir: ModelDir, method: str) -> None:
     """At density 1 with zero adapters nothing is dropped; with an adapter only generated tokens differ."""
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("qwen2")).eval(), make_samples(5)
-    info, resolved = plan(model.config, "m", method, 1.0, 4, "all")
+    info, resolved = resolve_method(model.config, "m", method, 1.0, 4, "all")
     zeros = {i: torch.zeros(64, 4) for i in resolved.layers}
     blocks = find_blocks(model, info, resolved.layers)
     batch = Batch(samples, False)
@@ -118,7 +115,7 @@ def test_gradients_are_those_of_the_method_written_out(model_dir: ModelDir, meth
     """A sample at a time, with checkpointing and without."""
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).requires_grad_(False)
     samples = make_samples(4)
-    info, resolved = plan(model.config, "m", method, 0.5, 3, [0, 2])
+    info, resolved = resolve_method(model.config, "m", method, 0.5, 3, [0, 2])
     draw = torch.Generator().manual_seed(1)
     left = {i: torch.randn(64, 3, generator=draw) / 8 for i in resolved.layers}
     right = {i: torch.randn(3, 64, generator=draw) / 8 for i in resolved.layers}
@@ -174,13 +171,13 @@ def test_passes_of_any_size_take_the_same_step(model_dir: ModelDir, monkeypatch:
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(24)
     found = []
     for tokens in (40, 10_000):
-        monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", tokens)
-        info, method = plan(model.config, "m", "griffin", 0.3, 4)
+        monkeypatch.setitem(BATCH_TOKENS, "cpu", tokens)
+        _, method = resolve_method(model.config, "m", "griffin", 0.3, 4)
         torch.manual_seed(0)
         adapters = {i: torch.randn(64, 4) / 8 for i in method.layers}
         initial = layer_wise(model, samples, "griffin")[2]
         initial.left, initial.right = adapters, {i: t.t().contiguous() for i, t in adapters.items()}
-        found.append(distill_end_to_end(model, samples, info, method, initial, RECIPE))
+        found.append(distill_end_to_end(model, samples, initial, RECIPE))
     for i in found[0].left:
         # Adam divides by the gradient's size: entries near zero turn rounding into up to a step of 1e-3
         assert (found[0].left[i] - found[1].left[i]).abs().max() < 2e-4
@@ -201,8 +198,10 @@ def test_the_order_of_samples() -> None:
 
 def test_the_schedule() -> None:
     """Table 6: linear, 2% warm-up. 100 steps: two up, then down to what reaches zero after the last."""
-    assert [schedule(step, 100, 0.02) for step in (0, 1, 2, 51, 99)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 1 / 98])
-    assert schedule(0, 1, 0.02) == 1.0
+    assert [linear_schedule(step, 100, 0.02) for step in (0, 1, 2, 51, 99)] == pytest.approx(
+        [0.5, 1.0, 1.0, 0.5, 1 / 98]
+    )
+    assert linear_schedule(0, 1, 0.02) == 1.0
     assert [default_learning_rate(d) for d in (896, 2048, 8192, 16384)] == pytest.approx([2e-4, 2e-4, 4e-6, 4e-6])
     assert 4e-6 < default_learning_rate(5120) < default_learning_rate(4096) < 2e-4
 
@@ -210,7 +209,7 @@ def test_the_schedule() -> None:
 def test_resumed_to_the_bit_from_any_step(model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(20)
     whole = train(model, samples)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     save, resume = checkpoint.save, tmp_path / "r"
 
     def dying(*args: Any) -> None:
@@ -232,13 +231,13 @@ def test_resumed_to_the_bit_from_any_step(model_dir: ModelDir, tmp_path: Path, m
     assert whole.config.training["end_to_end"][key] == parts.config.training["end_to_end"][key]
 
 
-def test_a_checkpoint_of_other_settings_is_left_aside(
+def test_a_checkpoint_of_other_settings_is_ignored(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rich.console import Console
 
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(20)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     train(model, samples, resume=tmp_path / "r")
     other = Recipe(2e-3, batch=6, epochs=2)
     train(model, samples, other, resume=tmp_path / "r", console=Console(stderr=True))
@@ -247,18 +246,18 @@ def test_a_checkpoint_of_other_settings_is_left_aside(
 
 def test_a_loss_that_is_no_number_is_refused(model_dir: ModelDir) -> None:
     model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(20)
-    info, method, initial = layer_wise(model, samples, "griffin")
+    _, _, initial = layer_wise(model, samples, "griffin")
     initial.left[0][0, 0] = 3e38
     with pytest.raises(CapreseError, match=r"end-to-end loss: expected a finite number; found (nan|inf) in step 1"):
-        distill_end_to_end(model, samples, info, method, initial, RECIPE)
+        distill_end_to_end(model, samples, initial, RECIPE)
 
 
 def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
-    """kill -9 in the end-to-end stage: the same command goes on there, and writes the bits of an undisturbed run."""
+    """kill -9 in the end-to-end stage: the same command continues there, and writes the bits of an undisturbed run."""
     data, model = write_rows(make_rows(120)), str(model_dir("llama"))
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from caprese_distill.layer_wise import closed_form; closed_form.CHECKPOINT_SECONDS = 0.0\n"
+        "from caprese_distill import checkpoint; checkpoint.CHECKPOINT_SECONDS = 0.0\n"
         "from caprese_distill.end_to_end.train import Trainer; import time\n"
         "step = Trainer._step; Trainer._step = lambda *args: (time.sleep(0.05), step(*args))[1]\n"
         "from caprese_serve.cli import main; main()"
@@ -278,9 +277,9 @@ def test_kill_and_run_again(model_dir: ModelDir, write_rows: WriteRows, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not parts.exists()
-    told = subprocess.run(command(parts), check=True, capture_output=True, timeout=120, text=True).stderr
-    assert "layer-wise stage: done before" in " ".join(told.split())
-    assert "going on after step" in " ".join(told.split())
+    printed = subprocess.run(command(parts), check=True, capture_output=True, timeout=120, text=True).stderr
+    assert "layer-wise stage: done before" in " ".join(printed.split())
+    assert "going on after step" in " ".join(printed.split())
     first, second = load_file(whole), load_file(parts)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not list(tmp_path.glob(".*"))
@@ -290,7 +289,7 @@ def test_tensorboard(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = tmp_path / "logs"
-    distill(
+    run_distill(
         str(model_dir("llama")), write_rows(make_rows(20)), tmp_path / "a.safetensors", rank=4, epochs=2, batch=6,
         tensorboard=logs,
     )  # fmt: skip

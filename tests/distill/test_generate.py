@@ -1,4 +1,4 @@
-"""Responses made by vLLM: a real engine in a child process, killed and gone on from; and every failure told."""
+"""Responses made by vLLM: a real engine in a child process, killed and resumed; and an error for every failure."""
 
 import json
 import os
@@ -15,23 +15,22 @@ import pytest
 from transformers import AutoConfig
 
 import caprese_distill.data.generate as module
-from caprese_distill.cli import INSTRUCTION, Device, Stage, distill
+from caprese_distill.config import INSTRUCTION
 from caprese_distill.data.generate import (
     Generation,
     cache_path,
     generate_samples,
     model_identity,
     responses_path,
-    sampling_of,
+    sampling_parameters,
 )
 from caprese_distill.data.samples import Row, encode
 from caprese_distill.data.sources import read_source
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_rows
+from tests.support.distill import ModelDir, make_rows, run_distill
 from tests.support.models import EOS, make_model, make_tokenizer
 
-ModelDir = Callable[[str], Path]
 ENGINE = {"enforce_eager": True, "max_num_seqs": 4}
 
 
@@ -71,7 +70,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[
     assert all(process.poll() is not None for process in started)
 
 
-def test_a_killed_engine_goes_on_to_the_same_rows(
+def test_a_killed_engine_continues_to_the_same_rows(
     ask: Callable[..., module.Generated], children: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     rows, tokenizer = prompts(24), make_tokenizer()
@@ -106,7 +105,7 @@ def test_a_killed_engine_goes_on_to_the_same_rows(
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(CapreseError, match=r"found exit code -9: .*goes on from the \d+ responses that are there"):
+    with pytest.raises(CapreseError, match=r"found exit code -9: .*continues from the \d+ responses made so far"):
         ask(output, rows)
     killer.join()
     there = cache.read_text().count("\n") - 1
@@ -130,13 +129,13 @@ def test_a_killed_engine_goes_on_to_the_same_rows(
     assert [row.prompt for row in read] == [row.prompt for row in rows]
     assert not any(row.response.endswith(EOS) for row in read)
     for sample, again in zip(parts.samples, encode(tokenizer, read, 10_000)[0], strict=True):
-        told = tokenizer.decode(again.ids)
-        assert told.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
+        text = tokenizer.decode(again.ids)
+        assert text.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
 
 
 def fake_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """A child that runs `code`, with the job as `job` and one line of standard output by `tell`."""
-    head = "import json, sys; job = json.load(open(sys.argv[1]))\ndef tell(**m): print(json.dumps(m), flush=True)\n"
+    """A child that runs `code`, with the job as `job`; `send` writes a line of standard output."""
+    head = "import json, sys; job = json.load(open(sys.argv[1]))\ndef send(**m): print(json.dumps(m), flush=True)\n"
     popen = subprocess.Popen
     monkeypatch.setattr(
         module.subprocess,
@@ -150,11 +149,11 @@ def test_errors_of_the_child(
 ) -> None:
     output = tmp_path / "a.safetensors"
     with monkeypatch.context() as patch:
-        fake_child(patch, "tell(error={'what': 'disk', 'expected': 'a', 'found': 'b', 'fix': 'c'})")
+        fake_child(patch, "send(error={'what': 'disk', 'expected': 'a', 'found': 'b', 'fix': 'c'})")
         with pytest.raises(CapreseError, match=r"^disk: expected a; found b; c$"):
             ask(output, prompts(2))
     with monkeypatch.context() as patch:
-        fake_child(patch, "tell(done=0, tokens=0)\nprint('one\\ntwo', file=sys.stderr); sys.exit(3)")
+        fake_child(patch, "send(done=0, tokens=0)\nprint('one\\ntwo', file=sys.stderr); sys.exit(3)")
         with pytest.raises(CapreseError, match=r"exit code 3: one \| two"):
             ask(output, prompts(2))
     with monkeypatch.context() as patch:
@@ -256,10 +255,10 @@ def test_sampling_is_the_models_own(
 ) -> None:
     if own is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    assert sampling_of(str(tmp_path), temperature) == expected
+    assert sampling_parameters(str(tmp_path), temperature) == expected
 
 
-def test_models_are_told_apart(tmp_path: Path) -> None:
+def test_models_are_distinguished(tmp_path: Path) -> None:
     first, copy, other = (make_model("llama", tmp_path / n, seed=seed) for n, seed in (("a", 0), ("b", 0), ("c", 1)))
     config = AutoConfig.from_pretrained(first)
     assert model_identity(str(first), config) == model_identity(str(copy), config) != model_identity(str(other), config)
@@ -283,7 +282,7 @@ def test_the_child_ends_with_its_parent() -> None:
 def test_the_command_learns_from_what_was_generated(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A kill after the responses costs none of them; they stay beside the adapter, and can be read again."""
+    """A kill after the responses loses none of them; they stay beside the adapter, and --data reads them."""
     fake_child(
         monkeypatch,
         "out = open(job['output'], 'a')\n"
@@ -292,10 +291,10 @@ def test_the_command_learns_from_what_was_generated(
     )
     data, output = tmp_path / "problems.jsonl", tmp_path / "a.safetensors"
     data.write_text("".join(json.dumps({"question": row.prompt}) + "\n" for row in prompts(6)))
-    settings: dict[str, Any] = {"rank": 4, "stage": Stage.layer_wise, "device": Device.cpu, "max_length": 100}
+    settings: dict[str, Any] = {"rank": 4, "stage": "layer-wise", "device": "cpu", "max_length": 100}
 
     def run(**more: Any) -> None:
-        distill(str(model_dir("llama")), str(data), output, generate=True, **settings, **more)
+        run_distill(str(model_dir("llama")), str(data), output, generate=True, **settings, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Adapters, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -306,22 +305,22 @@ def test_the_command_learns_from_what_was_generated(
     fake_child(monkeypatch, "sys.exit('started again')")
     capsys.readouterr()
     run(density=0.25)
-    assert "6 of 6 responses are there already" in " ".join(capsys.readouterr().err.split())
-    told = Adapters.load(output).config.training
-    assert told["data"]["generated"] == {
+    assert "6 of 6 responses were made before" in " ".join(capsys.readouterr().err.split())
+    training = Adapters.load(output).config.training
+    assert training["data"]["generated"] == {
         "sampling": {"temperature": 0.0},
         "seed": 0,
         "responses": 6,
         "cut": 0,
         "tokens": 6 * 19,
     }
-    assert told["tokens"] == 6 * 18
-    assert "--generate" in told["command"]
+    assert training["tokens"] == 6 * 18
+    assert "--generate" in training["command"]
     kept = responses_path(output)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([data.name, output.name, kept.name, "README.md"])
     rows = read_source(kept, instruction=INSTRUCTION).rows
     assert [row.prompt for row in rows] == [f"{INSTRUCTION}\n{row.prompt}" for row in prompts(6)]
-    distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)
+    run_distill(str(model_dir("llama")), str(kept), tmp_path / "again.safetensors", **settings)
 
 
 def test_a_full_disk_keeps_the_cache(

@@ -1,62 +1,22 @@
 """Masks and moments against a plain loop over samples that keeps every activation."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from caprese_distill.blocks import plan
-from caprese_distill.data.samples import Sample, split
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.closed_form import run_pass
-from caprese_distill.layer_wise.moments import Batch, Moments, keep_mask, select
-from tests.distill.conftest import make_samples
-
-ModelDir = Callable[[str], Path]
+from caprese_distill.blocks import resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS, Batch
+from caprese_distill.data.samples import split
+from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import run_pass
+from caprese_distill.selection import keep_mask, select
+from tests.support.distill import ModelDir, by_hand, make_samples, mlp_inputs
 
 
 def load(model_dir: ModelDir, name: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=dtype).eval()
-
-
-@torch.no_grad()
-def mlp_inputs(model: Any, sample: Sample) -> dict[int, Tensor]:
-    """The input of every layer's FF block, [T, D], of the whole model run on this sample alone."""
-    seen: dict[int, Tensor] = {}
-    handles = [
-        layer.mlp.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0][0]))
-        for i, layer in enumerate(model.model.layers)
-    ]
-    model(input_ids=sample.ids.long()[None])
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-@torch.no_grad()
-def by_hand(mlp: Any, x: Tensor, prompt: int, method: str, density: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, E, FF(x) of the generated tokens and their masks, straight from the paper's equations, in float64."""
-    x = x.double()
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    bias = [0.0 if m.bias is None else m.bias.double() for m in (gate, up, down)]
-    g = mlp.act_fn(x @ gate.weight.double().t() + bias[0])
-    z = g * (x @ up.weight.double().t() + bias[1])
-    neurons = z.shape[1]
-    if method == "griffin":
-        s = [sum(float(z[i, j] ** 2 / (z[i] ** 2).sum()) for i in range(prompt)) ** 0.5 for j in range(neurons)]
-        kept = sorted(range(neurons), key=lambda j: -s[j])[: int(density * neurons)]
-        keep = torch.zeros(len(x) - prompt, neurons, dtype=torch.bool)
-        keep[:, kept] = True
-    else:
-        tau = torch.quantile(g[:prompt].abs().flatten(), 1 - density)
-        keep = g[prompt:].abs() >= tau
-    dense = z[prompt:] @ down.weight.double().t() + bias[2]
-    sparse = (z[prompt:] * keep) @ down.weight.double().t() + bias[2]
-    return x[prompt:], dense - sparse, dense, keep
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
@@ -64,10 +24,10 @@ def by_hand(mlp: Any, x: Tensor, prompt: int, method: str, density: float) -> tu
 def test_moments_equal_those_of_stored_activations(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, name: str, method: str
 ) -> None:
-    """Padded batches, shortened model, hooks: to float32's rounding the sums of a loop over samples."""
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 100)  # batches of two or three samples
+    """Padded batches, truncated model, hooks: up to float32 rounding the sums of a loop over samples."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)  # batches of two or three samples
     model, samples = load(model_dir, name), make_samples(11)
-    info, resolved = plan(model.config, name, method, density=0.4, rank=4, layers=[0, 2])
+    info, resolved = resolve_method(model.config, name, method, density=0.4, rank=4, layers=[0, 2])
     state = run_pass(model, samples, info, resolved)
     assert state.batches > 4
     for part, chosen in zip((state.fit, state.held_out), split(samples), strict=True):
@@ -91,7 +51,7 @@ def test_moments_equal_those_of_stored_activations(
 def test_masks_come_from_the_samples_own_prompt(model_dir: ModelDir, method: str) -> None:
     model, samples = load(model_dir, "llama"), make_samples(4)
     mlp = model.model.layers[0].mlp
-    _, resolved = plan(model.config, "m", method, density=0.3, rank=4, layers=[0])
+    _, resolved = resolve_method(model.config, "m", method, density=0.3, rank=4, layers=[0])
     inputs = [mlp_inputs(model, s)[0] for s in samples]
     expected = torch.cat(
         [by_hand(mlp, x, s.prompt_length, method, 0.3)[3] for x, s in zip(inputs, samples, strict=True)]
@@ -123,7 +83,7 @@ def test_chunks_add_up() -> None:
 
 def test_bfloat16_moments_are_near_the_float64_ones(model_dir: ModelDir) -> None:
     model, samples = load(model_dir, "llama", torch.bfloat16), make_samples(6)
-    info, resolved = plan(model.config, "m", "griffin", density=0.5, rank=4, layers=[0])
+    info, resolved = resolve_method(model.config, "m", "griffin", density=0.5, rank=4, layers=[0])
     state = run_pass(model, samples, info, resolved)
     rows = [
         by_hand(model.model.layers[0].mlp, mlp_inputs(model, s)[0], s.prompt_length, "griffin", 0.5)
@@ -137,7 +97,7 @@ def test_bfloat16_moments_are_near_the_float64_ones(model_dir: ModelDir) -> None
 def test_the_model_is_left_as_it_was(model_dir: ModelDir) -> None:
     model, samples = load(model_dir, "llama"), make_samples(3)
     before = model(input_ids=samples[0].ids.long()[None]).logits
-    info, resolved = plan(model.config, "m", "cats", density=0.5, rank=4, layers=[1])
+    info, resolved = resolve_method(model.config, "m", "cats", density=0.5, rank=4, layers=[1])
     run_pass(model, samples, info, resolved)
     assert len(model.model.layers) == 4
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,6 +1,5 @@
-"""A model of which accelerate keeps two layers on disk: their weights are there only while a layer computes."""
+"""A model with two layers that accelerate keeps on disk: they have weights only while they compute."""
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,14 @@ import pytest
 import torch
 
 from caprese_distill import checkpoint
-from caprese_distill.blocks import plan
-from caprese_distill.cli import distill
+from caprese_distill.blocks import resolve_method
 from caprese_distill.end_to_end.train import Recipe, distill_end_to_end
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.loading import load_model
 from caprese_distill.placement import aligned, device_of
-from caprese_kernels.errors import CapreseError
-from tests.distill.conftest import make_samples
-
-ModelDir = Callable[[str], Path]
+from tests.support.distill import ModelDir, make_samples
 
 
 def spread(path: Path, folder: Path) -> Any:
@@ -39,7 +35,7 @@ def test_offloaded_layers_give_the_same_bits(model_dir: ModelDir, tmp_path: Path
     assert device_of(parts.model.layers[1].mlp) == torch.device("cpu")
     samples = make_samples(12)
     assert checkpoint.fingerprint(parts, samples) == checkpoint.fingerprint(whole, samples)
-    info, resolved = plan(whole.config, "m", method, 0.5, 8, [0, 1, 2])
+    info, resolved = resolve_method(whole.config, "m", method, 0.5, 8, [0, 1, 2])
     expected, found = (run_pass(model, samples, info, resolved) for model in (whole, parts))
     for i in (0, 1, 2):
         assert all(
@@ -48,14 +44,6 @@ def test_offloaded_layers_give_the_same_bits(model_dir: ModelDir, tmp_path: Path
     initial = distill_layer_wise(whole, samples, info, resolved)
     for checkpointing in (True, False):
         recipe = Recipe(1e-3, batch=4, epochs=1, gradient_checkpointing=checkpointing)
-        a, b = (distill_end_to_end(model, samples, info, resolved, initial, recipe) for model in (whole, parts))
+        a, b = (distill_end_to_end(model, samples, initial, recipe) for model in (whole, parts))
         assert not torch.equal(a.left[1], initial.left[1])
         assert all(torch.equal(tensor, b.tensors()[key]) for key, tensor in a.tensors().items())
-
-
-def test_one_way_of_using_several_gpus_at_a_time(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"prompt": "a", "response": "b"}\n' * 2)
-    for options in ({"device_map": "auto", "num_workers": 2}, {"device_map": "balanced"}):
-        with pytest.raises(CapreseError, match=r"--device-map: expected auto, in one process that has all the GPUs"):
-            distill("owner/name", str(data), tmp_path / "a", **options)

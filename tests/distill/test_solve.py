@@ -1,4 +1,4 @@
-"""The closed form against oracles that know nothing of moments: least squares on X, E themselves, SVD, descent."""
+"""The closed form against oracles without moments: least squares on X and E themselves, SVD, gradient descent."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_ridge_equals_least_squares_on_augmented_rows(ridge: float) -> None:
     torch.testing.assert_close(found[0] @ found[1], b @ v @ v.t(), rtol=1e-8, atol=1e-8)
 
 
-def test_no_descent_gets_below() -> None:
+def test_gradient_descent_never_gets_below() -> None:
     """Gradient descent from several starts nears the closed form's loss and never passes it."""
     x, e = draw()
     found = reduced_rank(exact_moments(x, e), 3, 0.0)
@@ -100,8 +100,8 @@ def test_solution_reports_held_out_errors_of_what_is_stored() -> None:
     found = solve(exact_moments(x, x @ a), exact_moments(x_held, x_held @ a), 5, torch.bfloat16)
     assert found.left.dtype == found.right.dtype == torch.bfloat16
     e_held = x_held @ a
-    told = loss(x_held, e_held, found.left.double(), found.right.double()) / float(e_held.square().sum())
-    assert found.remaining == pytest.approx(told, rel=1e-6)
+    expected = loss(x_held, e_held, found.left.double(), found.right.double()) / float(e_held.square().sum())
+    assert found.remaining == pytest.approx(expected, rel=1e-6)
     assert 0 < found.remaining < 1e-4
     assert found.error_before == pytest.approx(1 / 9)
     assert found.error_after == pytest.approx(found.remaining / 9)

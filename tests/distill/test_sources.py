@@ -1,4 +1,4 @@
-"""Rows from files and datasets: which columns, which rows, which instruction, and every mistake told."""
+"""Rows from files and datasets: which columns, which rows, which instruction, and an error for every mistake."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from caprese_distill.cli import INSTRUCTION
+from caprese_distill.config import INSTRUCTION
 from caprese_distill.data.sources import read_source
 from caprese_kernels.errors import CapreseError
 
@@ -71,7 +71,7 @@ def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_files_are_told_by_line(tmp_path: Path, text: str, match: str) -> None:
+def test_errors_in_files_name_the_line(tmp_path: Path, text: str, match: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(CapreseError, match=match):
@@ -90,8 +90,8 @@ def test_problems_with_other_column_names_just_work(jsonl: Callable[..., Path]) 
     source = read_source(jsonl(*PROBLEMS), limit=5)
     assert [row.response for row in source.rows] == [f"#### {row.line - 1}" for row in source.rows]
     assert [row.prompt for row in source.rows] == [f"How many is {row.line - 1}?" for row in source.rows]
-    told = {"prompt_column": "question", "response_column": "answer", "instruction": "", "rows": 20, "drawn": 5}
-    assert source.provenance == {"file": "data.jsonl", "sha256": source.provenance["sha256"], **told}
+    read = {"prompt_column": "question", "response_column": "answer", "instruction": "", "rows": 20, "drawn": 5}
+    assert source.provenance == {"file": "data.jsonl", "sha256": source.provenance["sha256"], **read}
     assert str(source) == "data.jsonl: 5 of 20 rows, prompts from 'question', responses from 'answer'"
 
 
@@ -107,14 +107,14 @@ def test_columns_by_name_and_by_rank(jsonl: Callable[..., Path]) -> None:
         read_source(path, response_column="text")
 
 
-def test_missing_text_is_left_to_be_counted(jsonl: Callable[..., Path]) -> None:
+def test_missing_text_is_kept_as_empty(jsonl: Callable[..., Path]) -> None:
     rows = read_source(jsonl({"prompt": None, "response": "a"}, {"prompt": "b", "response": None})).rows
     assert [(row.prompt, row.response) for row in rows] == [("", "a"), ("b", "")]
     (row, _) = read_source(jsonl({"prompt": " ", "response": "a"}, {"prompt": "b", "response": ""})).rows
     assert row.prompt == " "
 
 
-def test_messages_bring_their_response(jsonl: Callable[..., Path]) -> None:
+def test_messages_contain_their_response(jsonl: Callable[..., Path]) -> None:
     turns = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER]
     last = ASSISTANT | {"content": "last", "tool_calls": None}
     path = jsonl({"messages": [*turns, last], "answer": "7"})
@@ -207,7 +207,7 @@ def test_messages_in_a_table_lose_the_keys_that_are_none(tmp_path: Path) -> None
     assert read_source(tmp_path, prompt_column="text").rows[1].prompt == [USER, ASSISTANT | {"name": "m"}, USER]
 
 
-def test_hub_names_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     commit = "0123456789" * 4
 

@@ -1,6 +1,5 @@
 """The weighted closed form against gradients of each sample alone, taken without hooks; and resumption to the bit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from caprese_distill import checkpoint
-from caprese_distill.blocks import find_blocks, plan
-from caprese_distill.cli import Device, Weighting, distill
+from caprese_distill.blocks import find_blocks, resolve_method
+from caprese_distill.data.batches import BATCH_TOKENS, Batch
 from caprese_distill.data.samples import Sample, split
-from caprese_distill.layer_wise import closed_form as layerwise
-from caprese_distill.layer_wise.closed_form import distill_layer_wise, run_pass
-from caprese_distill.layer_wise.moments import Batch
+from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.layer_wise.weighted import FLOOR, Gradients, distill_weighted, run_weighted_pass
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_select, griffin_statistic
-from tests.distill.conftest import make_rows, make_samples
+from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples, run_command
 
-ModelDir = Callable[[str], Path]
 LAYERS, DENSITY = [0, 2], 0.3
 
 
 def load(model_dir: ModelDir, name: str) -> Any:
-    """Its head made louder: a random model's distributions are nearly flat, and gradients nearly zero."""
+    """A model with a louder head: a random model's distributions are nearly flat, and gradients nearly zero."""
     model = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(10.0)
@@ -38,7 +35,7 @@ def load(model_dir: ModelDir, name: str) -> Any:
 
 
 def first_stage(model: Any, samples: Any, method: str = "griffin") -> tuple[Any, Any, Adapters]:
-    info, resolved = plan(model.config, "m", method, DENSITY, 4, LAYERS)
+    info, resolved = resolve_method(model.config, "m", method, DENSITY, 4, LAYERS)
     return info, resolved, distill_layer_wise(model, samples, info, resolved)
 
 
@@ -89,11 +86,11 @@ def run_alone(model: Any, sample: Sample, method: str, adapters: Adapters) -> di
 def test_weights_are_the_gradients_of_each_sample_alone(
     model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, name: str, method: str, checkpointing: bool
 ) -> None:
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 100)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)
     monkeypatch.setattr("caprese_distill.layer_wise.weighted.LOGIT_ROWS", 7)
     model, samples = load(model_dir, name), make_samples(20)
-    info, resolved, initial = first_stage(model, samples, method)
-    state = run_weighted_pass(model, samples, info, resolved, initial, gradient_checkpointing=checkpointing)
+    _, _, initial = first_stage(model, samples, method)
+    state = run_weighted_pass(model, samples, initial, gradient_checkpointing=checkpointing)
     parts = [[run_alone(model, s, method, initial) for s in part] for part in split(samples)]
     for i in LAYERS:
         mean = torch.cat([alone[i][2] for alone in parts[0]]).norm(dim=1).mean()
@@ -109,34 +106,34 @@ def test_weights_are_the_gradients_of_each_sample_alone(
 
 
 def test_every_row_alike_is_the_unweighted_pass(model_dir: ModelDir) -> None:
-    """Beside the weighted sums are those of `run_pass`; and without a gradient they are all there is."""
+    """The unweighted sums are those of `run_pass`; and without a gradient they are the weighted ones."""
     model, samples = load(model_dir, "llama"), make_samples(20)
     info, method, initial = first_stage(model, samples)
-    plain, state = run_pass(model, samples, info, method), run_weighted_pass(model, samples, info, method, initial)
+    plain, state = run_pass(model, samples, info, method), run_weighted_pass(model, samples, initial)
     for i in LAYERS:
         torch.testing.assert_close(state.alike.fit[i].xe, plain.fit[i].xe)
         torch.testing.assert_close(state.alike.held_out[i].xx, plain.held_out[i].xx)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()  # all tokens equally likely, whatever happens
-    again = distill_weighted(model, samples, info, method, initial)
+    again = distill_weighted(model, samples, initial)
     for i in LAYERS:
         assert (again.left[i] @ again.right[i] - initial.left[i] @ initial.right[i]).norm() < 1e-3 * (
             initial.left[i] @ initial.right[i]
         ).norm()
 
 
-def test_what_is_written_down(model_dir: ModelDir) -> None:
+def test_what_the_adapter_records(model_dir: ModelDir) -> None:
     """Errors stay those of eq. 7, by the unweighted moments; the rest of `training` is the first stage's."""
     model, samples = load(model_dir, "llama"), make_samples(40)
     info, method, initial = first_stage(model, samples)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    adapters = distill_weighted(model, samples, info, method, initial)
-    told, plain = adapters.config.training, run_pass(model, samples, info, method)
-    assert (told["stage"], told["solver"], told["weighting"]) == ("layer-wise", "closed-form", "gradient")
-    assert told["seconds"] >= initial.config.training["seconds"]
+    adapters = distill_weighted(model, samples, initial)
+    training, plain = adapters.config.training, run_pass(model, samples, info, method)
+    assert (training["stage"], training["solver"], training["weighting"]) == ("layer-wise", "closed-form", "gradient")
+    assert training["seconds"] >= initial.config.training["seconds"]
     for i in LAYERS:
         error = plain.held_out[i].error(adapters.left[i].double(), adapters.right[i].double())
-        assert told["errors"][str(i)]["remaining"] == pytest.approx(error / float(plain.held_out[i].ee), rel=1e-5)
+        assert training["errors"][str(i)]["remaining"] == pytest.approx(error / float(plain.held_out[i].ee), rel=1e-5)
         assert not torch.equal(adapters.left[i], initial.left[i])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
@@ -146,7 +143,7 @@ def test_what_is_written_down(model_dir: ModelDir) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
 def test_logits_are_the_models_own(model_dir: ModelDir, name: str) -> None:
     model, (sample,) = AutoModelForCausalLM.from_pretrained(model_dir(name)).eval(), make_samples(1)
-    info, method = plan(model.config, "m", "griffin", DENSITY, 4, [0])
+    info, method = resolve_method(model.config, "m", "griffin", DENSITY, 4, [0])
     blocks, zeros = find_blocks(model, info, [0]), [{0: torch.zeros(64, 4)}, {0: torch.zeros(4, 64)}]
     batch = Batch([sample], False)
     with (
@@ -159,15 +156,15 @@ def test_logits_are_the_models_own(model_dir: ModelDir, name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_killed_pass_goes_on_to_the_same_bits(
+def test_a_killed_pass_continues_to_the_same_bits(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after every checkpoint; and what belongs to other initial adapters is not taken."""
-    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 80)
-    monkeypatch.setattr(layerwise, "CHECKPOINT_SECONDS", 0.0)
+    """Killed after every checkpoint; and a checkpoint of other initial adapters is not resumed."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 80)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     model, samples, resume = load(model_dir, "qwen2"), make_samples(12), tmp_path / "r"
-    info, method, initial = first_stage(model, samples)
-    whole = distill_weighted(model, samples, info, method, initial)
+    _, _, initial = first_stage(model, samples)
+    whole = distill_weighted(model, samples, initial)
     save, deaths = checkpoint.save, 0
 
     def dying(*args: Any) -> None:
@@ -178,7 +175,7 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
         patch.setattr(checkpoint, "save", dying)
         while True:
             try:
-                parts = distill_weighted(model, samples, info, method, initial, resume)
+                parts = distill_weighted(model, samples, initial, resume)
                 break
             except RuntimeError:
                 deaths += 1
@@ -187,28 +184,27 @@ def test_a_killed_pass_goes_on_to_the_same_bits(
         assert torch.equal(whole.left[i], parts.left[i])
         assert torch.equal(whole.right[i], parts.right[i])
     initial.right[0] = initial.right[0] * 2
-    other = distill_weighted(model, samples, info, method, initial, resume)
-    assert torch.equal(other.left[2], distill_weighted(model, samples, info, method, initial).left[2])
+    other = distill_weighted(model, samples, initial, resume)
+    assert torch.equal(other.left[2], distill_weighted(model, samples, initial).left[2])
     assert not torch.equal(other.left[2], whole.left[2])
 
 
-def test_the_command_weights(model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, output = tmp_path / "data.jsonl", tmp_path / "a.safetensors"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(22)))
-    options = {"method": "cats", "rank": 8, "device": Device.cpu}
-    distill(str(model_dir("llama")), str(data), output, weighting=Weighting.gradient, **options)
-    told = Adapters.load(output).config.training
-    assert (told["weighting"], told["stage"]) == ("gradient", "end-to-end")
-    assert "--weighting gradient" in told["command"]
+def test_the_command_weights(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
+    data, output = write_rows(make_rows(22)), tmp_path / "a.safetensors"
+    words = [str(model_dir("llama")), "--data", str(data), "--output", str(output), "--method", "cats", "--rank", "8"]
+    code, shown, _ = run_command(*words, "--device", "cpu", "--weighting", "gradient")
+    assert code == 0
+    training = Adapters.load(output).config.training
+    assert (training["weighting"], training["stage"]) == ("gradient", "end-to-end")
+    assert "--weighting gradient" in training["command"]
     assert "closed-form, weighted by the gradient" in (tmp_path / "README.md").read_text()
-    assert "closed-form, weighted by the gradient" in " ".join(capsys.readouterr().out.split())
-    assert not list(tmp_path.glob(".*"))
+    assert "closed-form, weighted by the gradient" in " ".join(shown.split())
 
 
-def test_a_gradient_that_is_not_finite_is_told(model_dir: ModelDir) -> None:
+def test_a_gradient_that_is_not_finite_raises(model_dir: ModelDir) -> None:
     model, samples = load(model_dir, "llama"), make_samples(5)
-    info, method, initial = first_stage(model, samples)
+    _, _, initial = first_stage(model, samples)
     with torch.no_grad():
         model.get_output_embeddings().weight[3, 5] = float("nan")
     with pytest.raises(CapreseError, match=r"gradient at layer \d: expected finite values; found NaN or Inf, samples"):
-        run_weighted_pass(model, samples, info, method, initial)
+        run_weighted_pass(model, samples, initial)

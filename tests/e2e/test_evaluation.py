@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from caprese_bench.evaluation.accuracy import accuracy
 from caprese_bench.evaluation.coverage import coverage
 from caprese_bench.evaluation.length import length
-from caprese_bench.evaluation.variants import bench_of
+from caprese_bench.evaluation.variants import load_served_model
 from caprese_bench.results import schemas
 from caprese_serve.demo import ADAPTERS, MODEL
 
@@ -24,14 +23,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_verb(tmp_path: Path) -> None:
-    bench = bench_of(None, [], None, "", "full,caprese-griffin")
-    ((host, asked),) = bench.servers()
+    model = load_served_model(None, [], None, "", "full,caprese-griffin")
+    ((host, asked),) = model.servers()
     assert [variant.label for variant in asked] == ["Full", GRIFFIN]
-    with bench.serving(host, tmp_path / "log", True, Console(quiet=True)) as server:
-        told: dict[str, Any] = {"url": server.url, "model": str(MODEL), "weights": [str(ADAPTERS["griffin"])]}
-        accuracy(**told, limit=40, out=tmp_path)
-        coverage(**told, limit=6, samples=8, pools=2, temperature=1.0, out=tmp_path)
-        length(**told, limit=40, out=tmp_path)  # of the responses that accuracy stored
+    with model.serving(host, tmp_path / "log", True) as server:
+        given: dict[str, Any] = {"url": server.url, "model": str(MODEL), "weights": [str(ADAPTERS["griffin"])]}
+        accuracy(**given, limit=40, out=tmp_path)
+        coverage(**given, limit=6, samples=8, pools=2, temperature=1.0, out=tmp_path)
+        length(**given, limit=40, out=tmp_path)  # of the responses that accuracy stored
     graded = {(row["task"], row["variant"]): row for row in rows(tmp_path / "accuracy.json")}
     assert len(graded) == 4
     for (_, variant), row in graded.items():

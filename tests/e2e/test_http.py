@@ -90,7 +90,7 @@ def test_the_log_proves_that_it_is_on(server: VllmServer) -> None:
 
 
 def test_a_wrong_adapter_ends_in_one_line(tmp_path: Path) -> None:
-    """An adapter of another model: told by the process that was started, in seconds, and by VllmServer."""
+    """An adapter of another model: the started process reports it within seconds, and so does VllmServer."""
     adapters = Adapters.load(ADAPTERS["griffin"])
     base = adapters.config.base_model.model_copy(update={"intermediate_size": 4096})
     adapters.config = adapters.config.model_copy(update={"base_model": base})
@@ -106,7 +106,7 @@ def test_a_wrong_adapter_ends_in_one_line(tmp_path: Path) -> None:
     assert "expected intermediate_size 4096" in line
 
 
-def test_an_absent_adapter_is_told_by_the_launcher(tmp_path: Path) -> None:
+def test_the_launcher_reports_an_absent_adapter(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.safetensors")
     server = VllmServer(MODEL, *CPU, "--caprese-weights", absent, log=tmp_path / "log", env=ENV, console=QUIET)
     with pytest.raises(CapreseError, match=r"exit code 1 .*: caprese: adapter weights: .*absent\.safetensors"), server:

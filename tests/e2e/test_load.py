@@ -26,7 +26,7 @@ from tests.support.models import make_adapter, make_model
 LOAD = int(os.environ.get("CAPRESE_LOAD", "150"))
 CONCURRENCY = 64
 NAME = "tiny"
-ROUNDING = 1e-4  # as in tests/engine/test_equality.py: two logits closer than that may change places
+ROUNDING = 1e-4  # as in tests/support/equality.py: two logits closer than that may change places
 # Fewer places than clients, and fewer blocks than places need: requests wait, and are preempted.
 FLAGS = (
     *(
@@ -172,7 +172,7 @@ async def rehearse(client: AsyncOpenAI, count: int) -> list[tuple[Ask, Response]
     while len(found) < count:
         ask = random_ask(chance)
         drawn += 1
-        # Whole and without a hurry: what a client that leaves would have got.
+        # Whole, and to its end: what a client that leaves would have received.
         alone = await send(client, replace(ask, stream=False, n=1), leads=True)
         if alone.choices[0].lead > 2 * ROUNDING:
             found.append((ask, alone))
@@ -204,8 +204,8 @@ def resident(server: VllmServer) -> dict[str, int]:
     """Bytes in memory of the front end's processes.
 
     Not of those that hold the model: plain vLLM's grow by 6 to 60 MiB a round of this load as well (measured: a worker
-    from 758 to 950 MiB in eight rounds; with Caprese from 775 to 962). What Caprese keeps is told by GET /caprese and
-    by tests/engine/test_leaks.py.
+    from 758 to 950 MiB in eight rounds; with Caprese from 775 to 962). GET /caprese reports what
+    Caprese keeps, and tests/engine/test_leaks.py checks it.
     """
     assert server._guard is not None
     found = {}

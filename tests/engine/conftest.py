@@ -1,12 +1,3 @@
-"""The environment of engines that run inside the test process; vLLM reads it when it is imported."""
+"""Set the environment of engines before a test of this folder imports vLLM."""
 
-import os
-
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    OMP_NUM_THREADS="1",
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-    TOKENIZERS_PARALLELISM="false",
-)
+from tests.support import environment  # noqa: F401

@@ -18,12 +18,14 @@ from caprese_kernels import gpu, reference
 from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
 from caprese_vllm.architectures import Block, Names
-from caprese_vllm.ff import SparseFF, State
+from caprese_vllm.ff import SparseFF
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
-from tests.engine.test_equality import check, new_case
+from caprese_vllm.state import State
+from caprese_vllm.statistics import Statistics
 from tests.support import graph_emulator
 from tests.support.engine import generate, greedy, scheduler
+from tests.support.equality import check, new_case
 from tests.support.full_graphs import CAPTURED, Watched, captured_engine
 from tests.support.graph_emulator import CaptureError, Graph, Recorder
 from tests.support.models import random_prompts
@@ -53,7 +55,7 @@ def new_state(method: str, kernels: ModuleType) -> State:
         biases = (random(neurons), random(neurons), random(depth))
         ff = PackedFF.pack(*weights, "silu", random(depth, rank), random(rank, depth), *biases)
         block = Block("", layer, nn.Identity(), Names(), None, nn.Identity(), None, "silu")
-        state.blocks.append(SparseFF(block, ff, Ranks(), state.method, state))
+        state.blocks.append(SparseFF(block, ff, Ranks(), state.method, Statistics(state.method, ff, kernels, Ranks())))
     state.allocate()
     return state
 
@@ -68,7 +70,7 @@ def forward(state: State, x: Tensor) -> Tensor:
     """A model of FF blocks alone."""
     for block in state.blocks:
         out = torch.empty_like(x)
-        block.run(x, out)
+        block.run(x, out, state.view)
         x = x + out
     return x
 
@@ -88,7 +90,7 @@ def test_a_replay_is_the_step_of_now(
     fill(state, 0)
     names = "abcde"
     state.begin(Scheduled(name, 1, 0, 1) for name in names)  # all of them have selections
-    state.step = None
+    state.end_step()
     before = state.table.clone()
     x = torch.randn(rows, 16)
     state.begin_dummy_decode(rows)
@@ -96,7 +98,7 @@ def test_a_replay_is_the_step_of_now(
     graph = Graph()
     with Recorder(), graph.capture():
         y = forward(state, x)
-    state.step = None
+    state.end_step()
     assert torch.equal(state.table, before), "a capture touches no slot"
     assert kept(state) == [0, 0]
     assert torch.equal(y, x), "padding adds nothing"
@@ -128,7 +130,7 @@ def test_a_graph_of_dense_blocks_counts_no_generated_token(monkeypatch: pytest.M
     state = new_state("griffin", gpu)
     monkeypatch.setattr(Block, "run", lambda block, x: (2 * x, None, None))
     state.begin([Scheduled("a", 1, 0, 1)])
-    state.step = None  # as if a dummy batch were captured without its step
+    state.end_step()  # as if a dummy batch were captured without its step
     x, graph = torch.randn(1, 16), Graph()
     with Recorder(), graph.capture():
         y = forward(state, x)
@@ -214,7 +216,7 @@ def test_full_graphs_in_the_engine(
     prompts = random_prompts(load.lengths, seed=31)
     runs = []
     run = SparseFF.run
-    monkeypatch.setattr(SparseFF, "run", lambda self, x, out: (runs.append(self.layer), run(self, x, out))[1])
+    monkeypatch.setattr(SparseFF, "run", lambda self, *args: (runs.append(self.layer), run(self, *args))[1])
     options = {"max_num_batched_tokens": BUDGET, "max_num_seqs": max(CAPTURED), "num_gpu_blocks_override": load.blocks}
     caprese = {**case.caprese, "kernel": "triton"}
     with captured_engine(case.model_dir, caprese, load.mode, max_model_len=64, **options) as watched:

@@ -6,21 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_equality import BUDGET, NEW_TOKENS, Case, check
 from tests.support.engine import engine, greedy
+from tests.support.equality import BUDGET, MORE_CASES, NEW_TOKENS, Case, check
 from tests.support.hf_reference import Generation
 from tests.support.models import make_adapter, random_prompts
 
-# Both methods for the families that most people serve, and for OPT; one of the methods for the others.
-BOTH = ("cohere2", "exaone4", "gemma3", "glm4", "gptneox", "granite", "olmo2", "opt", "phi3")
-GRIFFIN = ("ernie4_5", "gemma", "gpt2", "gptj", "hunyuan", "ministral3", "olmo", "opt-350m", "seed_oss", "stablelm")
-CATS = ("cohere", "cwm", "hyperclovax", "minicpm3", "olmo3", "phi", "smollm3", "starcoder2")
-CASES = [(name, method) for names, method in ((BOTH + GRIFFIN, "griffin"), (BOTH + CATS, "cats")) for name in names]
 LENGTHS = (1, 7, 33, BUDGET + 1)
 
 
-@pytest.mark.usefixtures("looked_at_here")
-@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.parametrize(("name", "method"), MORE_CASES)
 def test_tokens_equal_the_reference(model_dir: Callable[[str], Path], tmp_path: Path, name: str, method: str) -> None:
     """With an adapter: mixed lengths in a batch, the last prompt in two chunks; and the same requests switched off.
 
@@ -49,7 +43,7 @@ def far(some: Sequence[Generation], others: Sequence[Generation]) -> int:
     """How many pairs differ in a token, or in a token's log-probability.
 
     Logits of about 10 in float32, summed in another order through 4 layers, differ by 1e-5: 1e-3 is far beyond. Where
-    a neuron's |g| lies within rounding of tau, it may fall on either side: one of 160, at the border.
+    a neuron's |g| is within rounding of tau, it may fall on either side: one of 160, at the border.
     """
     count = 0
     for a, b in zip(some, others, strict=True):

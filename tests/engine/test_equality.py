@@ -1,115 +1,32 @@
-"""The engine against one request alone on Hugging Face: the same greedy tokens, whatever else the engine is doing.
+"""The engine against one request alone on Hugging Face: the same greedy tokens, whatever else the engine is doing."""
 
-Everything runs in float32. Engine and reference round differently, so two logits within ROUNDING of each other could
-change places; the prompts are chosen so that the reference never sees such a tie, and then no difference is excused.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from vllm import LLM, SamplingParams
 
 from tests.support.engine import engine, generate, greedy, scheduler
-from tests.support.hf_reference import Generation, HFReference
-from tests.support.models import low_rank, make_adapter, random_prompts
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
-METHODS = ("griffin", "cats")
-# Float32 logits of about 10 differ by some 1e-5 between two orders of summation; ten times that is a tie.
-ROUNDING = 1e-4
-BUDGET = 64  # tokens a step when prompts must be cut into chunks
-BLOCK = 32  # tokens a block of the KV cache
-NEW_TOKENS = 24
-# One token; a block and a budget, exactly and one more (the last chunk is then a single prompt token); several chunks.
-LENGTHS = (1, 2, 7, BLOCK + 1, BUDGET, BUDGET + 1, 100)
-
-
-@dataclass
-class Case:
-    """A model with a method, served and referenced alike."""
-
-    model_dir: Path
-    method: str | None
-    adapter: Path | None = None
-    density: float = 0.5
-    layers: list[int] | None = None
-
-    @property
-    def caprese(self) -> dict[str, Any] | None:
-        """The plugin's configuration: method and density come from the adapter if there is one."""
-        if self.adapter is not None:
-            return {"weights": str(self.adapter)}
-        if self.method is None:
-            return None
-        given = {"method": self.method, "density": self.density, "layers": self.layers}
-        return {key: value for key, value in given.items() if value is not None}
-
-    @cached_property
-    def model(self) -> HFReference:
-        return HFReference(self.model_dir)
-
-    def one(self, prompt: Sequence[int], new_tokens: int = NEW_TOKENS, **options: Any) -> Generation:
-        tensors = load_file(self.adapter) if self.adapter is not None else {}
-        settings = {
-            "method": self.method,
-            "density": self.density,
-            "layers": self.layers,
-            "left": low_rank(tensors, "L"),
-            "right": low_rank(tensors, "R"),
-        }
-        return self.model.generate(prompt, new_tokens, **(settings | options))
-
-    def expected(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS, **options: Any
-    ) -> list[Generation]:
-        results = [self.one(prompt, new_tokens, **options) for prompt in prompts]
-        least = min(min(result.margins) for result in results)
-        assert least > ROUNDING, f"two logits tie in the reference ({least:.1e}): choose other prompts"
-        return results
+from tests.support.equality import (
+    ARCHITECTURES,
+    BLOCK,
+    BUDGET,
+    LENGTHS,
+    METHODS,
+    NEW_TOKENS,
+    Case,
+    check,
+    differing,
+    new_case,
+)
+from tests.support.models import random_prompts
 
 
 @pytest.fixture
 def make_case(model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Case]:
     return lambda *args, **options: new_case(model_dir, tmp_path, *args, **options)
-
-
-def new_case(
-    model_dir: Callable[[str], Path],
-    folder: Path,
-    architecture: str,
-    method: str | None,
-    adapter: bool = False,
-    **options: Any,
-) -> Case:
-    directory = model_dir(architecture)
-    path = make_adapter(directory, folder / f"{architecture}-{method}.safetensors", str(method)) if adapter else None
-    return Case(directory, method, path, **options)
-
-
-def check(found: Sequence[Sequence[int]], expected: Sequence[Generation], what: str) -> None:
-    """Every request's tokens equal the reference's."""
-    wrong = []
-    for i, (tokens, reference) in enumerate(zip(found, expected, strict=True)):
-        if list(tokens) != reference.tokens:
-            pairs = zip(tokens, reference.tokens, strict=False)
-            at = next((t for t, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(reference.tokens)))
-            margin = reference.margins[min(at, len(reference.margins) - 1)]
-            wrong.append(
-                f"request {i}: first difference at generated token {at}: {list(tokens)[at : at + 4]} instead of "
-                f"{reference.tokens[at : at + 4]}; the reference's lead there is {margin:.1e} (a rounding tie would be "
-                f"< {ROUNDING:.0e}), and its closest neuron lies {reference.closest:.1e} from the selection's border"
-            )
-    assert not wrong, f"{what}: {len(wrong)} of {len(expected)} requests differ\n" + "\n".join(wrong)
-
-
-def differing(some: Sequence[Generation], others: Sequence[Generation]) -> int:
-    return sum(a.tokens != b.tokens for a, b in zip(some, others, strict=True))
 
 
 def test_the_reference_is_hugging_face(make_case: Callable[..., Case]) -> None:
@@ -263,7 +180,7 @@ class TestOneEngine:
                 found = [step[token].logprob for step, token in zip(sample.logprobs, tokens, strict=True)]
                 reference = case.one(prompt, forced=tokens)
                 # Logits of about 10 in float32, summed in another order through 4 layers: 1e-5, ten times over twice.
-                # A neuron whose |g| lies within rounding of tau may fall on either side: one of 160, at the border.
+                # A neuron whose |g| is within rounding of tau may fall on either side: one of 160, at the border.
                 slack = 1e-3 if reference.closest > 1e-5 else 1e-2
                 assert found == pytest.approx(reference.logprobs, abs=slack)
                 assert found != pytest.approx(case.one(prompt, forced=tokens, method=None).logprobs, abs=1e-1)
@@ -275,7 +192,7 @@ def test_preemption(
 ) -> None:
     """A KV cache of 10 blocks for 7 requests that end with 2 or 3 blocks each: some lose their blocks and start again.
 
-    Their generated tokens are computed anew as generated tokens, with the selection that their prompt made.
+    Their generated tokens are computed again as generated tokens, with the selection that their prompt made.
     """
     case = make_case(architecture, method, True)
     prompts = random_prompts((20, 25, 30, 31, 33, 40, 60), seed=13)

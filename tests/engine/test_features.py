@@ -16,8 +16,8 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.test_equality import NEW_TOKENS, Case, check, differing, new_case
 from tests.support.engine import engine, generate, greedy, scheduler
+from tests.support.equality import NEW_TOKENS, Case, check, differing, new_case
 from tests.support.models import EOS, VOCABULARY, make_model, make_tokenizer, random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -272,6 +272,11 @@ def test_priority_without_chunks(case: Case) -> None:
     check([tokens[i] for i in range(len(PROMPTS))], case.expected(PROMPTS), "priority")
 
 
+# The same question that vLLM's attention asks (vllm/v1/attention/backends/cpu_attn.py).
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM: FP8 KV cache on CPU requires x86 with AVX-512 or AMX",
+)
 def test_float8_kv_cache(case: Case) -> None:
     """vLLM's CPU attention rounds in ways of its own, so here plain vLLM is the reference, of all neurons."""
     options = {"kv_cache_dtype": "fp8"}

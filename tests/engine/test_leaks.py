@@ -20,7 +20,7 @@ MAX_NUM_SEQS = 64
 PAGES = 16
 # Plain vLLM's process grew by 2.6 KiB a request in this very load, with Caprese by 1.4 KiB: 2 KiB leaves room for that.
 # A slot kept with its statistics (97 neurons, 2 layers, tensors and dictionaries) is more than the rest of it, and
-# what Caprese's own tables hold is counted one by one besides.
+# what Caprese's own tables hold is also counted one by one.
 LEAK = 2048 * (REQUESTS - WARM_UP)
 
 
@@ -81,7 +81,7 @@ def serve(llm: LLM, chance: random.Random, first: int, last: int) -> Counter[str
                     ended[f"{sample.finish_reason} {how}".strip()] += 1
         live = core.get_num_unfinished_requests()
         step += 1
-    core.step()  # the workers are told of finished requests with the next step
+    core.step()  # the next step tells the workers which requests have finished
     return ended
 
 

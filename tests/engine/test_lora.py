@@ -7,11 +7,11 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from caprese_kernels.errors import CapreseError
-from tests.engine.test_equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing, new_case
-from tests.engine.test_runners import run_v2
 from tests.support.engine import DEFAULTS, engine, generate, greedy
+from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing, new_case
 from tests.support.lora import ATTENTION, make_lora, merged
 from tests.support.models import random_prompts
+from tests.support.v2_process import run_v2
 
 FF = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ModelDir = Callable[[str], Path]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from caprese_kernels.reference import NUM_MAGNITUDES
-from caprese_vllm.ff import merge
 from caprese_vllm.ranks import Ranks
-from tests.engine.test_equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
+from caprese_vllm.state import merge
 from tests.support.engine import engine, generate, greedy
+from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -37,7 +37,7 @@ def gathered(worker: Any) -> list[Any]:
 
 
 def proof(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines in which processes say so far that blocks were replaced."""
+    """The lines printed so far that report replaced blocks."""
     return [line for said in capfd.readouterr() for line in said.splitlines() if "FF blocks replaced" in line]
 
 
@@ -59,7 +59,7 @@ def test_tensor_parallel(
     method: str,
     rank: int | None,
 ) -> None:
-    """Greedy tokens equal the reference's, told of the ranks: chunks and lengths of all kinds, some requests off."""
+    """Greedy tokens equal the reference's for as many ranks: chunks and lengths of all kinds, some requests off."""
     directory = model_dir(architecture)
     adapter = None if rank is None else make_adapter(directory, tmp_path / "a.safetensors", method, rank=rank)
     case = Case(directory, method, adapter)
@@ -69,15 +69,15 @@ def test_tensor_parallel(
     if method == "griffin":  # a threshold over all ranks' neurons is no other for their being split
         assert differing(sparse, case.expected(prompts)) > len(prompts) // 2, "the split must change the selection"
     with engine(directory, case.caprese, **TENSOR_PARALLEL) as llm:
-        told = proof(capfd)
+        lines = proof(capfd)
         params = [greedy(NEW_TOKENS)] * len(prompts) + [greedy(NEW_TOKENS, caprese="off")] * len(dense)
         found = generate(llm, prompts + prompts[1::2], params)
         check(found[: len(prompts)], sparse, f"{architecture}, {method}, {RANKS} ranks")
         check(found[len(prompts) :], dense, "off")
         assert llm.collective_rpc(gathered) == [[True, pytest.approx([45**0.5, 0.0, torch.inf, 5**0.5])]] * RANKS
         reports = llm.collective_rpc("caprese_report")
-    assert len(told) == 1
-    assert "in the first of 2 processes" in told[0]
+    assert len(lines) == 1
+    assert "in the first of 2 processes" in lines[0]
     assert [report["generated_tokens"] for report in reports] == [len(prompts) * (NEW_TOKENS - 1)] * RANKS
     share = merge(reports)["ff_weights_read"]
     low_rank = RANKS * 2 * -(-(rank or 0) // RANKS) / (3 * 160)
@@ -109,11 +109,11 @@ def test_pipeline_parallel(model_dir: ModelDir, tmp_path: Path, capfd: pytest.Ca
     expected = case.expected(prompts)
     compiled = {"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}}
     with engine(directory, case.caprese, **SPLIT, pipeline_parallel_size=2, **compiled) as llm:
-        told = proof(capfd)
+        lines = proof(capfd)
         check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, "two stages")
         reports = llm.collective_rpc("caprese_report")
-    assert len(told) == 1
-    assert "3 of 4 FF blocks" in told[0]
+    assert len(lines) == 1
+    assert "3 of 4 FF blocks" in lines[0]
     spared = 0.5 - 2 * 8 / (3 * 160)  # of a block: half its neurons, but L and R
     assert [report["ff_weights_read"] for report in reports] == pytest.approx([1 - 2 * spared / 4, 1 - spared / 4])
     assert merge(reports)["ff_weights_read"] == pytest.approx(1 - 3 * spared / 4)

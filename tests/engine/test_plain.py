@@ -1,4 +1,4 @@
-"""Beside plain vLLM: the same tokens where nothing is dropped, and no memory but what the method needs."""
+"""Compared with plain vLLM: the same tokens where nothing is dropped, and no memory but what the method needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from vllm import LLM
 
 from caprese_vllm.statistics import page_nbytes
-from tests.engine.test_equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, new_case
 from tests.support.engine import engine, generate, greedy
+from tests.support.equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, new_case
 from tests.support.models import LAYERS, random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -69,7 +69,7 @@ def storages(root: Any) -> dict[int, int]:
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_memory_beyond_plain_vllms(model_dir: ModelDir, tmp_path: Path, method: str) -> None:
-    """All tensors that the model and Caprese's state hold, storage by storage, beside the model of a plain engine.
+    """All tensors that the model and Caprese's state hold, storage by storage, compared with a plain engine's model.
 
     Beyond plain vLLM's: L and R, a row of selections for each slot, the pages of statistics, a counter a layer and one
     more, and the slots of the rows of a batch that decodes.

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 
-from tests.engine.test_equality import BLOCK, BUDGET, Case, check, new_case
 from tests.support.engine import engine, greedy, scheduler
+from tests.support.equality import BLOCK, BUDGET, Case, check, new_case
 from tests.support.models import random_prompts
 
 PAGE = 2 * BLOCK
@@ -148,7 +148,7 @@ class TestOneEngine:
 
 def blocks_of(llm: LLM) -> Any:
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    return model.caprese[1].blocks
+    return model.caprese.blocks
 
 
 def test_few_pages(model_dir: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,38 +1,20 @@
 """The ways in which vLLM runs a model besides V1 eager: the V2 runner (the GPU's default) and torch.compile."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.test_equality import BLOCK, LENGTHS, NEW_TOKENS, check, new_case
 from tests.support.engine import DEFAULTS, engine, generate, greedy
+from tests.support.equality import BLOCK, LENGTHS, NEW_TOKENS, check, new_case
 from tests.support.models import random_prompts
+from tests.support.v2_process import run_v2
 
-ROOT = Path(__file__).parents[2]
 ModelDir = Callable[[str], Path]
-
-
-def run_v2(job: dict[str, Any], *options: str) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.v2_runner", *options],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 # Gemma 2's two kinds of attention hold blocks each.
@@ -42,7 +24,7 @@ def run_v2(job: dict[str, Any], *options: str) -> dict[str, Any]:
 def test_v2_runner(
     model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool, blocks: int
 ) -> None:
-    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it anew.
+    """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it again.
 
     Two prompts begin as another does, and find its first block in the cache.
     """
@@ -127,11 +109,11 @@ def test_dummy_weights(model_dir: ModelDir, tmp_path: Path) -> None:
 
 
 def test_weights_live_once(model_dir: ModelDir, tmp_path: Path) -> None:
-    """Every FF weight lies in packed storage, of which vLLM's own parameters are views; nothing was copied."""
+    """Every FF weight is in packed storage, and vLLM's own parameters are views of it; nothing was copied."""
     case = new_case(model_dir, tmp_path, "mistral", "cats", True)
     with engine(case.model_dir, case.caprese) as llm:
         model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-        _, state = model.caprese
+        state = model.caprese
         assert len(state.blocks) == 4
         for block in state.blocks:
             packed = block.packed

@@ -17,9 +17,9 @@ from vllm import LLM
 
 import caprese_vllm.enable
 import caprese_vllm.scheduler
-from tests.engine.test_equality import BLOCK, ROUNDING, Case, new_case
-from tests.engine.test_equality import check as check_tokens
-from tests.support.engine import engine, generate, greedy, leaks
+from tests.support.engine import engine, force_async_scheduling, generate, greedy, leaks
+from tests.support.equality import BLOCK, ROUNDING, Case, new_case
+from tests.support.equality import check as check_tokens
 from tests.support.models import random_prompts
 from tests.support.schedules import MAX_NEW, Answer, Element, differences, make_pool, play, preempt, watch
 
@@ -120,19 +120,6 @@ def llm(case: Case, setting: Setting) -> Iterator[LLM]:
         with engine(case.model_dir, caprese, **options) as llm:
             assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling is setting.asynchronous
             yield llm
-
-
-def force_async_scheduling(patch: pytest.MonkeyPatch) -> None:
-    """The CPU platform turns asynchronous scheduling off; the GPU's default is on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
 
 
 def check(llm: LLM, pool: list[Answer], schedule: list[Element], reset: int | None = None) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from caprese_vllm.ff import State
 from caprese_vllm.requests import Scheduled
-from tests.engine.test_equality import check, new_case
+from caprese_vllm.state import State
 from tests.support.engine import engine, greedy
+from tests.support.equality import check, new_case
 from tests.support.models import random_prompts
 
 NEW_TOKENS = 24
@@ -36,7 +36,7 @@ def test_more_requests_with_selections_than_slots(
     options = {"max_num_seqs": 2, "num_gpu_blocks_override": 4, "max_model_len": 96}
     with engine(case.model_dir, case.caprese, scheduling_policy="priority", **options) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        state = core.model_executor.driver_worker.worker.model_runner.model.caprese[1]
+        state = core.model_executor.driver_worker.worker.model_runner.model.caprese
         places = (state.table.data_ptr(), *(block.selections.data_ptr() for block in state.blocks))
         tokens: dict[int, list[int]] = {}
         step = 0
@@ -55,7 +55,7 @@ def test_more_requests_with_selections_than_slots(
     assert len(parked) == len(restored) > 0
 
 
-def test_the_tables_are_part_of_the_model_and_their_size_is_told(
+def test_the_tables_are_part_of_the_model_and_their_size_is_logged(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are made while the model is loaded, so that vLLM's memory profile counts them, once for max_num_seqs."""
@@ -71,13 +71,13 @@ def test_the_tables_are_part_of_the_model_and_their_size_is_told(
 
     def spy(*args: object, **options: object) -> object:
         model = load_model(*args, **options)
-        loaded.append(model.caprese[1].table)
+        loaded.append(model.caprese.table)
         return model
 
     monkeypatch.setattr(BaseModelLoader, "load_model", spy)
     with engine(case.model_dir, case.caprese, max_num_seqs=256) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        state = core.model_executor.driver_worker.worker.model_runner.model.caprese[1]
+        state = core.model_executor.driver_worker.worker.model_runner.model.caprese
         assert state.table is loaded[0]
         neurons = state.blocks[0].num_neurons
         assert state.table.nbytes == 2 * 256 * neurons

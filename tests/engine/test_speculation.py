@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_equality import check, differing, new_case
-from tests.engine.test_runners import run_v2
 from tests.support.engine import DEFAULTS
+from tests.support.equality import check, differing, new_case
 from tests.support.models import make_model, random_prompts
+from tests.support.v2_process import run_v2
 
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 NEW_TOKENS = 40

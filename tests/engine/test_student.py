@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from vllm import LLM
 
-from caprese_distill.blocks import find_blocks, plan
+from caprese_distill.blocks import find_blocks, resolve_method
+from caprese_distill.data.batches import Batch
 from caprese_distill.data.samples import Sample
-from caprese_distill.layer_wise.moments import Batch
 from caprese_distill.loading import load_model
 from caprese_distill.student import Student
 from caprese_kernels.adapters import Adapters
@@ -44,7 +44,7 @@ def test_hidden_states_equal_the_engines(tmp_path: Path, name: str, method: str)
         for line, (prompt, (response, _)) in enumerate(zip(PROMPTS, served, strict=True))
     ]
     model = load_model(str(path), "float32").eval()
-    info, resolved = plan(model.config, "m", method, 0.4, adapters.config.rank, adapters.config.layers)
+    info, resolved = resolve_method(model.config, "m", method, 0.4, adapters.config.rank, adapters.config.layers)
     blocks = find_blocks(model, info, resolved.layers)
     batch = Batch(samples, False)
     with torch.no_grad(), Student(model, blocks, resolved, adapters.left, adapters.right) as student:

@@ -170,7 +170,7 @@ def test_thresholds() -> None:
 
 
 def test_selects_every_bit() -> None:
-    """Neighbouring float32 numbers are told apart, from the least subnormal to the largest."""
+    """Neighbouring float32 numbers are distinguished, from the least subnormal to the largest."""
     bits = torch.tensor([0, 1, 2, 0x00800000, 0x3F800000, 0x3F800001, 0x7F7FFFFE, 0x7F7FFFFF], dtype=torch.int32)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     values = bits[order].view(torch.float32)
@@ -194,7 +194,7 @@ def test_plan_lists_the_union(monkeypatch: pytest.MonkeyPatch, block: int, slots
     keep = random_selections(3, 5, 101, density=0.3)
     keep[1] = False
     keep[2, 2] = True
-    plans = gpu.plan(keep, torch.tensor(slots, dtype=torch.int64, device=DEVICE))
+    plans = gpu.plan_rows(keep, torch.tensor(slots, dtype=torch.int64, device=DEVICE))
     valid = [slot for slot in slots if slot >= 0]
     for layer in range(3):
         found = plans[layer]
@@ -208,9 +208,9 @@ def test_a_plan_made_beforehand_gives_the_same_bits() -> None:
     block = PackedFF(*(torch.randn(2 * 45 + 3, 16, device=DEVICE), torch.randn(48, 16, device=DEVICE)), "silu", rank=3)
     keep, slots = random_selections(2, 4, 45), torch.tensor([3, -1, 1], device=DEVICE)
     x = torch.randn(3, 16, device=DEVICE)
-    plans = gpu.plan(keep, slots)
+    plans = gpu.plan_rows(keep, slots)
     for layer in range(2):
-        given = gpu.griffin_ff(x, block, keep[layer], slots, plan=plans[layer], path="gather")
+        given = gpu.griffin_ff(x, block, keep[layer], slots, row_plan=plans[layer], path="gather")
         assert torch.equal(given, gpu.griffin_ff(x, block, keep[layer], slots, path="gather"))
 
 
@@ -284,7 +284,7 @@ def test_path_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu.griffin_ff(p.x, p.ff, p.keep, p.slots)
         assert seen == (["plan_rows", "griffin_up", "down"] if tokens <= 3 else ["_activate_and_mask"])
         with launches(monkeypatch) as seen:
-            gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, plan=gather.plan(p.keep, p.slots))
+            gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, row_plan=gather.plan_rows(p.keep, p.slots))
         assert seen == (["plan_rows", "griffin_up", "down"] if tokens <= 3 else ["plan_rows", "_activate_and_mask"])
         with launches(monkeypatch) as seen:
             layers = gpu.plan_layers(torch.stack([p.keep, ~p.keep]), p.slots)

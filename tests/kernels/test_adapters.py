@@ -355,7 +355,7 @@ def test_find_adapter_refuses_an_empty_directory(tmp_path: Path) -> None:
 
 
 def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """owner/name asks the Hub for one file by its name; what cannot be had, or cannot be an id, is told."""
+    """owner/name downloads one file from the Hub; an error reports ids that are malformed or cannot be downloaded."""
     import huggingface_hub
 
     asked: list[tuple[str, str]] = []

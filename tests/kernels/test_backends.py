@@ -133,7 +133,7 @@ def test_thresholds(target: Target, seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_few_neurons_may_fall_on_either_side() -> None:
-    """Thresholds lie in gaps: bounds so wide that they allow for much would refuse little."""
+    """Thresholds are set in gaps between magnitudes, so that bounds decide nearly every neuron."""
     perhaps = neurons = 0
     for case in FULL:
         p = problem(case, CPU)
@@ -235,7 +235,7 @@ def sums_in_model_dtype(x: Tensor, ff: PackedFF) -> Tensor:
 
 @broken("dense_ff", over(conformance.check_dense, *FULL[::7]))
 def multiplies_in_tf32(x: Tensor, ff: PackedFF) -> Tensor:
-    """10 bits of mantissa, as tensor cores have for float32 unless told otherwise."""
+    """10 bits of mantissa, as tensor cores have for float32 by default."""
     if x.dtype == torch.float32:
         x = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return reference.dense_ff(x, ff)

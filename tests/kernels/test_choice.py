@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(
 def fresh() -> None:
     """As in a new process: nothing loaded, nothing said."""
     build._library.cache_clear()
-    backend._say_once.cache_clear()
+    backend._warn_once.cache_clear()
 
 
 @needs_compiler
@@ -61,7 +61,7 @@ def test_a_kernel_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch)
         backend.choose("cpu", CUDA)
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'g++: fatal error: out of luck' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
@@ -70,7 +70,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
         build.library()
 
 
-def test_a_compiler_that_cannot_be_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_that_cannot_be_run_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(broken))
@@ -176,5 +176,5 @@ def test_the_cache_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert build.cache_folder() == tmp_path / f"caprese-{os.getuid()}"
     monkeypatch.setattr("os.getuid", lambda: os.stat(tmp_path).st_uid + 1)
     (tmp_path / f"caprese-{os.getuid()}").mkdir()
-    with pytest.raises(build.Unavailable, match="no folder of one's own"):
+    with pytest.raises(build.Unavailable, match="no private folder"):
         build.cache_folder()

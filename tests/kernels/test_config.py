@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, CapreseConfig, Method, resolve, resolve_layers
+from caprese_kernels.config import (
+    AdapterConfig,
+    BaseModelInfo,
+    CapreseConfig,
+    Method,
+    layer_spans,
+    resolve,
+    resolve_layers,
+)
 from caprese_kernels.errors import CapreseError
 
 BASE = {
@@ -52,10 +60,10 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "score": "weighted",
         "prior": 0.5,
         "core": 1.0,
-        "reselect_interval": 64,
         "statistics_page": 256,
         "statistics_mib": 100,
         "kernel": "reference",
+        "kernel_extension": "mine",
     }
     parsed = CapreseConfig.parse(given, "here")
     assert parsed.model_dump() == given
@@ -71,10 +79,10 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "score": None,
         "prior": None,
         "core": None,
-        "reselect_interval": None,
         "statistics_page": 512,
         "statistics_mib": None,
         "kernel": "auto",
+        "kernel_extension": None,
     }
     assert config(density=1).density == 1.0
     assert config(reselect_interval=None, layers="all").layers == "all"
@@ -96,12 +104,13 @@ def test_keys_that_are_not_given_stay_open() -> None:
         ({"layers": [0, -1]}, ("key 'layers.1'", "greater than or equal to 0", "-1")),
         ({"layers": [0, "1"]}, ("key 'layers.1'", "integer", "'1'")),
         ({"layers": [1.5]}, ("key 'layers.0'", "integer", "1.5")),
-        ({"reselect_interval": 0}, ("key 'reselect_interval'", "greater than or equal to 1", "found 0")),
-        ({"reselect_interval": 1.5}, ("key 'reselect_interval'", "integer", "1.5")),
-        ({"reselect_interval": True}, ("key 'reselect_interval'", "integer", "True")),
+        ({"reselect_interval": 0}, ("key 'reselect_interval'", "null, or no such key", "found 0")),
+        ({"reselect_interval": 64}, ("key 'reselect_interval'", "found 64", "reselection is not available yet")),
+        ({"reselect_interval": True}, ("key 'reselect_interval'", "null, or no such key", "True")),
         ({"statistics_page": 0}, ("key 'statistics_page'", "greater than or equal to 1", "found 0")),
         ({"statistics_mib": -1}, ("key 'statistics_mib'", "greater than or equal to 0", "found -1")),
         ({"kernel": "cuda"}, ("key 'kernel'", "'triton', 'cpu' or 'reference'", "'cuda'")),
+        ({"kernel_extension": ""}, ("key 'kernel_extension'", "at least 1 character", "''")),
         ({"weights": 3}, ("key 'weights'", "string", "found 3")),
         ({"weights": ""}, ("key 'weights'", "at least 1 character", "''")),
     ],
@@ -243,6 +252,21 @@ def test_first_half_of_one_layer_is_refused() -> None:
     with pytest.raises(CapreseError) as caught:
         resolve_layers("first-half", 1)
     assert_told(caught.value, "2 layers or more", "1 layer", "use 'all'")
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((0,), "0"), ((0, 1), "0-1"), (range(12), "0-11"), ((0, 1, 2, 7), "0-2, 7"), ([1, 3], "1, 3")],
+)
+def test_spans_of_layers(layers: Any, text: str) -> None:
+    assert layer_spans(layers) == text
+
+
+def test_matrices_of_an_ff_block() -> None:
+    assert served().num_ff_matrices == 3
+    for architecture in ("OPTForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM"):
+        assert served(architecture=architecture).num_ff_matrices == 2
+    assert "num_ff_matrices" not in served().model_dump(), "the adapter file's header stays as it is"
 
 
 def test_base_model_from_a_transformers_config() -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend: by interpreter and compiler on any machine, on the GPU where there is one; and the operators."""
+"""The Triton backend: by interpreter and compiler on any machine, on the GPU where there is one."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caprese_kernels import ops, reference
+from caprese_kernels import reference
+from caprese_kernels.backend import Backend, choose
 from tests.kernels import conformance
 from tests.kernels.cases import Case
 from tests.kernels.problem import Problem, problem
@@ -42,12 +43,12 @@ def test_kernels(module: str, tmp_path: Path) -> None:
 
 
 def test_importing_the_package_leaves_triton_alone() -> None:
-    code = "import sys, caprese_kernels.ops, caprese_kernels.reference; print('triton' in sys.modules)"
+    code = "import sys, caprese_kernels.backend, caprese_kernels.reference; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 
 
-# -- operators ---------------------------------------------------------------------------------------------------------
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
 def small_problem(device: str = "cpu", **fields: Any) -> Problem:
@@ -55,16 +56,19 @@ def small_problem(device: str = "cpu", **fields: Any) -> Problem:
     return problem(Case(**defaults | {"activation": "silu"} | fields), torch.device(device))
 
 
-def operator_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator."""
-    device, parts = p.x.device, ops._parts(p.ff)
+def backend_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every function of a backend."""
+    device = p.x.device
     offsets, slots = torch.tensor([0, 2, 3], device=device), torch.tensor([1, -1], device=device)
     histogram = torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device)
     statistic = torch.rand(2, p.ff.num_neurons, device=device)
     z = torch.rand(3, p.ff.num_neurons, device=device)
     return {
-        "griffin_ff": (p.x, *parts, p.keep, p.slots),
-        "cats_ff": (p.x, *parts, p.tau, p.slots),
+        "dense_ff": (p.x, p.ff),
+        "griffin_ff": (p.x, p.ff, p.keep, p.slots),
+        "plan_layers": (p.keep[None], p.slots),
+        "cats_ff": (p.x, p.ff, p.tau, p.slots),
+        "griffin_norms": (z,),
         "griffin_observe": (z, offsets, slots, statistic),
         "griffin_select": (statistic, 7),
         "cats_observe": (z, "gelu", offsets, slots, histogram),
@@ -72,50 +76,12 @@ def operator_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
     }
 
 
-OPERATORS = tuple(operator_calls(small_problem()))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operators_are_sound(name: str, biased: bool) -> None:
-    """Schema, mutation, fakes and tracing."""
-    arguments = operator_calls(small_problem(biased=biased))[name]
-    torch.library.opcheck(getattr(torch.ops.caprese, name).default, arguments)
-
-
-def all_operators(p: Problem, x: Tensor, statistic: Tensor, histogram: Tensor) -> tuple[Tensor, ...]:
-    """Every operator once, through the functions that take a PackedFF."""
-    offsets, slots = torch.tensor([0, 2, 3], device=x.device), torch.tensor([1, 0], device=x.device)
-    z = x @ p.ff.up_plus[: p.ff.num_neurons].t()
-    ops.griffin_observe(z, offsets, slots, statistic)
-    ops.cats_observe(z, "silu", offsets, slots, histogram)
-    keep, tau = ops.griffin_select(statistic, 20), ops.cats_threshold(histogram, 0.5)
-    rows = torch.tensor([1, -1, 0], device=x.device)
-    return ops.griffin_ff(x, p.ff, keep, rows), *ops.cats_ff(x, p.ff, tau, rows), keep, tau
-
-
-def check_compiled(device: str, backend: str) -> None:
-    p = small_problem(device)
-
-    def tables() -> tuple[Tensor, Tensor]:
-        counts = torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device)
-        return torch.zeros(2, p.ff.num_neurons, device=device), counts
-
-    compiled = torch.compile(lambda *args: all_operators(p, *args), fullgraph=True, backend=backend)
-    once, again = tables(), tables()
-    for found, wanted in zip(compiled(p.x, *once), all_operators(p, p.x, *again), strict=True):
-        assert torch.equal(found, wanted)
-    for found, wanted in zip(once, again, strict=True):
-        assert torch.equal(found, wanted)
-        assert found.any()
-
-
-def test_operators_in_torch_compile() -> None:
-    """One graph, the same bits, tables changed in place."""
-    check_compiled("cpu", "aot_eager")
-
-
-# -- on a GPU ----------------------------------------------------------------------------------------------------------
+def test_every_function_of_a_backend_has_arguments_here() -> None:
+    functions = {name for name in vars(Backend) if not name.startswith("_")}
+    calls = backend_calls(small_problem())
+    assert set(calls) == functions
+    for name, arguments in calls.items():
+        getattr(reference, name)(*arguments)
 
 
 class TestOnGpu:
@@ -205,17 +171,16 @@ class TestOnGpu:
                 tensor.copy_(value)
 
     def test_nothing_synchronizes(self) -> None:
-        calls = operator_calls(small_problem("cuda"))
+        from caprese_kernels import gpu
+
+        calls = backend_calls(small_problem("cuda"))
         for run in range(2):
             torch.cuda.set_sync_debug_mode("error" if run else "default")  # what the first run compiles may wait
             try:
                 for name, arguments in calls.items():
-                    getattr(torch.ops.caprese, name)(*arguments)
+                    getattr(gpu, name)(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    def test_torch_compile(self) -> None:
-        check_compiled("cuda", "inductor")
-
-    def test_operators_run_the_triton_kernels(self) -> None:
-        assert ops._backend(torch.device("cuda")).NAME == "triton"
+    def test_auto_takes_the_triton_kernels(self) -> None:
+        assert choose("auto", torch.device("cuda")).NAME == "triton"

@@ -24,12 +24,11 @@ from vllm.model_executor.models import registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from caprese_kernels import reference
-from caprese_kernels.config import BaseModelInfo
+from caprese_kernels.config import UNGATED_ARCHITECTURES, BaseModelInfo
 from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activation_of_module, find_block
 from caprese_vllm.blocks import _repack
 from caprese_vllm.ranks import Ranks
-from tests.engine import test_architectures, test_equality
-from tests.support import models
+from tests.support import equality, models
 
 # Text models that do not name experts in vLLM's source, and are not supported.
 LEFT_OUT = {
@@ -47,7 +46,7 @@ LEFT_OUT = {
 }
 
 LLAMA: dict[str, Any] = {"model_type": "llama"}
-# vLLM looks at the architecture's name only: where transformers has no config of its own, a similar one will do.
+# vLLM reads only the architecture's name: where transformers has no config of its own, a similar one serves.
 LIKE: dict[str, dict[str, Any]] = {
     "ExaoneForCausalLM": {**LLAMA, "activation_function": "silu", "num_layers": 4, "layer_norm_epsilon": 1e-5},
     "Gemma4ForCausalLM": {"model_type": "gemma4_text", "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
@@ -136,9 +135,9 @@ def build(architecture: str, directory: Path, **settings: Any) -> tuple[nn.Modul
     return model, served
 
 
-@pytest.mark.usefixtures("distributed", "looked_at_here")
+@pytest.mark.usefixtures("distributed", "inspected_in_process")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -> None:
+def test_blocks_compute_what_the_plugin_assumes(architecture: str, tmp_path: Path) -> None:
     """Packed and computed by the kernels' definition, each is the module that vLLM built."""
     model, served = build(architecture, tmp_path, **tiny_configs()[architecture])
     generator = torch.Generator().manual_seed(0)
@@ -155,11 +154,15 @@ def test_blocks_are_what_they_are_taken_for(architecture: str, tmp_path: Path) -
         torch.testing.assert_close(reference.dense_ff(x, packed), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_ungated_ones_are_those_that_the_kernels_know() -> None:
+    assert {name for name, names in ARCHITECTURES.items() if not names.gated} == UNGATED_ARCHITECTURES
+
+
 def test_each_is_shown_by_tokens_or_by_structure() -> None:
     """docs/compatibility.md says which."""
     by_tokens = {
         registry_name(models.ARCHITECTURES[name]["model_type"])
-        for name in [*test_equality.ARCHITECTURES, *(name for name, _ in test_architectures.CASES)]
+        for name in [*equality.ARCHITECTURES, *(name for name, _ in equality.MORE_CASES)]
     }
     rows = (Path(__file__).parents[2] / "docs/compatibility.md").read_text().splitlines()
     for shown, names in (("tokens", by_tokens), ("structure", set(ARCHITECTURES) - by_tokens)):
@@ -241,6 +244,6 @@ def test_an_inline_block_may_have_things_around_it_but_not_inside() -> None:
         (lambda: nn.ReLU6(), False, None),
     ],
 )
-def test_activations_are_told_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
+def test_activations_are_recognized_by_their_values(module: Any, gated: bool, expected: str | None) -> None:
     with set_current_vllm_config(VllmConfig()):
         assert activation_of_module(module(), gated) == expected

@@ -1,4 +1,4 @@
-"""The contract with vLLM: every symbol that we touch exists as we expect it, and absence is told by name."""
+"""The contract with vLLM: every symbol that we touch exists as we expect it, and an error names what is missing."""
 
 import ast
 import re
@@ -58,7 +58,7 @@ def test_no_import_escapes_the_table() -> None:
     assert not stale
 
 
-def test_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.check_version("0.32.0+cpu") is None
     monkeypatch.delenv("CAPRESE_ANY_VLLM", raising=False)
     for version in ("0.33.0", "0.3.2", "0.320.1", "dev"):

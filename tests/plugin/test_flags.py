@@ -1,6 +1,8 @@
 """Flags, configuration and refusals, up to the point where vLLM would start a process."""
 
+import argparse
 import json
+import pickle
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -13,9 +15,12 @@ from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from caprese_kernels.config import CapreseConfig, Method
 from caprese_kernels.errors import CapreseError
 from caprese_vllm.enable import _choose_graphs
-from caprese_vllm.refusals import refuse_engine
+from caprese_vllm.flags import _add_cli_args
+from caprese_vllm.refusals import check_engine
+from caprese_vllm.settings import EngineSettings
 from tests.support.models import make_adapter, make_model
 
 ModelDir = Callable[[str], Path]
@@ -43,6 +48,17 @@ def configure(model: Path, caprese: Any, **options: Any) -> Any:
 )
 def test_flags_end_in_additional_config_in_any_order(arguments: list[str]) -> None:
     assert parse(*arguments).additional_config == {"other": 1, "caprese": {"weights": "A", "density": 0.5}}
+
+
+def test_the_help_of_every_flag_can_be_formatted() -> None:
+    """argparse formats help texts with %: a bare one made `vllm serve --help=all` a TypeError."""
+    parser = _add_cli_args(lambda parser: parser, argparse.ArgumentParser())
+    shown = "".join(parser.format_help().split())  # lines are broken at hyphens too
+    assert "--caprese-weightsPATH" in shown
+    assert "default1%ofitsmemory" in shown
+    for name, field in CapreseConfig.model_fields.items():
+        assert "".join(f"{name}: {field.description}".split()) in shown
+    assert "reselect" not in shown, "not available yet"
 
 
 def test_no_flag_no_trace(model_dir: ModelDir) -> None:
@@ -78,12 +94,16 @@ def test_a_wrong_configuration_exits_in_one_line(capsys: pytest.CaptureFixture[s
 def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path: Path) -> None:
     adapter = make_adapter(model_dir("llama"), tmp_path / "a.safetensors", "griffin", rank=4)
     config = configure(model_dir("llama"), {"weights": str(adapter)})
-    ours = config.additional_config["caprese"]
-    json.dumps(ours)
-    assert (ours["method"], ours["density"], ours["layers"], ours["rank"]) == ("griffin", 0.5, [0, 1], 4)
-    assert Path(ours["weights"]).is_absolute()
+    ours = EngineSettings.read(config)
+    assert ours is not None
+    assert ours.method == Method("griffin", 0.5, (0, 1), 4)
+    assert ours.weights is not None
+    assert Path(ours.weights).is_absolute()
     assert config.cache_config.enable_prefix_caching is True
-    assert ours["pages"] > 0
+    assert ours.num_pages > 0
+    config.additional_config = json.loads(json.dumps(config.additional_config))
+    assert EngineSettings.read(config) == ours, "vLLM hashes it as JSON"
+    assert EngineSettings.read(pickle.loads(pickle.dumps(config))) == ours, "and pickles it for each process"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "CapreseScheduler"
     assert config.compilation_config.cudagraph_mode is None or not config.compilation_config.cudagraph_mode
 
@@ -100,6 +120,7 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
         ({"method": "griffin", "layers": [9]}, {}, "9"),
         ({"method": "griffin", "kernel": "triton"}, {}, "triton"),
         ({"method": "griffin", "reselect_interval": 8}, {}, "reselect"),
+        ({"method": "griffin", "kernel_extension": "mine"}, {}, "found 'mine'; registered: "),
         ({"method": "griffin", "unknown": 1}, {}, "unknown"),
         ({"method": "griffin"}, {"tensor_parallel_size": 2}, "divides the model's 97 neurons"),
         ({"method": "griffin"}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "together with pipeline"),
@@ -160,7 +181,7 @@ def test_a_quantized_checkpoint_is_refused(model_dir: ModelDir, tmp_path: Path) 
 
 
 def test_drafting_models_are_refused(model_dir: ModelDir) -> None:
-    """Their own FF blocks must run dense, and Caprese was not shown to tell them from the model's."""
+    """Their own FF blocks must run dense, and no test shows that Caprese distinguishes them from the model's."""
     for method in ("draft_model", "eagle"):
         drafter = {"method": method, "model": str(model_dir("llama")), "num_speculative_tokens": 2}
         with pytest.raises(CapreseError, match=f"speculative decoding by {method}"):
@@ -187,7 +208,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path, architecture: st
         configure(tmp_path, {"method": "griffin"})
 
 
-def test_an_architecture_that_vllm_was_told_is_refused(model_dir: ModelDir) -> None:
+def test_an_overridden_architecture_is_refused(model_dir: ModelDir) -> None:
     with pytest.raises(CapreseError, match="architecture GraniteMoeForCausalLM"):
         configure(model_dir("llama"), {"method": "griffin"}, hf_overrides={"architectures": ["GraniteMoeForCausalLM"]})
 
@@ -207,8 +228,9 @@ def test_experts_beside_an_ff_block_are_refused(tmp_path: Path) -> None:
 
 def test_the_adapter_decides_and_the_user_may_narrow(model_dir: ModelDir, tmp_path: Path) -> None:
     adapter = make_adapter(model_dir("llama"), tmp_path / "a.safetensors", "cats", density=0.3)
-    ours = configure(model_dir("llama"), {"weights": str(adapter), "layers": [1, 3]}).additional_config["caprese"]
-    assert (ours["method"], ours["density"], ours["layers"]) == ("cats", 0.3, [1, 3])
+    ours = EngineSettings.read(configure(model_dir("llama"), {"weights": str(adapter), "layers": [1, 3]}))
+    assert ours is not None
+    assert ours.method == Method("cats", 0.3, (1, 3), 8)
     with pytest.raises(CapreseError, match=r"'cats'.*'griffin'"):
         configure(model_dir("llama"), {"weights": str(adapter), "method": "griffin"})
 
@@ -232,7 +254,7 @@ def test_which_graphs(mode: str, splitting: bool, kernel: str, v2: bool, becomes
     ops = ["vllm::attention"] if splitting else []
     compilation = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], splitting_ops=ops)
     config = SimpleNamespace(compilation_config=compilation, use_v2_model_runner=v2)
-    _choose_graphs(config, SimpleNamespace(NAME=kernel))
+    _choose_graphs(config, SimpleNamespace(NAME=kernel), None)
     assert compilation.cudagraph_mode == CUDAGraphMode[becomes]
     assert ops == (["vllm::attention", "caprese::ff"] if splitting else [])
 
@@ -241,4 +263,4 @@ def test_full_graphs_of_prompts_are_refused(model_dir: ModelDir) -> None:
     config = configure(model_dir("llama"), {"method": "griffin"})  # on a CPU there are no graphs
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
     with pytest.raises(CapreseError, match=r"found cudagraph_mode FULL.*FULL_AND_PIECEWISE"):
-        refuse_engine(config)
+        check_engine(config)

@@ -17,7 +17,7 @@ from caprese_kernels.packed import PackedFF
 from caprese_vllm.pages import Commands, PageIndex
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import RequestTable, Scheduled
-from caprese_vllm.statistics import Plan, Statistics, keeps_values, page_dtype, page_nbytes
+from caprese_vllm.statistics import ChunkPlan, Statistics, keeps_values, page_dtype, page_nbytes
 
 NEURONS, DEPTH = 12, 4
 
@@ -73,7 +73,7 @@ class Worker:
         step = self.table.begin([Scheduled(name, len(self.gate_up), start, end - start)], {name: Commands(load, saves)})
         part = self.gate_up[start:end]
         gate, up = part.chunk(2, dim=1)
-        plan = Plan.of(step.chunks, self.table.device)
+        plan = ChunkPlan.of(step.chunks, self.table.device)
         return self.statistics.observe(plan, torch.nn.functional.silu(gate) * up, part)
 
 
@@ -82,7 +82,7 @@ class Worker:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_page_stands_for_its_prefix(method: MethodName, dtype: torch.dtype, data: st.DataObject) -> None:
-    """However both prompts are cut into chunks, and wherever the page lies."""
+    """However both prompts are cut into chunks, and wherever the page is."""
     length = data.draw(st.integers(2, 40))
     ends = sorted(data.draw(st.sets(st.integers(1, length - 1), min_size=1, max_size=3)))
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=3))), length]

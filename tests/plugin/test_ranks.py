@@ -15,7 +15,7 @@ from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.requests import PromptChunk
-from caprese_vllm.statistics import Plan, Statistics
+from caprese_vllm.statistics import ChunkPlan, Statistics
 
 NEURONS, SIZE = 24, 3
 
@@ -56,7 +56,7 @@ def observed(method: Method, ranks: Ranks, zs: list[Tensor], gates: list[Tensor]
     selected: dict[int, Tensor] = {}
     for chunks, z, gate in zip(STEPS, zs, gates, strict=True):
         gate_up = torch.cat([gate[:, part], torch.full((len(gate), own), torch.nan, dtype=gate.dtype)], dim=1)
-        plan = Plan.of(chunks, torch.device("cpu"))
+        plan = ChunkPlan.of(chunks, torch.device("cpu"))
         selections = statistics.observe(plan, z[:, part], gate_up)
         selected |= dict(zip(plan.slots.tolist(), [] if selections is None else selections, strict=True))
     return selected

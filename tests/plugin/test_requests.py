@@ -109,7 +109,7 @@ class Simulated:
 
 @dataclass
 class Memory:
-    """Whose selection lies where; moved as State.begin and SparseFF move them."""
+    """Which slot holds whose selection; moved as State.begin and SparseFF move them."""
 
     table: dict[int, str] = field(default_factory=dict)
     parked: dict[int, str] = field(default_factory=dict)

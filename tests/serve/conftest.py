@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from caprese_kernels import terminal
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo
-
-BASE = {
-    "name_or_path": "tests/tiny",
-    "architecture": "LlamaForCausalLM",
-    "hidden_size": 8,
-    "intermediate_size": 20,
-    "num_hidden_layers": 4,
-    "hidden_act": "silu",
-}
+from tests.support.adapters import BASE
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def adapter_file(adapters: Adapters, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """`caprese("inspect", file)` runs the command in this process, as the console script does; its exit code."""
+    """`caprese("inspect", file)` runs in this process, as the console script does; returns the exit code."""
     from caprese_serve.cli import main
 
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -56,5 +49,6 @@ def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
         return int(stopped.value.code or 0)
 
     yield call
+    terminal.set_verbosity(terminal.Verbosity.NORMAL)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

@@ -1,6 +1,7 @@
 """The `caprese` command: verbs, what they print, and how mistakes end."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters
 from caprese_serve import environment, provenance
-from tests.serve.conftest import BASE
+from tests.support.adapters import BASE
 
 Caprese = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
@@ -44,13 +45,17 @@ def test_console_script_is_installed() -> None:
 
 def test_help_names_every_verb(caprese: Caprese, capsys: Captured) -> None:
     assert caprese("--help") == 0
-    shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("demo", "distill", "inspect", "collect-env"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(verb in shown for verb in ("demo", "distill", "inspect", "collect-env", "bench"))
+    assert "Validate an adapter file as the server does" in shown
+    assert "Measure speed, accuracy and exactness" in shown
+    assert "Exit codes: 0 success; 1 an error" in shown
 
 
 def test_unknown_verb_is_a_usage_error(caprese: Caprese, capsys: Captured) -> None:
     assert caprese("inspekt") == 2
-    assert "inspekt" in capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "No such command 'inspekt'. Did you mean 'inspect'?" in shown
 
 
 def test_distill_shows_its_own_options(caprese: Caprese, capsys: Captured) -> None:
@@ -59,21 +64,16 @@ def test_distill_shows_its_own_options(caprese: Caprese, capsys: Captured) -> No
 
 
 def test_demo_without_its_extra(caprese: Caprese, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("caprese_serve.demo.run", "caprese_serve.demo.client"):
+    for module in ("caprese_serve.demo.run", "caprese_serve.demo.client", "caprese_serve.client"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)  # importing it then fails
-    assert 'pip install "caprese-vllm[serve]"' in refused(caprese, capsys, "demo")
-
-
-def test_distill_without_its_extra(caprese: Caprese, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install "caprese-vllm[distill]"' in refused(caprese, capsys, "distill", "--help")
+    assert 'pip install "caprese-vllm[demo]"' in refused(caprese, capsys, "demo")
 
 
 def test_inspect_shows_the_adapter(caprese: Caprese, capsys: Captured, adapter_file: Path) -> None:
     assert caprese("inspect", adapter_file) == 0
     shown = capsys.readouterr().out
-    for expected in ("tests/tiny", "griffin, density 0.5, rank 2", "2 of 4: 0, 1", "float32", "layer-wise"):
+    for expected in ("tests/tiny", "griffin, density 0.5, rank 2", "2 of 4: 0-1", "float32", "layer-wise"):
         assert expected in shown
 
 
@@ -140,6 +140,51 @@ def test_collect_env(caprese: Caprese, capsys: Captured) -> None:
     assert found["vllm_plugin_registered"] is True
     assert caprese("collect-env") == 0
     assert found["versions"]["torch"] in capsys.readouterr().out
+
+
+def test_quiet_and_verbose_exclude_each_other(caprese: Caprese, capsys: Captured) -> None:
+    assert caprese("collect-env", "-q", "-v") == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_verbose_prints_the_traceback_of_an_error(caprese: Caprese, capsys: Captured, tmp_path: Path) -> None:
+    assert caprese("inspect", tmp_path / "absent.safetensors", "-v") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("caprese: ")
+
+
+def test_terminated_while_it_works(tmp_path: Path) -> None:
+    """SIGTERM ends a verb as an exception does: `with` blocks clean up."""
+    code = (
+        "import time, typer\nfrom contextlib import contextmanager\nfrom caprese_kernels import terminal\n"
+        "app = typer.Typer()\n"
+        "@app.command()\ndef wait() -> None:\n"
+        "    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "    finally:\n        print('cleaned up', flush=True)\n"
+        "terminal.run(app, 'caprese', [])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(30) == 143
+        assert process.stdout.read() == "cleaned up\n"
+
+
+def test_shells_complete_verbs_and_options() -> None:
+    def complete(*words: str) -> list[str]:
+        environment = {"_CAPRESE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words)}
+        environment["COMP_CWORD"] = str(len(words) - 1)
+        command = [sys.executable, "-m", "caprese_serve"]
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        return done.stdout.split()
+
+    assert complete("caprese", "ins") == ["inspect"]
+    assert complete("caprese", "bench", "comp") == ["compare"]
+    assert "--model" in complete("caprese", "inspect", "--m")
 
 
 def test_interrupt_ends_in_one_line(caprese: Caprese, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

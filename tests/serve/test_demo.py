@@ -32,12 +32,19 @@ def servers(monkeypatch: pytest.MonkeyPatch, adapters: Adapters, tmp_path: Path)
     @contextmanager
     def server(model: Path, *flags: str, **_: Any) -> Iterator[SimpleNamespace]:
         started.append(flags)
-        told = {"rank": 2 if "--caprese-weights" in flags else 0, "layers": [0, 1], "density": 0.5, "method": "griffin"}
+        reported = {
+            "rank": 2 if "--caprese-weights" in flags else 0,
+            "layers": [0, 1],
+            "density": 0.5,
+            "method": "griffin",
+        }
         counts = iter(
             [{"generated_tokens": 10, "ff_weights_read": 0.9}, {"generated_tokens": 30, "ff_weights_read": 0.7}]
         )
         yield SimpleNamespace(
-            url="", startup_seconds=1.0, get=lambda path: told | next(counts) | {"kernel": "reference", "enabled": True}
+            url="",
+            startup_seconds=1.0,
+            get=lambda path: reported | next(counts) | {"kernel": "reference", "enabled": True},
         )
 
     def ask(
@@ -54,13 +61,15 @@ def servers(monkeypatch: pytest.MonkeyPatch, adapters: Adapters, tmp_path: Path)
 
 def run(tmp_path: Path, *variants: str) -> DemoReport:
     every = variants or tuple(variant.id for variant in demo.VARIANTS)
-    demo.run(math=20, reading=10, variants=every, concurrency=4, output=tmp_path / "out" / "demo.json")
-    return DemoReport.model_validate_json((tmp_path / "out" / "demo.json").read_text())
+    report = demo.run(math=20, reading=10, variants=every, concurrency=4, output=tmp_path / "out" / "demo.json")
+    assert report == DemoReport.model_validate_json((tmp_path / "out" / "demo.json").read_text())
+    return report
 
 
 def test_report(servers: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(tmp_path)
-    shown = " ".join(capsys.readouterr().out.split())
+    demo.show(report)
+    shown = " ".join("".join(capsys.readouterr()).split())
     names = ["Full", "GRIFFIN", "Caprese (GRIFFIN)", "CATS", "Caprese (CATS)"]
     assert [row.variant for row in report.rows] == names
     assert [row.math_accuracy for row in report.rows] == [1.0, 0.4, 0.8, 0.4, 0.8]

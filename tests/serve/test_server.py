@@ -67,8 +67,8 @@ def test_serves_and_stops(serve: Serve, tmp_path: Path) -> None:
             server.get("/absent")
     assert not server.running
     wait_until_gone(tmp_path / "pids", 1)
-    said = server.log.read_text()
-    assert f"serve model --host 127.0.0.1 --port {server.port} --dtype float32" in said
+    log = server.log.read_text()
+    assert f"serve model --host 127.0.0.1 --port {server.port} --dtype float32" in log
 
 
 def test_two_servers_get_two_ports(serve: Serve) -> None:
@@ -81,7 +81,7 @@ def test_an_exception_stops_it(serve: Serve, tmp_path: Path) -> None:
     wait_until_gone(tmp_path / "pids", 1)
 
 
-def test_early_exit_tells_code_and_reason(serve: Serve) -> None:
+def test_early_exit_reports_code_and_reason(serve: Serve) -> None:
     with (
         pytest.raises(CapreseError, match=r"exit code 3 .* caprese: expected sense; found nonsense") as error,
         serve("exit"),
@@ -102,7 +102,7 @@ def test_what_ignores_sigterm_is_killed(serve: Serve, tmp_path: Path) -> None:
     wait_until_gone(tmp_path / "pids", 1)
 
 
-def test_a_missing_program_is_told(tmp_path: Path) -> None:
+def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     server = VllmServer("model", log=tmp_path / "log", command=("/no/such/vllm",), console=Console(quiet=True))
     with pytest.raises(CapreseError, match=r"exit code 127 .* /no/such/vllm: No such file"), server:
         pass

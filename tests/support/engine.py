@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, freed when its block ends; tests/engine/conftest.py sets its environment."""
+"""A vLLM engine in this process, freed when its block ends; tests/support/environment.py sets its environment."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.transformers.base import Base
+from vllm.platforms.cpu import CpuPlatform
+
+from tests.support.quick_start import quick_start
 
 # 32 is the smallest block that the CPU's attention likes: short prompts then fill several blocks of the prefix cache.
 DEFAULTS: dict[str, Any] = {
@@ -19,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 8,
     "block_size": 32,
     "disable_log_stats": True,
+    "kv_cache_memory_bytes": 64 * 2**20,  # a thousand blocks of the tiny models
 }
 
 
@@ -27,7 +32,7 @@ def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: An
     """`LLM(model_dir)`, with `caprese` as the plugin's configuration; None: installed, not enabled."""
     if caprese is not None:
         options["additional_config"] = {"caprese": caprese}
-    with _transformers_kept():
+    with quick_start(), _transformers_kept():
         llm = LLM(str(model_dir), **(DEFAULTS | options))
         try:
             yield llm
@@ -75,6 +80,17 @@ def generate(
     chosen: Any = loras and [path and LoRARequest(path.name, int(path.name[4:]), str(path)) for path in loras]
     outputs = llm.generate(requests, params, lora_request=chosen, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def force_async_scheduling(patch: pytest.MonkeyPatch) -> None:
+    """The CPU platform turns asynchronous scheduling off; the GPU's default is on."""
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
 
 
 def scheduler(llm: LLM) -> Any:

@@ -20,7 +20,7 @@ from vllm.forward_context import is_forward_context_available, set_forward_conte
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 
 from caprese_vllm import blocks, enable
-from caprese_vllm.ff import State
+from caprese_vllm.state import State
 from tests.support import graph_emulator
 from tests.support.engine import engine
 from tests.support.graph_emulator import Graph
@@ -55,17 +55,17 @@ def captured_engine(model_dir: Path, caprese: dict[str, Any], mode: CUDAGraphMod
     graph_emulator.install()
     choose = enable._choose_graphs
 
-    def choose_graphs(vllm_config: Any, kernels: Any) -> None:
+    def choose_graphs(vllm_config: Any, kernels: Any, extension: Any) -> None:
         compilation = vllm_config.compilation_config
         compilation.cudagraph_mode, compilation.cudagraph_capture_sizes = mode, CAPTURED
         compilation.max_cudagraph_capture_size = max(CAPTURED)
-        choose(vllm_config, kernels)
+        choose(vllm_config, kernels, extension)
 
     enable._choose_graphs = choose_graphs
     try:
         with engine(model_dir, caprese, **options) as llm:
             runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-            watched = Watched(llm, runner, runner.model.caprese[1])
+            watched = Watched(llm, runner, runner.model.caprese)
             _watch(watched)
             Graph.opened = {torch.ops.caprese.ff: eager_break_during_capture(blocks._ff)}
             runner.capture_model(profile_only=True)  # else it locks a workspace that the CPU worker does not have

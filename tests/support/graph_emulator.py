@@ -7,7 +7,7 @@ in capture refuses is refused: reading a value back, and shapes that depend on d
 
 Operators implemented in Python are one opaque launch each, but for those that a caller opens (`opened`), of which what
 they launch is recorded. So attention stays Python here, with the metadata of the step that is replayed: the CPU's
-attention, unlike the GPU's, makes its metadata anew in every step. The FF op is opened: of it nothing else runs.
+attention, unlike the GPU's, makes new metadata in every step. The FF op is opened: of it nothing else runs.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ PARTS = {
 
 
 class FeedForward:
-    """The original FF block of a decoder layer; OPT's has no module of its own, its parts lie in the layer."""
+    """The original FF block of a decoder layer; OPT's has no module of its own, its parts are the layer's."""
 
     def __init__(self, layer: nn.Module):
         self.inline = not hasattr(layer, "mlp")
@@ -204,7 +204,7 @@ class HFReference:
         `tp` devices hold an equal part of the neurons each, in order, and GRIFFIN selects on each among its own.
         The best token is chosen from `process(tokens generated so far, logits [V])`.
 
-        With `forced` these tokens are generated, whatever the logits say, and `logprobs` tells what they say.
+        With `forced` these tokens are generated, whatever the logits say, and `logprobs` are those of the logits.
         """
         states: dict[int, SparseBlock] = {}
         if method is not None:

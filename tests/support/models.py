@@ -60,7 +60,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
     },
-    # Proven by tokens in tests/engine/test_architectures.py. Where there is no head_dim it is hidden_size / heads.
+    # Compared by tokens in tests/engine/test_architectures.py. Where there is no head_dim it is hidden_size / heads.
     "cohere": {"model_type": "cohere", **TWO_HEADS, **COHERE},
     # vLLM's window is one token wider than transformers' (commandr.py says why): none of the tests' texts fills it.
     "cohere2": {"model_type": "cohere2", "intermediate_size": 129, "sliding_window": 128, **COHERE},

@@ -25,7 +25,7 @@ class Element:
     off: bool = False  # `"caprese": "off"`
     samples: int = 1  # n, all of them greedy
     stop: int | None = None  # which of the reference's tokens is a stop token
-    priority: int = 0  # tells only where the engine schedules by priority
+    priority: int = 0  # counts only where the engine schedules by priority
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def play(
                 tokens[int(output.request_id), sample.index] = list(sample.token_ids)
         step += 1
     for _ in range(2):
-        core.step()  # the workers are told of finished requests with the next step
+        core.step()  # the next step tells the workers which requests have finished
     return tokens
 
 

@@ -12,6 +12,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
@@ -39,19 +41,6 @@ def take_integer_masks() -> None:
         return load(self, ptrs, TensorHandle(mask.data.astype(bool), mask.dtype), *rest)
 
     InterpreterBuilder.create_masked_load = masked_load
-
-
-def force_async_scheduling() -> None:
-    """The CPU platform turns asynchronous scheduling off; the GPU's default is on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: object) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def count_preemptions(scheduler: Any) -> list[str]:
@@ -86,10 +75,10 @@ def main() -> None:
     job = json.load(sys.stdin)
     if "--v1" not in sys.argv:
         take_integer_masks()
-    if job.get("async"):
-        force_async_scheduling()
-    from tests.support.engine import engine, generate, greedy
+    from tests.support.engine import engine, force_async_scheduling, generate, greedy
 
+    if job.get("async"):
+        force_async_scheduling(pytest.MonkeyPatch())
     results: dict[str, Any] = {}
     with engine(job["model"], job["caprese"], **job["engine"]) as llm:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -22,10 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "gpu-check: needs an NVIDIA GPU that torch can use; found none\n"
+    command = ["make", "--no-print-directory", "-C", str(ROOT), "gpu-check"]
+    command += [f"GPU_PYTHON={sys.executable}", f"GPU_FLAGS=--out {tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == "gpu-check: needs an NVIDIA GPU that torch can use; found none"
+    assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -33,6 +36,8 @@ def test_gpu_check_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> No
     real = gpu_check.find_spec
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "triton" else real(name))
     assert "packages missing: triton;" in (gpu_check.missing() or "")
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "caprese_bench" else real(name))
+    assert "run it as make gpu-check" in (gpu_check.missing() or "")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +95,16 @@ def test_the_plugin_is_found_where_it_is_not_installed(tmp_path: Path, monkeypat
     gpu_check.register(tmp_path)
     assert os.environ["PYTHONPATH"] == os.pathsep.join(["/somewhere", str(tmp_path)])
     (found,) = metadata.distributions(path=[str(tmp_path)])
-    (point,) = found.entry_points
-    assert (point.group, point.name, point.value) == ("vllm.general_plugins", "caprese", "caprese_vllm.plugin:register")
+    assert found.name == "caprese-vllm"
+    (plugin,) = found.entry_points.select(group="vllm.general_plugins")
+    assert (plugin.name, plugin.value) == ("caprese", "caprese_vllm.plugin:register")
+    assert found.entry_points.select(group="caprese.commands").names == {
+        "bench",
+        "collect-env",
+        "demo",
+        "distill",
+        "inspect",
+    }
 
 
 def test_gpu_check_plans_every_step_within_the_checkout(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ PROVENANCE = {"time": "2026-01-01", "command": "x", "versions": {"torch": "1"}, 
 
 
 def test_the_page_is_the_measured_one() -> None:
-    assert results_page.PAGE.read_text() == results_page.page(), "run: python tools/results_page.py"
+    assert results_page.PAGE.read_text() == results_page.page(), "run: python -m tools.results_page"
 
 
 def test_every_table_and_figure_is_there() -> None:

@@ -1,13 +1,16 @@
 """`caprese bench decode`: a whole decode step of a published shape without vLLM, on a GPU as one CUDA graph.
 
-Full, GRIFFIN, LoRA, Caprese and CATS take turns on the same weights; all but the FF blocks is the same code. Every
-variant's FF blocks are compared with the plain reference first, layer by layer on the same inputs: a wrong one has no
-row. The floor is that of floor.py. Needs torch and, on a GPU, triton; neither vLLM nor pydantic nor transformers.
+All variants take turns on the same weights, and everything except the FF blocks is the same code. First every variant's
+FF blocks are compared with the plain reference, layer by layer on the same inputs; a wrong one gets no row. The step
+cannot be faster than reading its bytes (kernels/floor.py). Needs torch and, on a GPU, triton; neither vLLM nor pydantic
+nor transformers.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,142 +18,144 @@ import typer
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
+from ..results.lists import counts
 from ..results.plots import Plot
 from ..results.recording import check_writable, progress, recording
-from ..results.report import Columns, Result, Row, table, terminal
-from .decode_variants import VARIANTS, Variant
+from ..results.report import Columns, Result, Row, show
+from ..results.settings import ResumableSettings, options_of
 from .models import ARCHS
+from .variants import VARIANTS, Variant, choose_variants
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from caprese_kernels.backend import Backend
 
     from ..kernels.timing import Timing
-    from .decode_model import DecodeModel, FeedForward
+    from .decode_model import DecodeDimensions
 
 KEYS = ["section", "arch", "context", "batch", "variant"]
 MEASURES = ["time_ms", "ratio", "gb_s"]
-REPEATS = 30
 
 
-def decode(
-    arch: Annotated[
-        str | None, typer.Option(help=f"Of {', '.join(ARCHS)}; default 14B on a GPU, 0.5B on a CPU.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in a request's KV cache.")] = 2048,
-    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS),
-    batch: Annotated[str, typer.Option(help="Comma-separated numbers of requests, each with its selection.")] = "1",
-    density: Annotated[float, typer.Option(min=0.01, max=1, help="Share of neurons kept.")] = 0.5,
-    rank: Annotated[int, typer.Option(min=1, help="Of L and R, and of what LoRA has as many parameters as.")] = 256,
-    repeats: Annotated[int, typer.Option(min=3, help="Interleaved samples of each variant.")] = REPEATS,
-    quick: Annotated[bool, typer.Option("--quick", help="Four layers of the shape, five samples.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in --out already.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for decode.json, .csv and .html.")] = Path("out/bench"),
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DecodeSettings(ResumableSettings):
+    """Options of `caprese bench decode`."""
+
+    arch: Annotated[str | None, typer.Option(help=f"Of {', '.join(ARCHS)}. Default: 14B on a GPU, 0.5B on a CPU.")] = (
+        None
+    )
+    context: Annotated[int, typer.Option(min=1, help="Tokens in a request's KV cache.")] = 2048
+    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS)
+    batch: Annotated[
+        str, typer.Option(help="Comma-separated numbers of requests, each request with its own selection.")
+    ] = "1"
+    density: Annotated[float, typer.Option(min=0.01, max=1, help="Share of neurons kept.")] = 0.5
+    rank: Annotated[int, typer.Option(min=1, help="Rank of L and R; LoRA gets as many parameters as these have.")] = 256
+    repeats: Annotated[int, typer.Option(min=3, help="Interleaved samples of each variant.")] = 30
+    quick: Annotated[bool, typer.Option("--quick", help="Four layers of the shape, five samples.")] = False
+
+
+@options_of(DecodeSettings)
+def decode(settings: DecodeSettings) -> None:
     """Time of a whole decode step, one CUDA graph, beside the bytes it must read; no vLLM needed."""
     import torch
 
     from caprese_kernels.backend import choose
 
-    from .decode_model import Dimensions
+    from .decode_model import DecodeDimensions
 
-    check_writable(out)
+    check_writable(settings.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arch = arch or ("qwen2.5-14b" if device == "cuda" else "qwen2.5-0.5b")
-    sizes, repeats = Dimensions.of(arch), min(repeats, 5) if quick else repeats
-    if quick:
-        sizes = Dimensions(**{**vars(sizes), "layers": 4})
-    chosen, counts = _chosen(variants), _counts(batch)
+    arch = settings.arch or ("qwen2.5-14b" if device == "cuda" else "qwen2.5-0.5b")
+    dimensions = DecodeDimensions.of(arch)
+    if settings.quick:
+        dimensions = replace(dimensions, layers=4)
+        settings = replace(settings, repeats=min(settings.repeats, 5))
+    variants, batches = choose_variants(settings.variants), counts("--batch", settings.batch)
+    if not batches:
+        raise CapreseError("--batch", expected="one number or more", found="none", fix="give one, for example 1")
     backend = choose("auto", torch.device(device))
-    settings = {"density": density, "rank": rank, "repeats": repeats, "layers": sizes.layers, "dtype": "bfloat16"}
-    settings |= {"kernel": backend.NAME, "graph": device == "cuda", "threads": torch.get_num_threads()}
-    result = Result("decode", provenance() | {"settings": settings}, KEYS, MEASURES)
-    console = terminal()
-    with recording(result, out, PLOTS, resume, console, COLUMNS) as record, progress(console) as bar:
-        line = bar.add_task("", total=len(counts))
-        for count in counts:
-            name = {"section": "decode", "arch": arch, "context": context, "batch": count}
-            bar.update(line, description=f"{arch}, {count} at once")
-            if not all(record.has(name | {"variant": variant.label}) for variant in chosen):
-                record.add(*measure(name, sizes, chosen, density, rank, repeats, device, backend))
+    recorded = {
+        "density": settings.density,
+        "rank": settings.rank,
+        "repeats": settings.repeats,
+        "layers": dimensions.layers,
+        "dtype": "bfloat16",
+        "kernel": backend.NAME,
+        "graph": device == "cuda",
+        "threads": torch.get_num_threads(),
+    }
+    result = Result("decode", provenance() | {"settings": recorded}, KEYS, MEASURES)
+    with recording(result, settings.out, PLOTS, settings.resume, COLUMNS) as record, progress() as bar:
+        line = bar.add_task("", total=len(batches))
+        for batch in batches:
+            key = {"section": "decode", "arch": arch, "context": settings.context, "batch": batch}
+            bar.update(line, description=f"{arch}, {batch} at once")
+            if not all(record.has(key | {"variant": variant.label}) for variant in variants):
+                record.add(*measure(key, dimensions, variants, settings, device, backend))
             bar.advance(line)
-    console.print(table("decode", result.rows, COLUMNS))
+    show(result, COLUMNS, settings.as_json)
 
 
 def measure(
-    name: Row, sizes: Any, chosen: list[Variant], density: float, rank: int, repeats: int, device: str, backend: Backend
+    key: Row,
+    dimensions: DecodeDimensions,
+    variants: Sequence[Variant],
+    settings: DecodeSettings,
+    device: str,
+    backend: Backend,
 ) -> list[Row]:
-    """A row for each variant: its FF blocks held to the reference, then steps of all in turn."""
+    """A row for each variant: its FF blocks compared with the reference, then steps of all variants in turn.
+
+    `key` has the columns that all these rows share: section, arch, context and batch.
+    """
     import torch
 
     from ..kernels.timing import Timer, interleave, memory
-    from .decode_ff import Choices, dense_candidates
+    from .decode_ff import DecodeBlocks, dense_candidates
     from .decode_model import DecodeModel
 
     with torch.inference_mode():
-        model = DecodeModel(sizes, rank, name["context"], name["batch"], device, torch.bfloat16)
+        model = DecodeModel(dimensions, settings.rank, key["context"], key["batch"], device, torch.bfloat16)
         candidates = dense_candidates(model)
-        tried = interleave({kernel: Timer([_step(model, ff)], device) for kernel, ff in candidates.items()}, 5, 30)
-        best = min(tried, key=lambda kernel: tried[kernel].median)
-        choices = Choices(model, backend, density, candidates[best])
+        dense_timers = {kernel: Timer([partial(model.step, ff)], device) for kernel, ff in candidates.items()}
+        dense_timings = interleave(dense_timers, 5, 30)
+        best = min(dense_timings, key=lambda kernel: dense_timings[kernel].median)
+        blocks = DecodeBlocks(model, backend, settings.density, candidates[best])
         source, size, calls = memory(device)
         timers: dict[Any, Timer] = {None: Timer(calls, device)}
         errors = {}
-        for variant in chosen:
-            ff = choices.feed_forward(variant)
-            errors[variant.label] = choices.check(variant, ff)
-            timers[variant.label] = Timer([_step(model, ff)], device)
-        timings = interleave(timers, repeats, seconds=120)
-    pace = size / timings.pop(None).median / 1e9
-    full, *_ = needed = [choices.bytes(variant, name["context"], name["batch"]) for variant in chosen]
+        for variant in variants:
+            ff = blocks.feed_forward(variant)
+            errors[variant.label] = blocks.check(variant, ff)
+            timers[variant.label] = Timer([partial(model.step, ff)], device)
+        timings = interleave(timers, settings.repeats, seconds=120)
+    bandwidth = size / timings.pop(None).median / 1e9
+    full, *_ = required = [blocks.bytes(variant, key["context"], key["batch"]) for variant in variants]
     rows = []
-    for variant, some in zip(chosen, needed, strict=True):
+    for variant, required_bytes in zip(variants, required, strict=True):
         more = {"kernel": best if variant.method is None else backend.NAME, "error": errors[variant.label]}
-        rows.append(row(name, variant, timings, some, full, more | {"bandwidth_gb_s": pace, "bandwidth": source}))
+        more |= {"bandwidth_gb_s": bandwidth, "bandwidth": source}
+        rows.append(row(key, variant, timings, required_bytes, full, more))
     return rows
 
 
-def row(name: Row, variant: Variant, timings: dict[str, Timing], needed: float, full: float, more: Row) -> Row:
-    timed, base = timings[variant.label], timings["Full"]
-    speed = needed / timed.median / 1e9
+def row(key: Row, variant: Variant, timings: dict[str, Timing], required: float, full: float, more: Row) -> Row:
+    """A variant's row; `required` and `full` are the bytes that its step and Full's must read."""
+    timed, full_timed = timings[variant.label], timings["Full"]
+    speed = required / timed.median / 1e9
     return {
-        **name,
+        **key,
         "variant": variant.label,
         "time_ms": 1e3 * timed.median,
         "iqr_ms": 1e3 * timed.iqr,
-        "ratio": timed.median / base.median,
-        "predicted_ratio": needed / full,
-        "mb_a_step": needed / 1e6,
+        "ratio": timed.median / full_timed.median,
+        "predicted_ratio": required / full,
+        "mb_a_step": required / 1e6,
         "gb_s": speed,
         "bandwidth_share": speed / more["bandwidth_gb_s"],
         "samples": timed.samples,
         **more,
     }
-
-
-def _step(model: DecodeModel, ff: FeedForward) -> Any:
-    def step() -> Tensor:
-        return model.step(ff)
-
-    return step
-
-
-def _chosen(text: str) -> list[Variant]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in VARIANTS:
-            raise CapreseError("--variants", expected=f"of {', '.join(VARIANTS)}", found=repr(name), fix="correct it")
-    if "full" not in names:
-        raise CapreseError("--variants", expected="full among them, which ratios are to", found=text, fix="add it")
-    return [variant for name, variant in VARIANTS.items() if name in names]
-
-
-def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise CapreseError("--batch", expected="comma-separated numbers from 1", found=repr(text), fix="correct it")
-    return [int(part) for part in parts]
 
 
 COLUMNS: Columns = {

@@ -1,4 +1,4 @@
-"""What computes the FF blocks of a decode step, by variant: the product's kernels, their reference, and dense."""
+"""The FF blocks of a decode step for each variant: by the served kernels, by the reference, and dense."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..kernels.measure import check, check_cats
 from ..lora.served import kernels as lora_kernels
 from ..lora.served.engine import Lora, draw
 from .decode_model import DecodeModel, FeedForward
-from .decode_variants import Variant
+from .variants import Variant
 
 
 def dense_candidates(model: DecodeModel) -> dict[str, FeedForward]:
-    """The dense block by the ways of kernel_dense, on a copy of W_2 as vLLM has it; and on W_2 as it is packed."""
+    """The implementations of kernels/dense.py, on a copy of W_2 in vLLM's layout, and one on W_2 as it is packed."""
     f = model.sizes.neurons
     inputs = [block.gate_up_plus[: 2 * f] for block in model.blocks]
     packed = [block.down_plus[:f] for block in model.blocks]
@@ -42,11 +42,11 @@ def _of_layer(runs: list[Forward], layer: int, x: Tensor) -> Tensor:
     return runs[layer](x)
 
 
-class Choices:
+class DecodeBlocks:
     """The requests' selections, and each variant's FF blocks with them.
 
-    GRIFFIN's masks are drawn, each request its own; CATS' thresholds are such that the tokens of this very step keep
-    the wanted share. `dense` are the blocks of layers that are not sparse, and all of Full's.
+    Each request has a random GRIFFIN mask of its own. CATS' thresholds are chosen so that the tokens of this very step
+    keep the wanted share. `dense` computes the layers that are not sparse, and all layers of Full.
     """
 
     def __init__(self, model: DecodeModel, backend: Backend, density: float, dense: FeedForward):
@@ -58,7 +58,7 @@ class Choices:
         self.keep = torch.stack(masks).to(model.device)
         self.slots = torch.arange(batch, device=model.device)
         self.union = float(self.keep.any(dim=1).float().mean())
-        self.inputs: list[Tensor] = []  # of each FF block, in the original model
+        self.inputs: list[Tensor] = []  # x [B, D] of each FF block, in the original model
         self.bare = [model.plain(layer) for layer in range(sizes.layers)]
         model.step(lambda layer, x: reference.dense_ff(x, self.bare[layer]), self.inputs)
         self.tau = torch.stack(
@@ -68,17 +68,17 @@ class Choices:
         self.lora: dict[int, Lora] = {}
 
     def sparse(self, variant: Variant) -> range:
-        """Its sparse layers."""
-        layers = self.model.sizes.layers
-        return range(0 if variant.method is None else layers // 2 if variant.half else layers)
+        """The variant's sparse layers."""
+        return variant.sparse_layers(self.model.sizes.layers)
 
     def packed(self, variant: Variant, layer: int) -> PackedFF:
-        return self.model.blocks[layer] if variant.added == "caprese" else self.bare[layer]
+        """The layer's weights, with L and R for a Caprese variant."""
+        return self.model.blocks[layer] if variant.correction == "caprese" else self.bare[layer]
 
     def feed_forward(self, variant: Variant) -> FeedForward:
-        """(layer, x) -> y. GRIFFIN plans for all its layers in the first of them, in one launch, as the engine does."""
+        """(layer, x) -> y. As in the engine, GRIFFIN's first layer plans for all its layers in one launch."""
         sparse = self.sparse(variant)
-        if variant.added == "lora" and not self.lora:
+        if variant.correction == "lora" and not self.lora:
             self.lora = draw({layer: self.bare[layer] for layer in sparse}, self.model.rank)
         plans: Any = None
 
@@ -88,19 +88,20 @@ class Choices:
                 return self.dense(layer, x)
             if variant.method == "cats":
                 return self.backend.cats_ff(x, self.packed(variant, layer), self.tau[layer], self.slots)[0]
-            if layer == 0 and hasattr(self.backend, "plan_layers"):
+            if layer == 0:
                 plans = self.backend.plan_layers(self.keep[: len(sparse)], self.slots)
-            planned = {} if plans is None else {"plan": plans[layer]}
-            if variant.added == "lora":
-                return self.lora[layer].forward(self.backend, x, self.keep[layer], self.slots, **planned)
+            plan = None if plans is None else plans[layer]
+            if variant.correction == "lora":
+                return self.lora[layer].forward(self.backend, x, self.keep[layer], self.slots, plan)
             keep = self.keep[layer]
-            return self.backend.griffin_ff(x, self.packed(variant, layer), keep, self.slots, **planned)
+            return self.backend.griffin_ff(x, self.packed(variant, layer), keep, self.slots, plan)
 
         return ff
 
     def check(self, variant: Variant, ff: FeedForward) -> float:
-        """The largest relative error of a token's y in any layer, against the reference on the same x; CapreseError
-        beyond the kernels' own tolerance (kernel_measure).
+        """The largest relative error of a token's y in any layer, compared with the reference on the same x.
+
+        Raises CapreseError if it exceeds the kernels' tolerance (kernels/measure.py).
         """
         worst = 0.0
         for layer, x in enumerate(self.inputs):
@@ -116,29 +117,26 @@ class Choices:
         return worst
 
     def bytes(self, variant: Variant, context: int, batch: int) -> float:
-        """A step's floor."""
+        """The bytes that a step must read."""
         sizes = self.model.sizes
         added = 0
-        if variant.added == "caprese":
+        if variant.correction == "caprese":
             added = 2 * sizes.hidden_size * self.model.rank
-        elif variant.added == "lora":
-            added = (
-                3
-                * lora_kernels.equal_rank(sizes.hidden_size, sizes.neurons, self.model.rank)
-                * (sizes.hidden_size + sizes.neurons)
-            )
+        elif variant.correction == "lora":
+            rank = lora_kernels.equal_rank(sizes.hidden_size, sizes.neurons, self.model.rank)
+            added = 3 * rank * (sizes.hidden_size + sizes.neurons)
         kept = self.cats_union if variant.method == "cats" else self.union
         sparse = len(self.sparse(variant))
         return step_bytes(sizes.weights(), variant.method, sparse, kept, added, context, batch, itemsize=2)
 
     def _reference(self, variant: Variant, layer: int, x: Tensor) -> Tensor:
         keep, block = self.keep[layer], self.packed(variant, layer)
-        if variant.added != "lora":
+        if variant.correction != "lora":
             return reference.griffin_ff(x, block, keep, self.slots)
         return self.lora[layer].forward(reference, x, keep, self.slots)
 
     def _cats_union(self) -> float:
-        """Share of neurons that some token keeps, mean over layers."""
+        """Share of neurons that at least one token keeps under CATS, mean over layers."""
         shares = []
         for x, ff, tau in zip(self.inputs, self.bare, self.tau, strict=True):
             magnitudes = reference.activations(x, ff)[0].abs().float()

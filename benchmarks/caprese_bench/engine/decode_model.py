@@ -1,7 +1,7 @@
-"""One decode step of a published shape in plain torch: everything but the FF blocks is the same for every variant.
+"""One decode step of a published shape in plain torch: everything except the FF blocks is the same for every variant.
 
-Weights are random, scaled so that activations stay of order one, and lie once in memory: FF blocks packed, with room
-for L and R. A request's KV cache is full of random keys and values.
+Weights are random, scaled so that activations stay of order one. They exist once: FF blocks are packed, with room for L
+and R. Each request's KV cache is filled with random keys and values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FeedForward = Callable[[int, Tensor], Tensor]  # (layer, x [B, D]) -> y [B, D]
 
 
 @dataclass(frozen=True)
-class Dimensions:
-    """What a step needs of a config.json: Qwen 2's and Llama's layers, which differ in the biases of q, k, v."""
+class DecodeDimensions:
+    """What a step needs of a config.json, for Qwen 2's and Llama's layers, which differ in the biases of q, k and v."""
 
     layers: int
     hidden_size: int
@@ -39,16 +39,19 @@ class Dimensions:
     biased: bool
 
     @classmethod
-    def of(cls, arch: str) -> Dimensions:
+    def of(cls, arch: str) -> DecodeDimensions:
+        """Those of a shape of ARCHS. Raises CapreseError for an unknown one, or one with other layers."""
         if arch not in ARCHS:
-            raise CapreseError("--arch", expected=f"one of {', '.join(ARCHS)}", found=arch, fix="choose one of these")
+            raise CapreseError(
+                "--arch", expected=f"one of {', '.join(ARCHS)}", found=repr(arch), fix="choose one of these"
+            )
         config = ARCHS[arch]
         if config["model_type"] not in ("qwen2", "llama"):
             raise CapreseError(
                 "--arch",
-                expected="a Qwen 2 or Llama shape, whose layers are written here",
+                expected="a Qwen 2 or Llama shape, the only layers that this benchmark has",
                 found=arch,
-                fix="take `caprese bench latency`, which runs vLLM's",
+                fix="use `caprese bench latency`, which runs vLLM's layers",
             )
         heads = config["num_attention_heads"]
         return cls(
@@ -66,10 +69,11 @@ class Dimensions:
 
     @property
     def qkv(self) -> int:
+        """Rows of the projection to q, k and v."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
     def weights(self) -> Weights:
-        """For the floor; the embedding, of which a step reads a row, is not among them."""
+        """The sizes for the floor of a step, without the embedding, of which a step reads one row."""
         d, f = self.hidden_size, self.neurons
         attention = self.qkv * (d + self.biased) + self.heads * self.head_size * d
         total = self.layers * (attention + 3 * f * d + 2 * d) + d + self.vocabulary * d
@@ -78,9 +82,9 @@ class Dimensions:
 
 
 class DecodeModel:
-    """`step(ff)` is the whole model's step with the FF blocks that `ff` computes."""
+    """A model whose `step(ff)` is a whole decode step with the FF blocks that `ff` computes."""
 
-    def __init__(self, sizes: Dimensions, rank: int, context: int, batch: int, device: str, dtype: torch.dtype):
+    def __init__(self, sizes: DecodeDimensions, rank: int, context: int, batch: int, device: str, dtype: torch.dtype):
         self.sizes, self.rank, self.device = sizes, rank, device
         generator = torch.Generator(device).manual_seed(0)
 
@@ -107,17 +111,17 @@ class DecodeModel:
         frequency = sizes.theta ** (-torch.arange(0, size, 2, device=device).float() / size)
         angle = torch.cat([frequency, frequency]) * (context - 1)
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
-        # On a GPU the small operations are fused, as vLLM's compiler does; the same code for every variant.
+        # On a GPU the small operations are fused, as by vLLM's compiler; every variant uses the same code.
         fused: Any = torch.compile if device == "cuda" else lambda function: function
         self.add_norm, self.rotate, self.gated = fused(_add_norm), fused(_rotate), fused(_gated)
 
     def plain(self, layer: int) -> PackedFF:
-        """The block without L and R: the same storage, shorter views."""
+        """The block without L and R: shorter views of the same storage."""
         whole, f = self.blocks[layer], self.sizes.neurons
         return PackedFF(whole.gate_up_plus[: 2 * f], whole.down_plus[:f], whole.activation)
 
     def step(self, ff: FeedForward, seen: list[Tensor] | None = None) -> Tensor:
-        """The next tokens [B] int64; `seen` takes the input of every FF block."""
+        """The next tokens, [B] int64; the input [B, D] of every FF block is appended to `seen`."""
         sizes, batch = self.sizes, len(self.x)
         x, rest = self.add_norm(self.x, torch.zeros_like(self.x), self.norms[0], sizes.eps)
         for layer in range(sizes.layers):

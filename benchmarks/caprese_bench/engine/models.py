@@ -1,4 +1,4 @@
-"""Models to time: shapes of published ones, written as a config alone and served with dummy weights."""
+"""Shapes of published models: each a config.json alone, which vLLM serves with dummy weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QWEN2 = {
     "eos_token_id": 151645,
     "torch_dtype": "bfloat16",
 }
-# Each as its config.json on the Hub has it.
+# Each as in its config.json on the Hub.
 ARCHS: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": _QWEN2
     | {
@@ -113,9 +113,12 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 def write_arch(name: str, folder: Path) -> Path:
-    """The folder of a model of that shape without weights or tokenizer, for `load_format="dummy"`."""
+    """Write a model of that shape, without weights or tokenizer, for `load_format="dummy"`; returns its folder.
+
+    Raises CapreseError for an unknown shape.
+    """
     if name not in ARCHS:
-        raise CapreseError("--arch", expected=f"one of {', '.join(ARCHS)}", found=name, fix="choose one of these")
+        raise CapreseError("--arch", expected=f"one of {', '.join(ARCHS)}", found=repr(name), fix="choose one of these")
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.json").write_text(json.dumps(ARCHS[name], indent=1))

@@ -1,1 +1,1 @@
-"""What the accuracy benchmarks share: tasks, served variants, stored responses, grading, statistics."""
+"""Benchmarks of a served model's answers: tasks, served variants, stored responses, grading."""

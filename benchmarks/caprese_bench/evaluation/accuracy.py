@@ -1,110 +1,108 @@
-"""`caprese bench accuracy`: the paper's tables 1 and 2 against a served model, and the same on the demo's tasks.
+"""`caprese bench accuracy`: the paper's tables 1 and 2 through a served model, and the same on the demo's tasks.
 
 Full, GRIFFIN, CATS and Caprese answer the same prompts through the same server, client and grader; Full is the Caprese
-server asked with `vllm_xargs: {"caprese": "off"}`. A row needs proof: the server's counters must show that the variant
-generated sparse, and Full dense (evaluation/asking.py). Differences to Full are paired by problem.
+server with the request option `vllm_xargs: {"caprese": "off"}`. A row needs proof by the server's counters that the
+variant generated its tokens sparsely, and Full densely (counters.py). Differences to Full are paired by problem.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..results.plots import Plot
 from ..results.recording import check_writable, recording
-from ..results.report import Columns, Result, Row, table, terminal
+from ..results.report import Columns, Result, Row, show
+from ..results.settings import options_of
 from ..results.stats import mcnemar, mean, paired_interval, sample_deviation, standard_error
-from . import options
+from .settings import EvaluationSettings, Resume, Runs, Tasks
 from .tasks import GROUPS
 
 if TYPE_CHECKING:
-    from .asking import Answers
+    from .runs import Answers
 
 KEYS = ["section", "task", "model", "variant"]
 MEASURES = ["score", "tokens", "difference"]
 
 
-def accuracy(
-    tasks: options.Tasks = "demo",
-    model: options.Model = None,
-    weights: options.Weights = None,
-    variants: options.Variants = None,
-    url: options.Url = None,
-    data: options.Data = None,
-    limit: options.Limit = None,
-    runs: options.Runs = None,
-    concurrency: options.Concurrency = 32,
-    max_tokens: options.MaxTokens = None,
-    seed: options.Seed = 0,
-    serve_args: options.ServeArgs = "",
-    quick: Annotated[bool, typer.Option("--quick", help="40 problems of each task, two runs at most.")] = False,
-    resume: options.Resume = False,
-    out: Annotated[Path, typer.Option(help="Folder for accuracy.json, .csv, .html and accuracy/.")] = Path("out/bench"),
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AccuracySettings(EvaluationSettings):
+    """Options of `caprese bench accuracy`."""
+
+    tasks: Tasks = "demo"
+    runs: Runs = None
+    quick: Annotated[bool, typer.Option("--quick", help="40 problems of each task, two runs at most.")] = False
+    resume: Resume = False
+
+
+@options_of(AccuracySettings)
+def accuracy(settings: AccuracySettings) -> None:
     """Accuracy of Full, GRIFFIN, CATS and Caprese through vLLM: tables 1 and 2, with paired differences to Full."""
-    import scipy.stats  # noqa: F401 - if it is missing, that is told before the questions are asked
+    import scipy.stats  # noqa: F401 - fails here if it is not installed, before any question is asked
 
-    from .asking import Examiner
+    from .collecting import ResponseCollector
 
-    check_writable(out)
-    console = terminal()
-    wanted, bench = options.subject(tasks, model, weights, url, serve_args, variants)
-    if quick:
-        limit, runs = min(limit or 40, 40), min(runs or 2, 2)
-    sittings = options.sittings_of(wanted, data, limit, runs, seed, max_tokens=max_tokens)
-    result = Result("accuracy", options.origin(bench, sittings, data, seed=seed, quick=quick), KEYS, MEASURES)
+    check_writable(settings.out)
+    if settings.quick:
+        settings = replace(settings, limit=min(settings.limit or 40, 40), runs=min(settings.runs or 2, 2))
+    model = settings.served_model()
+    runs = settings.evaluation_runs(settings.runs)
+    result = Result("accuracy", settings.provenance(model, runs, settings.quick), KEYS, MEASURES)
+    collector = ResponseCollector(model, settings.out / "accuracy", settings.resume, settings.concurrency)
     full: dict[str, list[list[float]]] = {}
-    # Rows are made anew from stored responses, so that recording has none to take over.
-    with recording(result, out, plots, False, console, COLUMNS) as record:
-        for answers in Examiner(bench, out / "accuracy", resume, concurrency, console).ask(sittings):
+    # Rows are computed again from the stored responses, so the recording has none to keep.
+    with recording(result, settings.out, plots, False, COLUMNS) as record:
+        for answers in collector.collect(runs):
             scores = answers.scores()
             if answers.variant.method is None:
-                full[answers.sitting.task.name] = scores
-            record.add(row(bench.name, answers, scores, full.get(answers.sitting.task.name)))
-        titles = [task.title for task in wanted]
-        result.rows.sort(key=lambda row: titles.index(row["task"]))  # variants of a task one below another
-    for section, rows in result.sections().items():
-        console.print(table(section, rows, COLUMNS))
+                full[answers.run.task.name] = scores
+            record.add(row(model.name, answers, scores, full.get(answers.run.task.name)))
+        titles = [run.task.title for run in runs]
+        result.rows.sort(key=lambda row: titles.index(row["task"]))  # a task's variants one below another
+    show(result, COLUMNS, settings.as_json)
 
 
 def row(model: str, answers: Answers, scores: list[list[float]], full: list[list[float]] | None) -> Row:
-    """One variant's scores on a task, by run and question. A problem's runs are averaged before problems are paired."""
-    task, variant = answers.sitting.task, answers.variant
-    each = [mean(runs) for runs in zip(*scores, strict=True)]
+    """The row of a variant's scores on a task; `scores` and Full's are by repeat and question.
+
+    The repeats of a problem are averaged before problems are paired.
+    """
+    task, variant = answers.run.task, answers.variant
+    by_problem = [mean(repeats) for repeats in zip(*scores, strict=True)]
     sparse, read = answers.counted()
     published = task.publication(model)
-    mine, theirs = published.get(variant.published), published.get("full")  # type: ignore[call-overload]
-    made: Row = {
+    paper, paper_full = published.get(variant.published), published.get("full")  # type: ignore[call-overload]
+    columns: Row = {
         "section": GROUPS[task.group],
         "task": task.title,
         "model": model,
         "variant": variant.label,
-        "metric": answers.sitting.exam.metric,
-        "problems": len(each),
+        "metric": answers.run.problems.metric,
+        "problems": len(by_problem),
         "runs": len(scores),
-        "score": mean(each),
-        "stderr": standard_error(each),
-        "run_std": sample_deviation([mean(run) for run in scores]),
+        "score": mean(by_problem),
+        "stderr": standard_error(by_problem),
+        "run_std": sample_deviation([mean(repeat) for repeat in scores]),
         "tokens": answers.mean_tokens,
         "cut_off": answers.cut_off,
         "sparse_tokens": sparse,
         "ff_weights_read": 1.0 if variant.method is None else read,
-        "published_row": variant.published if mine else None,
-        "published": mine and mine[0],
-        "published_std": mine and mine[1],
-        "published_difference": mine and theirs and mine[0] - theirs[0],
+        "published_row": variant.published if paper else None,
+        "published": paper and paper[0],
+        "published_std": paper and paper[1],
+        "published_difference": paper and paper_full and paper[0] - paper_full[0],
     }
     if full is None or variant.method is None:
-        return made
-    theirs_each = [mean(runs) for runs in zip(*full, strict=True)]
-    difference, low, high = paired_interval(each, theirs_each)
-    made |= {"difference": difference, "difference_low": low, "difference_high": high}
-    if len(scores) == 1 and {*each, *theirs_each} <= {0.0, 1.0}:
-        won, lost, p = mcnemar(each, theirs_each)
-        made |= {"won": won, "lost": lost, "mcnemar_p": p}
-    return made
+        return columns
+    full_by_problem = [mean(repeats) for repeats in zip(*full, strict=True)]
+    difference, low, high = paired_interval(by_problem, full_by_problem)
+    columns |= {"difference": difference, "difference_low": low, "difference_high": high}
+    if len(scores) == 1 and {*by_problem, *full_by_problem} <= {0.0, 1.0}:
+        won, lost, p = mcnemar(by_problem, full_by_problem)
+        columns |= {"won": won, "lost": lost, "mcnemar_p": p}
+    return columns
 
 
 def _points(value: float) -> str:
@@ -138,16 +136,16 @@ COLUMNS: Columns = {
 
 
 def plots(result: Result) -> list[Plot]:
-    """Each table as bars, and the paper's beside it where it has the model."""
-    made = []
+    """Each table as bars, and beside it the paper's if it has the model."""
+    drawn = []
     for section, rows in result.sections().items():
-        made.append(
+        drawn.append(
             Plot(section, "task", "score", ("variant",), "", "score, ± one standard error", error="stderr", kind="bar",
                  percent=True, show=_percent)
         )  # fmt: skip
         if any(each["published"] is not None for each in rows):
-            made.append(
+            drawn.append(
                 Plot(section, "task", "published", ("variant",), "", "published, ± deviation of runs",
                      error="published_std", kind="bar", percent=True, show=_percent)
             )  # fmt: skip
-    return made
+    return drawn

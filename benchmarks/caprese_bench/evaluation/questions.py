@@ -1,4 +1,4 @@
-"""Questions, and the data sets that they come from."""
+"""Questions, and reading the data sets that they come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caprese_kernels.errors import CapreseError
 
 @dataclass(frozen=True)
 class Question:
-    """One problem as it is asked."""
+    """One problem as it is sent to the server."""
 
     id: str
     prompt: str
@@ -22,11 +22,13 @@ class Question:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; CapreseError naming the line that is none."""
+    """The JSON objects of a file, one in each line. Raises CapreseError with the number of a line that is not one."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CapreseError(f"--data {path}", expected="a JSONL file", found=str(error), fix="correct it") from None
+        raise CapreseError(
+            f"--data {path}", expected="a JSONL file", found=str(error), fix="correct the path"
+        ) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -37,14 +39,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise CapreseError(
-                f"--data {path}, line {number}", expected="a JSON object", found=line[:60], fix="correct it"
+                f"--data {path}, line {number}", expected="a JSON object", found=line[:60], fix="correct the line"
             )
         rows.append(row)
     return rows
 
 
 def hub(name: str, load: Callable[[Any], Any]) -> Any:
-    """`load(datasets)`, with what the Hub refuses told as a CapreseError."""
+    """`load(datasets)` for a data set of the Hub. Raises CapreseError if it cannot be downloaded or read."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -53,7 +55,7 @@ def hub(name: str, load: Callable[[Any], Any]) -> Any:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise CapreseError(
             f"data set {name}",
-            expected="one on the Hub, or in its cache",
+            expected="one on the Hub or in its local cache",
             found=f"{type(error).__name__}: {error}",
-            fix="give a local file of the same columns, --data TASK=FILE.jsonl",
+            fix="give a local file with the same columns, --data TASK=FILE.jsonl",
         ) from None

@@ -1,4 +1,4 @@
-"""Responses on disk: one JSON line each, written when it arrives, known by all that it depends on."""
+"""Responses on disk: a JSON line each, written when it arrives, under a key of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -13,58 +13,63 @@ from caprese_kernels.errors import CapreseError
 
 
 class Response(BaseModel):
-    """One line: the samples of one request, and the server's counters that show how they were generated."""
+    """One line: the samples of one request, and the server's counters, which prove how they were generated."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    id: str = Field(description="of the problem")
-    identity: dict[str, Any] = Field(description="model, adapter, configuration, prompt's SHA-256, sampling, seed")
+    id: str = Field(description="the problem's name")
+    identity: dict[str, Any] = Field(description="model, adapter, configuration, SHA-256 of the prompt, sampling, seed")
     texts: list[str]
-    finish: list[str] = Field(description="why each sample ended: stop, or length")
-    tokens: int = Field(ge=0, description="generated, of all samples")
-    session: str = Field(description="responses asked for by one client, one after another or at once")
-    sparse_tokens: int = Field(ge=0, description="that sparse FF blocks ran since the session began, by GET /caprese")
+    finish: list[str] = Field(description="why each sample ended: stop or length")
+    tokens: int = Field(ge=0, description="generated tokens of all samples")
+    session: str = Field(description="names the client session that requested it")
+    sparse_tokens: int = Field(
+        ge=0, description="tokens that sparse FF blocks computed since the session began, by GET /caprese"
+    )
     ff_weights_read: float | None = Field(description="share of all FF weights that these tokens needed")
 
     @property
     def key(self) -> str:
+        """Digest of the identity."""
         return digest(self.identity)
 
 
 def digest(identity: dict[str, Any]) -> str:
+    """SHA-256 of the identity, in hexadecimal."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """The responses of one file. A kill may leave half a line at its end, which is left out."""
+    """The responses of one file. A killed run may leave half a line at its end, which is removed."""
 
     def __init__(self, path: Path, keep: bool):
-        """With `keep` the file is gone on with; else it is moved aside, as NAME.jsonl.old."""
+        """With `keep` the store continues the file; otherwise an existing file is renamed to NAME.jsonl.old."""
         self.path, self.found = path, dict[str, Response]()
         path.parent.mkdir(parents=True, exist_ok=True)
         if not keep and path.exists():
             path.replace(path.with_suffix(".jsonl.old"))
         text = path.read_text() if path.exists() else ""
-        *lines, half = text.split("\n")
-        if half:
+        *lines, incomplete = text.split("\n")
+        if incomplete:
             path.write_text("".join(f"{line}\n" for line in lines))
         for number, line in enumerate(lines, start=1):
             try:
                 response = Response.model_validate_json(line)
             except ValidationError as error:
-                told = error.errors()[0]["msg"]
+                reason = error.errors()[0]["msg"]
                 raise CapreseError(
-                    f"{path}, line {number}", expected="a stored response", found=told, fix="remove the line"
+                    f"{path}, line {number}", expected="a stored response", found=reason, fix="remove the line"
                 ) from None
             self.found[response.key] = response
 
     def discard(self, session: str) -> None:
-        """Forget a session's responses."""
+        """Remove a session's responses, from the file too."""
         self.found = {key: response for key, response in self.found.items() if response.session != session}
         new = self.path.with_suffix(".jsonl.new")
         new.write_text("".join(f"{response.model_dump_json()}\n" for response in self.found.values()))
         new.replace(self.path)
 
     def add(self, response: Response) -> None:
+        """Append the response to the file."""
         with self.path.open("a") as file:
             file.write(response.model_dump_json() + "\n")
         self.found[response.key] = response

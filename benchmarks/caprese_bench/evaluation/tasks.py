@@ -1,6 +1,7 @@
-"""What is asked: one YAML file a task, in tasks/, held to this schema.
+"""The tasks: a YAML file each in paper/tasks, checked against this schema.
 
-A task either names tasks of lm-eval, which then gives prompts, filters and metric, or its own data, prompt and grader.
+A task either names tasks of lm-eval, which supplies prompts, filters and metric, or its own data, prompt and grader.
+The name of a new file is at once an argument of `--tasks`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from caprese_kernels.errors import CapreseError
 
-from ..results import schemas
+from ..results.parsing import parse as parse_schema
 
 FOLDER = Path(__file__).parents[1] / "paper/tasks"
 GROUPS = {
@@ -21,8 +22,8 @@ GROUPS = {
     "demo": "the demo's tasks",
     "other": "other tasks",
 }
-# Open R1's, which section 4.3 of the paper names: github.com/huggingface/open-r1, src/open_r1/evaluate.py at commit
-# eeca246 (February 2025); since April 2025 Open R1 takes the same words from lighteval, default_prompts.py.
+# The prompt of Open R1, which section 4.3 of the paper names: github.com/huggingface/open-r1, src/open_r1/evaluate.py
+# at commit eeca246 (February 2025). Since April 2025 Open R1 uses the same prompt from lighteval, default_prompts.py.
 OPEN_R1 = (
     "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
     "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
@@ -39,19 +40,21 @@ PublishedRow = Literal[
 
 
 class Strict(BaseModel):
+    """Refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Strict):
-    """Rows and which of their columns is what. `--data` gives a local file of the same columns."""
+    """Where the rows come from, and what their columns hold. `--data` gives a local file with the same columns."""
 
     hub: str | None = Field(None, description="data set on the Hub")
     split: str = "test"
-    generator: Literal["math", "reading"] | None = Field(None, description="of caprese_serve.demo.problems")
+    generator: Literal["math", "reading"] | None = Field(None, description="a task of caprese_serve.demo.problems")
     problem: str = Field("problem", description="column of the question")
     answer: str = Field("answer", description="column of the gold answer")
-    id: str | None = Field(None, description="column that names a problem; default its line, from 0")
-    difficulty: str | None = Field(None, description="column to tell responses apart by, also what it is called")
+    id: str | None = Field(None, description="column with a problem's name; default: its line, from 0")
+    difficulty: str | None = Field(None, description="column by which the length benchmark groups responses")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -61,39 +64,40 @@ class Source(Strict):
 
 
 class LmEval(Strict):
-    """Tasks of lm-eval that are one here, zero-shot."""
+    """Tasks of lm-eval, zero-shot, which count as one task here."""
 
-    folder: str = Field(description="of lm_eval/tasks: only this is searched")
+    folder: str = Field(description="folder of lm_eval/tasks that defines them; no other is searched")
     tasks: list[str] = Field(min_length=1)
-    split: str = Field(description="that lm-eval evaluates on; what a file given by --data stands for")
+    split: str = Field(description="the split that lm-eval evaluates on, which a file given by --data replaces")
     metric: str
     filter: str = "none"
-    dataset_kwargs: dict[str, Any] | None = Field(None, description="instead of lm-eval's")
+    dataset_kwargs: dict[str, Any] | None = Field(None, description="replaces lm-eval's own")
 
 
 class Sampling(Strict):
-    """temperature 0 is greedy; max_tokens are those of a response."""
+    """Sampling of responses; temperature 0 is greedy."""
 
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, description="of a response")
 
 
 class Task(Strict):
-    """One YAML file; `name` is the file's."""
+    """One YAML file; `name` is its name."""
 
     name: str
     title: str
     group: Literal["table1", "table2", "demo", "other"]
     lm_eval: LmEval | None = None
     source: Source | None = None
-    prompt: str = Field("{problem}", description="text with {problem} in it, or a name of PROMPTS")
+    prompt: str = Field("{problem}", description="text that contains {problem}, or a name of PROMPTS")
     grader: Literal["marked", "math-verify"] | None = None
-    chat: bool = Field(True, description="the prompt is a user's message; else text to go on with")
+    chat: bool = Field(True, description="whether the prompt is a user's message, or else text to continue")
     sampling: Sampling
-    runs: int = Field(1, ge=1, description="times that every problem is asked, each with another seed")
+    runs: int = Field(1, ge=1, description="how often every problem is asked, each time with another seed")
     published: dict[str, dict[PublishedRow, Percent | tuple[Percent, Percent]]] = Field(
-        default_factory=dict, description="the paper's figures in percent, or with their standard deviation, by Hub id"
+        default_factory=dict,
+        description="the paper's figures in percent, alone or with their standard deviation, by Hub id",
     )
 
     @model_validator(mode="after")
@@ -110,10 +114,11 @@ class Task(Strict):
 
     @property
     def template(self) -> str:
+        """The prompt with {problem} in it."""
         return PROMPTS.get(self.prompt, self.prompt)
 
     def publication(self, model: str) -> dict[PublishedRow, tuple[float, float | None]]:
-        """The paper's figures for a model, as shares with their standard deviation; models are told by their names."""
+        """The paper's figures for a model, known by the last part of its name, as shares with their deviation."""
         found = {name.rpartition("/")[2].lower(): rows for name, rows in self.published.items()}
         rows = found.get(Path(model).name.lower(), {})
         pairs = {row: each if isinstance(each, tuple) else (each, None) for row, each in rows.items()}
@@ -121,19 +126,20 @@ class Task(Strict):
 
 
 def names() -> list[str]:
+    """The names of all tasks."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(name: str) -> Task:
-    """The task of tasks/NAME.yaml; CapreseError where there is none, or where it breaks the schema."""
+    """The task of tasks/NAME.yaml. Raises CapreseError if there is none, or if it breaks the schema."""
     if name not in names():
         known = ", ".join((*GROUPS, *names()))
-        raise CapreseError("--tasks", expected=f"of {known}", found=repr(name), fix="correct the list")
+        raise CapreseError("--tasks", expected=f"some of {known}", found=repr(name), fix="correct the list")
     return parse(name, (FOLDER / f"{name}.yaml").read_text())
 
 
 def parse(name: str, text: str) -> Task:
-    """From a file's text. CapreseError for what is not YAML or breaks the schema."""
+    """The task in a file's text. Raises CapreseError for text that is not YAML or breaks the schema."""
     import yaml
 
     where, fix = f"task {name}", f"correct {FOLDER / name}.yaml"
@@ -141,11 +147,11 @@ def parse(name: str, text: str) -> Task:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CapreseError(where, expected="YAML", found=str(error), fix=fix) from None
-    return schemas.parse(Task, found | {"name": name} if isinstance(found, dict) else found, where, fix)
+    return parse_schema(Task, found | {"name": name} if isinstance(found, dict) else found, where, fix)
 
 
 def chosen(text: str) -> list[Task]:
-    """Of a comma-separated list of names and groups, each task once, in that order."""
+    """The tasks in a comma-separated list of names and groups, each once, in that order."""
     every = {name: load(name) for name in names()}
     wanted: dict[str, Task] = {}
     for part in (part.strip() for part in text.split(",")):

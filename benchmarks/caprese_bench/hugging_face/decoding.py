@@ -1,7 +1,7 @@
 """Greedy answers of a Hugging Face model whose FF blocks are sparse while it generates: accuracy without an engine.
 
-An engine a setting takes longer to start than a small model takes to answer, and knows only the method it serves. Here
-prompts of equal length make a batch, so nothing is padded and a request still stands alone:
+Starting an engine for each setting would take longer than a small model takes to answer, and an engine runs only the
+methods that it serves. Prompts of equal length form a batch, so nothing is padded and no request affects another:
 
     ff = {i: SparseFF(method, left[i], right[i]) for i in method.layers}
     answers = decode(model, tokenizer, problems, ff)
@@ -23,21 +23,21 @@ from caprese_kernels.reference import CatsStatistic, griffin_count, griffin_sele
 from caprese_serve.demo.problems import Problem, chat, grade
 from caprese_serve.demo.results import Score
 
-MAX_TOKENS = 160  # as `caprese demo` asks for
+MAX_TOKENS = 160  # of an answer, as in `caprese demo`
 BATCH = 256
 
 
 class FeedForward(Protocol):
-    """What takes the place of one layer's FF block. Its state is that of the batch in work."""
+    """Replaces one layer's FF block while answers are generated. Its state belongs to the current batch."""
 
     def prompt(self, block: Any, x: Tensor) -> Tensor:
-        """FF(x) of whole prompts, x [B, S, D]: the original block; chooses what `token` keeps. Begins a batch."""
+        """FF(x) of whole prompts, x [B, S, D], by the original block; begins a batch and selects what `token` keeps."""
 
     def token(self, block: Any, x: Tensor) -> Tensor:
-        """The sparse block for one generated token a request, x [B, 1, D]."""
+        """The sparse block for one generated token of each request, x [B, 1, D]."""
 
     def keep_requests(self, rows: Tensor) -> None:
-        """Only these requests of the batch go on, [<= B] int64; the others have ended."""
+        """Keep only these requests of the batch, [<= B] int64; the others have ended."""
 
 
 def activations(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,9 @@ def activations(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SparseFF:
-    """Eq. 9 and 10 with the definitions of `caprese_kernels.reference`; without L, R the plain GRIFFIN or CATS.
+    """Eq. 9 and 10 by the definitions of `caprese_kernels.reference`; without L and R plain GRIFFIN or CATS.
 
-    `left` [D, r], `right` [r, D] in the model's dtype. `selection` holds what the prompts chose: GRIFFIN's masks
+    `left` is [D, r] and `right` [r, D], in the model's dtype. `selection` comes from the prompts: GRIFFIN's masks
     [B, F] bool, or CATS' thresholds [B] float32.
     """
 
@@ -87,7 +87,7 @@ class SparseFF:
 
 
 def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:
-    """The prompt as `/v1/chat/completions` renders it."""
+    """The prompt's token ids, as `/v1/chat/completions` renders it."""
     return tokenizer.apply_chat_template(chat(problem.prompt), add_generation_prompt=True, return_dict=False)
 
 
@@ -100,9 +100,10 @@ def decode(
     max_tokens: int = MAX_TOKENS,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[list[int]]:
-    """The tokens each problem is answered with, without the eos token that ended it.
+    """The tokens of the answer to each problem, without the eos token that ends it.
 
-    `ff` replaces FF blocks by layer index; None is the original model. `advance` is told how many were answered.
+    `ff` replaces FF blocks by layer index; None is the original model. `advance` is called with the number of problems
+    that were answered.
     """
     model.eval()
     blocks = {i: model.get_decoder().layers[i].mlp for i in ff or {}}
@@ -122,7 +123,7 @@ def decode(
 
 
 def score(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[Sequence[int]]) -> Score:
-    """Graded as the demo grades them: accuracy with its standard error."""
+    """Accuracy of the answers and its standard error, graded as by `caprese demo`."""
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Score.of([grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)])
 
@@ -139,12 +140,12 @@ def _decode_batch(
     with _replaced(blocks, {i: each.token for i, each in ff.items()}):
         for step in range(count):
             tokens = output.logits[:, -1].argmax(dim=1)
-            going = tokens != eos
+            running = tokens != eos
             for request, token in zip(live, tokens.tolist(), strict=True):
                 if token != eos:
                     answers[request].append(token)
-            if not going.all():
-                rows = going.nonzero()[:, 0]
+            if not running.all():
+                rows = running.nonzero()[:, 0]
                 live = [live[row] for row in rows.tolist()]
                 tokens = tokens[rows]
                 cache.batch_select_indices(rows)
@@ -158,7 +159,7 @@ def _decode_batch(
 
 @contextlib.contextmanager
 def _replaced(blocks: Mapping[int, nn.Module], forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
-    """The blocks compute these functions of (block, x); their classes' own forward shows again afterwards."""
+    """Inside, the blocks compute these functions of (block, x); afterwards their class's forward is back."""
     for i, forward in forwards.items():
         blocks[i].forward = partial(forward, blocks[i])
     try:

@@ -1,7 +1,8 @@
-"""FF blocks of generated tokens in one form, whatever is added to the sparse method: trained, judged and decoded alike.
+"""Sparse FF blocks with any correction, in one form for training, held-out errors and decoding.
 
-With u = x W_g, v = x W_1 and a mask `keep` of the neurons that the method keeps, a `Block` computes FF~(x). The same
-object serves eq. 7 (`LayerWise`), eq. 8 (`EndToEnd`) and greedy decoding (`DecodedFF`).
+A correction is a module that computes FF~(x) from the block, x, u = x W_g, v = x W_1 and a mask `keep` of the neurons
+that the method keeps. The same object is used for eq. 7 (`LayerWise`), eq. 8 (`EndToEnd`) and greedy decoding
+(`DecodedFF`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from caprese_distill.blocks import find_blocks
+from caprese_distill.data.batches import Batch, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.layer_wise.closed_form import make_batches
-from caprese_distill.layer_wise.moments import Batch, keep_mask, select
+from caprese_distill.selection import keep_mask, select
 from caprese_distill.student import SharedModel, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 
@@ -24,22 +25,23 @@ from .decoding import SparseFF
 
 
 class LowRank(nn.Module):
-    """Eq. 9 and 10: the kept neurons and x L R; L [D, r] and R [r, D] in any dtype. r = 0 is the plain method."""
+    """Eq. 9 and 10: the kept neurons plus x L R, with L [D, r] and R [r, D] in any dtype. r = 0 is the plain method."""
 
     def __init__(self, left: Tensor, right: Tensor):
         super().__init__()
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
 
     def forward(self, block: Any, x: Tensor, u: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-        """FF~(x) [..., D] of x [..., D], u, v [..., F] and keep [..., F] bool."""
+        """FF~(x) [..., D] from x [..., D], u, v [..., F] and keep [..., F] bool."""
         z = torch.where(keep, block.act_fn(u) * v, 0)
         return block.down_proj(z) + x @ self.left.to(x.dtype) @ self.right.to(x.dtype)
 
 
 class LayerWise(SharedModel):
-    """Eq. 7 for all layers at once: FF(x) and FF~(x) of the original's x, the layers side by side, [N, layers D].
+    """Eq. 7 for all layers at once: FF(x) and FF~(x) of the original model's x, the layers side by side, [N, layers D].
 
-    The sum of squares is that of the layers' own, and no layer's parameters reach another's: each is trained alone.
+    The loss is the sum of the layers' squared errors, and each layer's parameters affect only its own: each layer is
+    trained independently.
     """
 
     title = "layer-wise"
@@ -52,7 +54,7 @@ class LayerWise(SharedModel):
     def __enter__(self) -> LayerWise:
         self.handles = [handle for i, block in self.blocks.items() for handle in self._hooks(i, block)]
         self.all_layers = self.decoder.layers
-        self.decoder.layers = self.all_layers[: max(self.blocks) + 1]  # what comes after changes nothing here
+        self.decoder.layers = self.all_layers[: max(self.blocks) + 1]  # later layers do not affect these
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +73,7 @@ class LayerWise(SharedModel):
         return torch.cat([self.rows[i][-1] for i in self.blocks], dim=1)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """FF~(x); `batch` must be the one that went through `original` last."""
+        """FF~(x); `batch` must be the one last given to `original`."""
         assert batch is self.batch
         return torch.cat([self.ff[i](block, *self.rows[i][:-1]) for i, block in self.blocks.items()], dim=1)
 
@@ -97,7 +99,7 @@ class LayerWise(SharedModel):
 
 
 class EndToEnd(SharedModel):
-    """Eq. 8: prompt tokens run the original blocks, generated ones FF~, as `caprese_distill.student.Student` does."""
+    """Eq. 8: prompt tokens run the original blocks, generated tokens FF~, as in `caprese_distill.student.Student`."""
 
     title = "end-to-end"
 
@@ -112,7 +114,7 @@ class EndToEnd(SharedModel):
 
     def __exit__(self, *_: object) -> None:
         for block in self.blocks.values():
-            del block.forward  # that of its class shows again
+            del block.forward  # its class's forward is back
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for ff in self.ff.values() for p in ff.parameters()]
@@ -137,7 +139,7 @@ class EndToEnd(SharedModel):
 
 
 class DecodedFF(SparseFF):
-    """FF~ for `hf_decode.decode`: prompts choose as in SparseFF."""
+    """FF~ for `decoding.decode`; prompts select neurons as in SparseFF."""
 
     def __init__(self, method: Method, ff: nn.Module):
         super().__init__(method)
@@ -152,8 +154,8 @@ class DecodedFF(SparseFF):
 def held_out_errors(
     model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]
 ) -> tuple[float, float]:
-    """On the samples that no training saw: the mean over layers of ||FF - FF~||^2 / ||FF||^2 (eq. 7, every layer on its
-    own), and ||M - M_student||^2 / ||M||^2 (eq. 8).
+    """The held-out samples' errors: ||FF - FF~||^2 / ||FF||^2 of eq. 7, mean over layers, each with the original
+    model's x; and ||M - M_student||^2 / ||M||^2 of eq. 8.
     """
     batches = [batch for batch in make_batches(samples, next(model.parameters()).device) if batch.held_out]
     with frozen(model, gradient_checkpointing=False):
@@ -164,7 +166,7 @@ def held_out_errors(
 
 
 def _ratios(student: SharedModel, batches: Sequence[Batch], parts: int) -> Tensor:
-    """Squared error over squared target for each of `parts` equal slices of the last dimension, [parts] float64."""
+    """Squared error / squared target for each of `parts` equal slices of the last dimension, [parts] float64."""
     sums = torch.zeros(2, parts, dtype=torch.float64)
     for batch in batches:
         target = student.original(batch).double()

@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: shapes, the cases of each section, their selections, the bytes they need."""
+"""The cases of the kernel benchmark: shapes, methods and selections of each section, and the bytes that each needs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SHAPES = {
     )
 }
 SECTIONS = ("shapes", "batch", "density", "overlap", "statistics")
-DENSITY, RANK = 0.5, 256  # the method's own
+DENSITY, RANK = 0.5, 256  # the method's defaults
 OVERLAP_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One method at one setting. `selection`: "independent" (each token its own), "shared" (one for all), "overlap"."""
+    """One method with one setting. `selection`: "independent" (one a token), "shared" (one for all) or "overlap"."""
 
     method: str  # griffin | cats
     batch: int = 1
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are measured in turn, with the dense block at the same number of tokens between them."""
+    """Cases that are measured in turn, together with the dense block at the same number of tokens."""
 
     section: str
     shape: Shape
@@ -60,7 +60,7 @@ class Group:
 
 
 def groups(sections: list[str], shapes: list[Shape], quick: bool, prompt: int) -> Iterator[Group]:
-    """Section by section. `prompt` is the number of prompt tokens of the section "statistics"."""
+    """All groups, section by section. `prompt` is the number of prompt tokens of the section "statistics"."""
     for section in sections:
         for shape in shapes:
             for tokens, cases in _cases(section, quick, prompt):
@@ -76,12 +76,12 @@ def _cases(section: str, quick: bool, prompt: int) -> Iterator[tuple[int, list[C
         yield 1, [Case(method, density=tenth / 10) for method in both for tenth in tenths]
     elif section == "batch":
         for batch in (1, 4, 16) if quick else (2**i for i in range(9)):
-            # A token's threshold makes its own selection, so CATS shares none.
+            # Each token's threshold gives it its own selection, so CATS has no shared one.
             pairs = (("griffin", "independent"), ("griffin", "shared"), ("cats", "independent"))
             yield batch, [Case(method, batch, selection=selection) for method, selection in pairs]
     elif section == "overlap":
-        # Only at density 1/4 can four selections have nothing in common; at 1/2 two thirds are the least
-        # that leaves each of them private neurons.
+        # Only at density 1/4 can four selections be disjoint; at 1/2 they share at least two thirds if each is to have
+        # neurons of its own.
         shares = {0.25: (0, 0.5, 1), 0.5: (0.8,)} if quick else {0.25: (0, 0.25, 0.5, 0.75, 1), 0.5: (0.7, 0.8, 0.9, 1)}
         yield (
             OVERLAP_BATCH,
@@ -96,16 +96,19 @@ def _cases(section: str, quick: bool, prompt: int) -> Iterator[tuple[int, list[C
 
 
 def griffin_bytes(hidden_size: int, union: int, rank: int, itemsize: int) -> int:
-    """Bytes of weights that one call needs: three rows of each neuron that some token keeps, and the low-rank rows."""
+    """Bytes of weights that one call needs: three rows of each neuron that some token keeps, and the low-rank rows,
+    (3 union + 2 r) D itemsize."""
     return (3 * union + 2 * rank) * hidden_size * itemsize
 
 
 def cats_bytes(hidden_size: int, neurons: int, union: int, rank: int, itemsize: int) -> int:
-    """The gate of every neuron, up and down of each that some token keeps, and the low-rank rows."""
+    """The gate of every neuron, up and down of each that some token keeps, and the low-rank rows,
+    (F + 2 union + 2 r) D itemsize."""
     return (neurons + 2 * union + 2 * rank) * hidden_size * itemsize
 
 
 def dense_bytes(hidden_size: int, neurons: int, itemsize: int) -> int:
+    """All weights, 3 F D itemsize."""
     return 3 * neurons * hidden_size * itemsize
 
 
@@ -122,13 +125,16 @@ def selections(case: Case, neurons: int, generator: torch.Generator) -> tuple[Te
 
 
 def independent(count: int, neurons: int, k: int, generator: torch.Generator) -> Tensor:
-    """[count, F] bool: k neurons a row, each row drawn anew."""
+    """[count, F] bool: k neurons in each row, drawn independently."""
     order = torch.rand(count, neurons, generator=generator).argsort(dim=1)
     return torch.zeros(count, neurons, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 
 def overlapping(count: int, neurons: int, k: int, overlap: float, generator: torch.Generator) -> Tensor:
-    """[count, F] bool: k neurons a row, of which round(overlap k) are common to all rows and the rest to no two."""
+    """[count, F] bool: k neurons in each row, of which round(overlap k) are common to all rows, the others to no two.
+
+    Raises CapreseError if there are too few neurons for that.
+    """
     common = round(overlap * k)
     private = k - common
     if common + count * private > neurons:
@@ -148,7 +154,7 @@ def overlapping(count: int, neurons: int, k: int, overlap: float, generator: tor
 
 
 def pairwise_overlap(keep: Tensor) -> float:
-    """Mean of |A and B| / k over the pairs of rows of `keep` [S, F]; 1 where there is one row, or k = 0."""
+    """Mean of |A and B| / k over the pairs of rows of `keep` [S, F]; 1 for a single row, or k = 0."""
     count, k = len(keep), int(keep[0].sum())
     if count == 1 or k == 0:
         return 1.0
@@ -159,7 +165,7 @@ def pairwise_overlap(keep: Tensor) -> float:
 def thresholds(g: Tensor, density: float) -> Tensor:
     """tau [T] float32 with |{j: |g_tj| >= tau_t}| = floor(d F) in each row of g [T, F].
 
-    Where magnitudes are equal (bfloat16 has 128 in an octave) that count may not exist: then the next higher one.
+    If magnitudes are equal (bfloat16 has 128 in an octave) that count may not exist; then it is the next higher one.
     """
     magnitudes = g.abs().float()
     k = griffin_count(density, g.shape[1])

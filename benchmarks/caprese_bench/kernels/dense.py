@@ -1,6 +1,6 @@
-"""The dense FF block as plain vLLM runs it: what the sparse kernels are compared with.
+"""The dense FF block as plain vLLM runs it, with which the sparse kernels are compared.
 
-Every way that vLLM may take is a candidate; the fastest in the same run is "dense".
+Every implementation that vLLM may use is a candidate; the fastest in the same run is called "dense".
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass
 class DenseWeights:
-    """As vLLM holds them: gate_up [2F, D] and down [D, F]."""
+    """The weights as vLLM stores them: gate_up [2F, D] and down [D, F]."""
 
     gate_up: Tensor
     down: Tensor
 
 
 def candidates(device: str, activation: str, compiled: bool) -> dict[str, Callable[[DenseWeights], Forward]]:
-    """Ways to run a block, by name, each a function from weights to x [T, D] -> y [T, D].
+    """Implementations of the block by name: each takes the weights and returns a function x [T, D] -> y [T, D].
 
-    CPU: "onednn" is vLLM's own dispatch for unquantized linears (only where vLLM is installed), "linear" torch's.
-    CUDA: "cublas" is torch's linear; it and vLLM's layers have gate and up in one product.
-    "+compile" has the activation compiled into one kernel, as vLLM does, "compiled" the whole block. Compiling takes
-    long: without `compiled` only CUDA's activation is.
+    CPU: "onednn" is vLLM's own dispatch for unquantized linear layers, if vLLM is installed; "linear" is torch's.
+    CUDA: "cublas" is torch's linear layer. Gate and up are one product, as in vLLM's layers.
+    "+compile" compiles the activation into one kernel, as vLLM does; "compiled" compiles the whole block. Compiling
+    takes long: unless `compiled`, only CUDA's activation is compiled.
     """
     plain, whole = _gated(activation), _whole(activation)
     fused = torch.compile(plain)
@@ -97,7 +97,7 @@ def _has_vllm() -> bool:
 
 
 def _vllm_linear(weight: Tensor) -> Linear:
-    """A linear layer after vLLM's CPU dispatch, which packs the weight for oneDNN where it can."""
+    """A linear layer by vLLM's CPU dispatch, which packs the weight for oneDNN if it can."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     layer: Any = torch.nn.Module()

@@ -1,4 +1,4 @@
-"""The floor of a decode step: the bytes it must read, which the memory's pace turns into time."""
+"""The floor of a decode step: the bytes that it must read, which the memory's bandwidth turns into a least time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Weights:
-    """What a decode step may read of a model, in values. Tied embeddings count once."""
+    """The sizes of a model that decide what a decode step reads, in values. Tied embeddings count once."""
 
     total: int  # parameters
-    lookup: int  # of the embedding where it is not the head too: of it a token reads one row, which is not counted
+    lookup: int  # the embedding, unless it is also the head: a token reads one row of it, which is not counted
     ff: int  # of one FF block
     gate: int  # of its gate projection
     layers: int
     hidden_size: int
     neurons: int  # of one FF block
-    kv: int  # of the KV cache, a token, all layers
+    kv: int  # of one token in the KV cache, all layers
 
     @classmethod
     def of(cls, hf_config: Any) -> Weights:
-        """Exact for any gated model: transformers builds it, without memory for its weights."""
-        from ..recovery.parameters import count
+        """Exact for any model with gated FF blocks: transformers builds it, without memory for its weights."""
+        from ..paper.counts import count
 
         counted = count("model", hf_config)
         head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -48,12 +48,14 @@ def step_bytes(
     batch: int = 1,
     itemsize: int = 2,
 ) -> float:
-    """Bytes that one step of `batch` requests reads: every weight it needs once, and each request's KV cache.
+    """Bytes that one step of `batch` requests reads: every weight that it needs once, and each request's KV cache.
 
-    GRIFFIN spares (1 - kept) of each sparse layer's FF block, `kept` being the share of neurons in the union of the
-    batch's selections; CATS spares that share of W_1 and W_2, and reads the gate whole. `added` is the number of values
+        itemsize (total - lookup - sparse_layers (spared - added) + batch context kv)
+
+    GRIFFIN spares (1 - kept) of each sparse layer's FF block, where `kept` is the share of neurons in the union of the
+    batch's selections; CATS spares that share of W_1 and W_2 and reads the whole gate. `added` is the number of values
     in a sparse layer's correction: 2 D r of L and R. `context` is the number of tokens in a request's KV cache, on
-    average over the step's lifetime. Activations are far below 1% and left out.
+    average over the generated tokens. Activations are far below 1% and left out.
     """
     spared = {None: 0, "griffin": weights.ff, "cats": weights.ff - weights.gate}[method] * (1 - kept)
     values = weights.total - weights.lookup - sparse_layers * (spared - added) + batch * context * weights.kv

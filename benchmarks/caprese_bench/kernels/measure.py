@@ -1,4 +1,4 @@
-"""Runs a group of cases: compares each output with the reference, then times all of them in turn."""
+"""Measures a group of cases: compares each output with the reference, then times all of them in turn."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF, allocate
 
 from ..results.report import Row
-from . import cases as cases
+from . import cases
 from .cases import Case, Group, Shape
 from .dense import DenseWeights, candidates
 from .timing import Call, Timer, Timing, cache_bytes, interleave, memory
 
 DTYPE = torch.bfloat16
 ITEMSIZE = DTYPE.itemsize
-# ||y - reference|| / ||reference|| of a token. The products with W_g and W_1, g, z and y are each rounded to bfloat16
-# or kept in float32, as an implementation likes. Rounding all of them against none makes .0039 (Qwen 2.5 1.5B's shape,
-# random weights), roundings that are independent on both sides sqrt(2) times that, .0055.
+# ||y - reference|| / ||reference|| of a token. An implementation may round the products with W_g and W_1, g, z and y to
+# bfloat16 or keep them in float32. Rounding all of them against none gives .0039 (Qwen 2.5 1.5B's shape, random
+# weights); independent roundings on both sides sqrt(2) times that, .0055.
 TOLERANCE = 9e-3
-STATISTIC_TOLERANCE = 1e-3  # float32 sums of positive terms in another order, with division and square root in between
-CACHES = 4  # the weights that calls need in turn, in units of the largest cache
+STATISTIC_TOLERANCE = (
+    1e-3  # float32 sums of positive terms in another order, with a division and a square root between them
+)
+CACHES = 4  # weights that calls in turn read, in units of the largest cache
 
 
 @dataclass
-class Settings:
-    """What a run is made with. `seconds` is the most that one group's timing takes."""
+class MeasurementSettings:
+    """Settings of a run. `seconds` is the longest that one group is timed."""
 
     device: str
     backend: str
@@ -44,7 +46,7 @@ class Settings:
 
 
 class Memory:
-    """Bandwidth of the memory, a contender in every group."""
+    """The calls that measure the memory's bandwidth, in turn with every group."""
 
     def __init__(self, device: str):
         self.source, self.bytes, self.calls = memory(device)
@@ -59,15 +61,15 @@ class Measured:
 
 
 def turns(needed: int, device: str) -> int:
-    """How many calls, each of which reads `needed` bytes of its own, push the first one's out of the caches."""
+    """After how many calls, each reading `needed` bytes of its own, the first one's bytes are out of the caches."""
     return max(1, ceil(CACHES * cache_bytes(device) / max(needed, 1)))
 
 
 class Copies:
-    """Several copies of one block with random weights, so that calls in turn find nothing in the caches."""
+    """Copies of one block with random weights, so that calls in turn find nothing in the caches."""
 
     def __init__(self, shape: Shape, device: str, needed: int):
-        """`needed`: the fewest bytes that one call of the group reads."""
+        """`needed` is the smallest number of bytes that a call of the group reads."""
         count = turns(needed, device)
         generator = torch.Generator(device).manual_seed(0)
         d, f, r = shape.hidden_size, shape.neurons, cases.RANK
@@ -90,7 +92,7 @@ class Copies:
         ]
 
     def blocks(self, rank: int) -> list[PackedFF]:
-        """The copies with the first `rank` rows of the low-rank layer: the same memory, shorter views."""
+        """The copies with only the first `rank` rows of the low-rank layer: shorter views of the same memory."""
         f = self.shape.neurons
         return [
             PackedFF(ff.gate_up_plus[: 2 * f + rank], ff.down_plus[: f + rank], ff.activation, rank)
@@ -98,29 +100,29 @@ class Copies:
         ]
 
 
-def measure(group: Group, settings: Settings, backend: Backend, memory: Memory) -> Measured:
-    """All rows of a group. A case whose output is wrong, or that raises, is an error and no row."""
-    device, shape, done = settings.device, group.shape, Measured()
+def measure(group: Group, settings: MeasurementSettings, backend: Backend, memory: Memory) -> Measured:
+    """The rows of a group. A case whose output is wrong, or that raises an exception, is an error without a row."""
+    device, shape, measured = settings.device, group.shape, Measured()
     statistics = group.section == "statistics"
     copies = Copies(shape, device, min(_needed(case, shape) for case in group.cases))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(group.tokens, shape.hidden_size, generator=generator).to(device, DTYPE)
     timers: dict[Any, Timer] = {None: Timer(memory.calls, device)}
-    notes: dict[Any, Row] = {}
+    known: dict[Any, Row] = {}  # the columns of a case that are known before it is timed
 
     def attempt(key: Any, what: str, prepare: Callable[[], tuple[list[Call], Row]], graph: bool = True) -> None:
         try:
-            calls, notes[key] = prepare()
+            calls, known[key] = prepare()
             timers[key] = Timer(calls, device, graph)
-        except Exception as error:  # whatever a kernel or a compiler does, the other cases still count
+        except Exception as error:  # whatever a kernel or a compiler raises, the other cases are still measured
             reason = str(error).strip().split("\n")[0]
-            done.errors.append(f"{group.section}, {shape.name}, {group.tokens} tokens, {what}: {reason}")
+            measured.errors.append(f"{group.section}, {shape.name}, {group.tokens} tokens, {what}: {reason}")
 
     expected = reference.dense_ff(x, copies.packed[0])
     for name, make in candidates(device, shape.activation, compiled=not settings.quick).items():
         attempt(name, f"dense ({name})", partial(_dense, make, copies, x, expected))
     prepare = _statistics if statistics else _forward
-    # The reference's statistics read segment bounds on the host, which no graph can hold.
+    # The reference's statistics read segment bounds on the host, which a CUDA graph cannot do.
     graph = not (statistics and backend is reference)
     for case in group.cases:
         attempt(case, _describe(case), partial(prepare, case, backend, copies, x, generator), graph)
@@ -129,8 +131,10 @@ def measure(group: Group, settings: Settings, backend: Backend, memory: Memory) 
     bandwidth = memory.bytes / timings.pop(None).median / 1e9
     dense = {name: each for name, each in timings.items() if isinstance(name, str)}
     if not dense:
-        done.errors.append(f"{group.section}, {shape.name}: no dense block ran, so nothing can be compared with it")
-        return done
+        measured.errors.append(
+            f"{group.section}, {shape.name}: no dense block ran, so there is nothing to compare with"
+        )
+        return measured
     best = min(dense, key=lambda name: dense[name].median)
     common = {
         "section": group.section,
@@ -140,12 +144,12 @@ def measure(group: Group, settings: Settings, backend: Backend, memory: Memory) 
         "tokens": group.tokens,
     }
 
-    def row(timed: Timing, note: Row, **first: Any) -> Row:
-        speed = note["required_mb"] / timed.median / 1e3
+    def row(timed: Timing, columns: Row, **names: Any) -> Row:
+        speed = columns["required_mb"] / timed.median / 1e3
         return {
             **common,
-            **first,
-            **note,
+            **names,
+            **columns,
             "time_us": timed.median * 1e6,
             "min_us": timed.least * 1e6,
             "iqr_us": timed.iqr * 1e6,
@@ -156,14 +160,14 @@ def measure(group: Group, settings: Settings, backend: Backend, memory: Memory) 
             "samples": timed.samples,
         }
 
-    told = ", ".join(f"{name} {each.median * 1e6:.0f} us" for name, each in dense.items())
-    done.rows.append(row(dense[best], notes[best], method="dense", kernel=best) | {"candidates": told})
+    candidate_times = ", ".join(f"{name} {each.median * 1e6:.0f} us" for name, each in dense.items())
+    measured.rows.append(row(dense[best], known[best], method="dense", kernel=best) | {"candidates": candidate_times})
     for case, timed in timings.items():
         if isinstance(case, Case):
-            first = {"method": case.method, "kernel": settings.backend, "density": case.density, "rank": case.rank}
-            first |= {"selection": case.selection, "overlap": case.overlap}
-            done.rows.append(row(timed, notes[case], **first))
-    return done
+            names = {"method": case.method, "kernel": settings.backend, "density": case.density, "rank": case.rank}
+            names |= {"selection": case.selection, "overlap": case.overlap}
+            measured.rows.append(row(timed, known[case], **names))
+    return measured
 
 
 def _needed(case: Case, shape: Shape) -> int:
@@ -219,7 +223,7 @@ def _forward(
 def _statistics(
     case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
 ) -> tuple[list[Call], Row]:
-    """Calls that take a prompt's statistic and choose by it. Required bytes: the activations, read once."""
+    """Calls that compute a prompt's statistic and select by it. Required bytes: the activations, read once."""
     shape, ff, device = copies.shape, copies.packed[0], x.device
     f, tokens = shape.neurons, len(x)
     offsets, slots = torch.tensor([0, tokens], device=device), torch.zeros(1, dtype=torch.int64, device=device)
@@ -237,9 +241,9 @@ def _statistics(
         error = float(((ours - expected).norm() / expected.norm()).nan_to_num(torch.inf))
         _demand(error <= STATISTIC_TOLERANCE, f"s^2 within {STATISTIC_TOLERANCE:g} of the reference", f"{error:.2g}")
         wrong = int((keep != reference.griffin_select(ours, k)).sum())
-        _demand(wrong == 0, "the reference's selection by the same statistic", f"{wrong} neurons otherwise")
+        _demand(wrong == 0, "the reference's selection by the same statistic", f"{wrong} neurons selected differently")
     else:
-        source = torch.nn.functional.linear(x, ff.gate_up_plus[: 2 * f])  # the gate's columns of it, as vLLM has them
+        source = torch.nn.functional.linear(x, ff.gate_up_plus[: 2 * f])  # its gate columns, as in vLLM
         ours, expected = (torch.zeros(1, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device) for _ in range(2))
 
         def run(source: Tensor, table: Tensor = ours) -> Tensor:
@@ -252,7 +256,7 @@ def _statistics(
         _demand(counted == tokens * f, f"{tokens * f} magnitudes counted", str(counted))
         right = reference.cats_threshold(expected, case.density)
         error = float(((tau - right).abs() / right).max().nan_to_num(torch.inf))
-        # An activation computed otherwise may round to a neighbour, 2^-7 away at most.
+        # An activation computed in another way may round to a neighbour, at most 2^-7 away.
         _demand(error <= 2**-7, "the reference's threshold up to one step of bfloat16", f"{error:.2g} away")
     needed = tokens * f * ITEMSIZE
     views = [source] + [source.clone() for _ in range(1, turns(needed, device.type))]
@@ -260,7 +264,10 @@ def _statistics(
 
 
 def check(y: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> float:
-    """The largest ||y - expected|| / ||expected|| of a token (row), less `slack` [T]; an error above TOLERANCE."""
+    """The largest (||y - expected|| - slack) / ||expected|| of a token; y, expected [T, D], slack [T].
+
+    Raises CapreseError if it exceeds TOLERANCE.
+    """
     difference = ((y - expected).float().norm(dim=1) - slack).clamp(min=0)
     worst = float((difference / expected.float().norm(dim=1)).max().nan_to_num(torch.inf))
     _demand(worst <= TOLERANCE, f"an output within {TOLERANCE:g} of the reference, token by token", f"{worst:.2g} away")
@@ -270,16 +277,18 @@ def check(y: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> float:
 def check_cats(
     found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], g: Tensor, z: Tensor, tau: Tensor, ff: PackedFF
 ) -> float:
-    """As `check`, but a neuron with |g| within 2^-7 of tau, one step of bfloat16, may be kept or not."""
+    """As `check`, but a neuron with |g| within 2^-7 of tau, one step of bfloat16, may be kept or dropped."""
     band = ((g.abs().float() / tau[:, None]) - 1).abs() <= 2**-7
     off = ((found[1] - expected[1]).abs() > band.sum(dim=1)).sum()
-    _demand(int(off) == 0, "as many neurons kept as the reference, but for roundings", f"{int(off)} tokens otherwise")
-    # Rows of W_2 are random and so nearly orthogonal: a sum of some of them is as long as their squares tell.
+    _demand(
+        int(off) == 0, "as many neurons kept as by the reference, but for rounding", f"{int(off)} tokens with others"
+    )
+    # Rows of W_2 are random, so nearly orthogonal: the squared length of a sum of rows is the sum of theirs.
     lengths = ff.down_plus[: ff.num_neurons].float().norm(dim=1)
     slack = torch.where(band, z.float() * lengths, 0).norm(dim=1)
     return check(found[0], expected[0], slack)
 
 
-def _demand(fine: bool, expected: str, found: str) -> None:
-    if not fine:
+def _demand(holds: bool, expected: str, found: str) -> None:
+    if not holds:
         raise CapreseError("kernel", expected=expected, found=found, fix="report this bug; the case has no row")

@@ -1,4 +1,4 @@
-"""Time of calls that take turns, and the bandwidth of the memory measured among them."""
+"""Timing calls in turns, and measuring the memory's bandwidth between them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from ..results.report import iqr
+from ..results.stats import iqr
 
 Call = Callable[[], Any]
-LEAST_SAMPLE = {"cpu": 10e-3, "cuda": 1e-3}  # seconds; far above the clock's resolution and a graph's launch
+LEAST_SAMPLE = {"cpu": 10e-3, "cuda": 1e-3}  # seconds; far above the clock's resolution and the launch of a graph
 
 
 @dataclass
 class Timing:
-    """Seconds a call, over interleaved samples."""
+    """Seconds a call takes, over interleaved samples."""
 
     median: float
     least: float
@@ -31,9 +31,9 @@ class Timing:
 
 
 class Timer:
-    """Seconds a call of `calls`, which work on different memory and are made in turn.
+    """Samples the seconds that one of `calls` takes. They work on different memory and are made in turn.
 
-    On CUDA the calls are replayed as one CUDA graph, between events, unless they cannot be captured (`graph`).
+    On CUDA they are replayed as one CUDA graph between events, unless they cannot be captured (`graph=False`).
     """
 
     def __init__(self, calls: list[Call], device: str, graph: bool = True):
@@ -52,6 +52,7 @@ class Timer:
         self.rounds = max(1, ceil(LEAST_SAMPLE[device] / (self.sample() * self.per_round)))
 
     def sample(self) -> float:
+        """Seconds a call, in one sample of many rounds."""
         if self.device == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -74,7 +75,7 @@ class Timer:
     def _capture(self) -> torch.cuda.CUDAGraph:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # warm-up off the default stream, as capturing asks for
+        with torch.cuda.stream(aside):  # warm-up off the default stream, as capture requires
             self._run_all()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -84,9 +85,9 @@ class Timer:
 
 
 def interleave(timers: dict[Any, Timer], repeats: int, seconds: float) -> dict[Any, Timing]:
-    """`repeats` samples of each, taken in turn so that what disturbs the machine disturbs all; 3 at least.
+    """`repeats` samples of each timer, taken in turn so that a disturbance of the machine affects all of them.
 
-    After `seconds` no further turn begins. Every turn starts with another timer.
+    Every turn starts with another timer. After `seconds` no further turn begins, but there are at least 3.
     """
     order, begin = list(timers), time.perf_counter()
     samples: dict[Any, list[float]] = {name: [] for name in order}
@@ -100,11 +101,12 @@ def interleave(timers: dict[Any, Timer], repeats: int, seconds: float) -> dict[A
 
 
 def timing(samples: list[float]) -> Timing:
+    """Median, least and spread of the samples."""
     return Timing(statistics.median(samples), min(samples), iqr(samples), len(samples))
 
 
 def cache_bytes(device: str) -> int:
-    """The largest cache, which weights must not stay in between calls. 32 MiB where the system does not say."""
+    """Bytes of the largest cache, in which no weights must stay between calls; 32 MiB if it is unknown."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     for level in (4, 3, 2):
@@ -115,7 +117,7 @@ def cache_bytes(device: str) -> int:
 
 
 def memory(device: str) -> tuple[str, int, list[Call]]:
-    """What measures the bandwidth: its name, the bytes it moves, the calls. CUDA: a copy, bytes read plus written."""
+    """What measures the bandwidth: (name, bytes that a call moves, calls). On CUDA a copy: bytes read plus written."""
     size = max(512 << 20, 16 * cache_bytes(device))
     if device == "cuda":
         source = torch.ones(size // 4, device=device)
@@ -125,8 +127,19 @@ def memory(device: str) -> tuple[str, int, list[Call]]:
     try:
         read = import_module("caprese_kernels.cpu").read_memory
         read(buffer)
-    except (ImportError, AttributeError, RuntimeError):  # not there, or no compiler to build it with
-        # One compare for each 4 bytes, vectorized and threaded: of torch's reductions the one nearest to the memory's
+    except (ImportError, AttributeError, RuntimeError):  # not installed, or no compiler to build it
+        # One comparison for each 4 bytes, vectorized and threaded: of torch's reductions the closest to the memory's
         # limit (AMD EPYC Zen 4, 2 threads: amax 45 GB/s, sum 31, dot 15).
         return "torch.amax", buffer.nbytes, [buffer.amax]
     return "caprese_kernels.cpu.read_memory", buffer.nbytes, [lambda: read(buffer)]
+
+
+def bandwidth(device: str) -> tuple[str, float]:
+    """(How the memory's bandwidth is measured, the bandwidth in GB/s): the median of seven samples."""
+    source, size, calls = memory(device)
+    timer = Timer(calls, device)
+    gb_s = size / statistics.median(timer.sample() for _ in range(7)) / 1e9
+    del timer, calls
+    if device == "cuda":
+        torch.cuda.empty_cache()  # engines take what is free
+    return source, gb_s

@@ -1,1 +1,1 @@
-"""The paper's LoRA baseline: trained (`training`) and served (`served`)."""
+"""The paper's LoRA baseline: how it is trained (`training`) and how vLLM serves it (`served`)."""

@@ -1,1 +1,1 @@
-"""What the paper reports, and the published shapes of models: figures to set measured ones beside."""
+"""The paper's figures, its tasks, and the published dimensions of models, to compare measured figures with."""

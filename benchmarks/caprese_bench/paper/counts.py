@@ -1,13 +1,15 @@
-"""Parameters of a model, counted exactly from its configuration."""
+"""Exact parameter counts of models from their configurations, and the share that sparse decoding spares (figure 6)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from .families import FAMILIES, ModelDimensions
+
 
 @dataclass(frozen=True)
-class Count:
+class ParameterCount:
     """A model's parameters; tied embeddings count once."""
 
     name: str
@@ -19,8 +21,25 @@ class Count:
     gate: int  # of its gate projection, which CATS must read whole
 
 
-def count(name: str, hf_config: Any, family: str = "") -> Count:
-    """Exact: the transformers model itself is made, without memory for its weights. CapreseError for no gated FF."""
+def count_published(family: str, name: str) -> ParameterCount:
+    """The parameters of a model of `families.FAMILIES`, by the formula of its architecture; needs no transformers."""
+    d: ModelDimensions = FAMILIES[family].models[name]
+    heads, kv_heads = d.num_attention_heads * d.head_dim, d.num_key_value_heads * d.head_dim
+    gate = d.hidden_size * d.intermediate_size
+    attention = 2 * d.hidden_size * (heads + kv_heads)  # q and o, k and v
+    if FAMILIES[family].model_type == "qwen2":
+        attention += heads + 2 * kv_heads  # biases of q, k and v
+    norms = (4 if FAMILIES[family].model_type == "gemma2" else 2) * d.hidden_size
+    embeddings = d.vocab_size * d.hidden_size * (1 if d.tie_word_embeddings else 2)
+    total = embeddings + d.num_hidden_layers * (attention + 3 * gate + norms) + d.hidden_size
+    return ParameterCount(name, family, d.hidden_size, d.num_hidden_layers, total, 3 * gate, gate)
+
+
+def count(name: str, hf_config: Any, family: str = "") -> ParameterCount:
+    """The parameters of any model: transformers builds it, without memory for its weights.
+
+    Raises CapreseError for a model without gated FF blocks.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -34,14 +53,16 @@ def count(name: str, hf_config: Any, family: str = "") -> Count:
     block: Any = blocks[0]
     ff, gate = (sum(p.numel() for p in part.parameters()) for part in (block, block.gate_proj))
     total = sum(p.numel() for p in model.parameters())
-    return Count(name, family or type(hf_config).__name__, info.hidden_size, info.num_hidden_layers, total, ff, gate)
+    return ParameterCount(
+        name, family or type(hf_config).__name__, info.hidden_size, info.num_hidden_layers, total, ff, gate
+    )
 
 
-def cut(count: Count, method: str, layers: int, rank: int, density: float) -> float:
-    """Share of the model's parameters that a generated token no longer needs where `layers` blocks are sparse, net of
-    L [D, r] and R [r, D] of each.
+def spared_share(count: ParameterCount, method: str, layers: int, rank: int, density: float) -> float:
+    """Share of the model's parameters that a generated token no longer needs if `layers` blocks are sparse.
 
-    GRIFFIN drops (1 - density) of a block; CATS must read the gate projection first, and drops that share of the rest.
+    GRIFFIN drops (1 - density) of a block's parameters; CATS must read the gate projection first, and drops that share
+    of the rest. The 2 D r values of L [D, r] and R [r, D] of each block are subtracted.
     """
     spared = (1 - density) * (count.ff if method == "griffin" else count.ff - count.gate)
     return layers * (spared - 2 * count.hidden_size * rank) / count.total

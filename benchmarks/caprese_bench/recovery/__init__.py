@@ -1,1 +1,1 @@
-"""What distillation gives back: accuracy, error, parameters, time."""
+"""What distillation recovers and costs: accuracy, error, parameters, time."""

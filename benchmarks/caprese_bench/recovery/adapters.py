@@ -1,4 +1,4 @@
-"""The corrections that `caprese bench recovery` sets side by side: each made once, kept in a file, found again."""
+"""The corrections that `caprese bench recovery` compares: each is trained once and kept in a file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_distill import checkpoint
+from caprese_distill.checkpoint import digest
 from caprese_distill.data.samples import Sample
-from caprese_distill.end_to_end.train import Recipe, digest, distill_end_to_end
+from caprese_distill.end_to_end.train import Recipe, distill_end_to_end
 from caprese_distill.layer_wise.adam import AdamSettings
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_kernels import terminal
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
@@ -27,7 +28,7 @@ from ..hugging_face.students import EndToEnd, LayerWise, LowRank
 from ..lora.training import begin, fit, load_tensors, tensors
 from .demo_settings import Settings
 
-# Files are METHOD-STAGE.safetensors.
+# Label by stage; the files are METHOD-STAGE.safetensors.
 STAGES = {
     "adam": "layer-wise, Adam",
     "closed-form": "layer-wise, closed form",
@@ -39,21 +40,22 @@ STAGES = {
 
 @dataclass
 class Correction:
-    """What is added to the sparse method: one module a layer, and the wall seconds of its training, all stages."""
+    """What is added to the sparse method: a module for each layer, and the wall seconds of its training, all stages."""
 
     ff: dict[int, nn.Module]
     seconds: float
 
     @property
     def parameters(self) -> int:
+        """Number of trained values."""
         return sum(p.numel() for each in self.ff.values() for p in each.parameters())
 
 
-class Maker:
-    """Makes the corrections of one method on one model and its samples.
+class CorrectionStore:
+    """The corrections of one method for one model and its samples.
 
-    What is found in `given` is taken as it is; the rest is made in `folder`, unless an earlier run with the same model,
-    samples and settings left it there. An interrupted training goes on where it was.
+    Files in `given` are used as they are. The others are trained and written to `folder`, unless an earlier run with
+    the same model, samples and settings wrote them there. An interrupted training continues where it stopped.
     """
 
     def __init__(
@@ -65,18 +67,17 @@ class Maker:
         settings: Settings,
         folder: Path,
         given: Path | None,
-        console: Console,
         quick: bool,
     ):
         self.model, self.samples, self.info, self.method = model, samples, info, method
-        self.folder, self.given, self.console = folder, given, console
+        self.folder, self.given = folder, given
         few = {"epochs": 1} if quick else {}
         self.adam = AdamSettings(lr=settings.adam, **few)
         self.recipes = {
             stage: Recipe(rate, **share, gradient_checkpointing=False)  # the models are small
             for stage, rate, share in (
                 ("end-to-end", settings.end_to_end, few),
-                # Table 6 as for L and R by Adam.
+                # Table 6: batch and epochs as for L and R by Adam.
                 ("lora-layer-wise", settings.lora_layer_wise, {"batch": self.adam.batch, "epochs": self.adam.epochs}),
                 ("lora-end-to-end", settings.lora_end_to_end, few),
             )
@@ -84,18 +85,18 @@ class Maker:
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """What every correction depends on."""
-        told = {"density": self.method.density, "layers": list(self.method.layers), "rank": self.method.rank}
+        """What the identity of every correction includes."""
+        sparse = {"density": self.method.density, "layers": list(self.method.layers), "rank": self.method.rank}
         versions = {"dtype": str(self.model.dtype), "torch": torch.__version__}
-        return checkpoint.fingerprint(self.model, self.samples, method=self.method.name, **told, **versions)
+        return checkpoint.fingerprint(self.model, self.samples, method=self.method.name, **sparse, **versions)
 
     def plain(self) -> Correction:
-        """The method alone."""
+        """The method without a correction."""
         left, right = torch.zeros(self.info.hidden_size, 0), torch.zeros(0, self.info.hidden_size)
         return Correction({i: LowRank(left, right).to(self.model.device) for i in self.method.layers}, 0.0)
 
     def make(self, stage: str) -> Correction:
-        """The correction of one of STAGES."""
+        """The correction of one of STAGES, trained if no file has it."""
         if stage.startswith("lora"):
             return self._lora(stage)
         adapters = self._adapters(stage)
@@ -103,12 +104,12 @@ class Maker:
         return Correction(dict[int, nn.Module](ff), adapters.config.training.get("seconds", 0.0))
 
     def _identity(self, stage: str, initial: Mapping[str, Tensor]) -> str:
-        """Of a stage that begins with `initial`."""
+        """Digest of all that a stage depends on, if it begins with `initial`."""
         recipes = {"adam": asdict(self.adam)} | {name: asdict(recipe) for name, recipe in self.recipes.items()}
         return hashlib.sha256(json.dumps([self.base, stage, recipes.get(stage), digest(initial)]).encode()).hexdigest()
 
     def _path(self, stage: str) -> tuple[Path, bool]:
-        """Its file, and whether that is a given one."""
+        """The stage's file, and whether it is one of `given`."""
         name = f"{self.method.name}-{stage}.safetensors"
         if self.given and (self.given / name).exists():
             return self.given / name, True
@@ -125,11 +126,11 @@ class Maker:
             if found.config.training.get("identity") == identity:
                 return found
         resume, common = checkpoint.resume_path(path), (self.model, self.samples, self.info, self.method)
-        self._say(stage)
+        self._announce(stage)
         if initial:
-            made = distill_end_to_end(*common, initial, self.recipes[stage], resume, self.console)
+            made = distill_end_to_end(self.model, self.samples, initial, self.recipes[stage], resume, terminal.notes())
         else:
-            made = distill_layer_wise(*common, resume, self.console, self.adam if stage == "adam" else None)
+            made = distill_layer_wise(*common, resume, terminal.notes(), self.adam if stage == "adam" else None)
         made.config.training["identity"] = identity
         made.save(path)
         checkpoint.remove(resume)
@@ -144,38 +145,38 @@ class Maker:
                 load_tensors(lora, tensors(first.ff))
                 seconds = first.seconds
             identity = {"settings": self._identity(stage, tensors(lora))}
-        found = checkpoint.load(path, identity) if path.exists() else "there is none"
+        found = checkpoint.load(path, identity) if path.exists() else "no file"
         if not isinstance(found, str):
             try:
                 load_tensors(lora, found[0])
             except RuntimeError:  # other names or shapes
-                raise self._other(path, "LoRA of other layers or another rank") from None
+                raise self._mismatch(path, "LoRA of other layers or another rank") from None
             return Correction(dict[int, nn.Module](lora), found[1]["seconds"])
         if given:
-            raise self._other(path, found)
-        self._say(stage)
+            raise self._mismatch(path, found)
+        self._announce(stage)
         resume, task = checkpoint.resume_path(path), EndToEnd if stage == "lora-end-to-end" else LayerWise
         common = (self.model, self.samples, self.info, self.method)
-        trainer = fit(task, *common, lora, self.recipes[stage], resume, self.console)
+        trainer = fit(task, *common, lora, self.recipes[stage], resume)
         seconds = round(seconds + trainer.seconds, 1)
         checkpoint.save(path, tensors(lora), {"seconds": seconds}, identity)
         checkpoint.remove(resume)
         return Correction(dict[int, nn.Module](lora), seconds)
 
     def _checked(self, path: Path) -> Adapters:
-        """Given adapters, which must be of this method and model."""
+        """Load given adapters. Raises CapreseError if they are for another method or model."""
         found, ours = Adapters.load(path), self.method
         config = found.config
         config.base_model.check_serves(self.info, str(path))
         theirs = (config.method, config.density, tuple(config.layers), config.rank)
         if theirs != (ours.name, ours.density, tuple(ours.layers), ours.rank):
-            raise self._other(path, "{}, density {:g}, layers {}, rank {}".format(*theirs))
+            raise self._mismatch(path, "{}, density {:g}, layers {}, rank {}".format(*theirs))
         return found
 
-    def _other(self, path: Path, found: str) -> CapreseError:
+    def _mismatch(self, path: Path, found: str) -> CapreseError:
         ours = self.method
         expected = f"{ours.name}, density {ours.density:g}, layers {ours.layers}, rank {ours.rank}"
-        return CapreseError(f"adapters {path}", expected=expected, found=found, fix="take it out of --adapters")
+        return CapreseError(f"adapters {path}", expected=expected, found=found, fix="remove it from --adapters")
 
-    def _say(self, stage: str) -> None:
-        self.console.print(f"{self.method.name}: {STAGES[stage]}")
+    def _announce(self, stage: str) -> None:
+        terminal.notes().print(f"{self.method.name}: {STAGES[stage]}")

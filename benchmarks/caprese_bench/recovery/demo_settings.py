@@ -1,6 +1,7 @@
 """Settings of the demo's adapters.
 
-Density and layers were chosen on problems of the training split, so that GRIFFIN loses enough for a recovery to show.
+Density and layers were chosen on problems of the training split, such that GRIFFIN loses enough accuracy for a recovery
+to be visible.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ RANK = 48
 
 @dataclass(frozen=True)
 class Settings:
-    """What is sparse, and the learning rates: of L and R layer-wise by Adam and end to end, and of LoRA."""
+    """Density and sparse layers, and the learning rates: of L and R layer-wise by Adam and end to end, and of LoRA."""
 
     density: float
     layers: Literal["first-half", "all"]

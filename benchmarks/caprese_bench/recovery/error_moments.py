@@ -1,9 +1,9 @@
-"""One pass of a model, and the FF errors of many methods and densities: sums that give every rank's best L, R.
+"""Sums over one pass of a model, from which the best L and R of every rank follow, for many methods and densities.
 
-Shapes as in `caprese_distill.layer_wise.moments`; a case is a method and a density. X and X'X are the same for all
-cases of a layer, so they are summed once. Per layer and case two D x D matrices of float64, for X'E, and one for E'E
-where the spectrum is asked for: 13 MB each at D = 1,280, 103 MB at D = 3,584; for a large model take a few layers at
-a time.
+Shapes are as in `caprese_distill.layer_wise.moments`; a case is a method with a density. X and X'X are the same for all
+cases of a layer, so they are summed once. Each layer and case has two D x D matrices of float64 for X'E, and one for
+E'E if the spectrum is wanted: 13 MB each at D = 1,280, 103 MB at D = 3,584. For a large model use a few layers at a
+time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from caprese_distill.data.batches import Batch, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.layer_wise.closed_form import make_batches
-from caprese_distill.layer_wise.moments import Batch, Moments, keep_mask, select
+from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.solve import RIDGES, reduced_rank
+from caprese_distill.selection import keep_mask, select
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count, griffin_select
@@ -29,13 +30,13 @@ CaseMethod = Literal["top-k", "griffin", "cats"]
 
 
 class Case(NamedTuple):
-    """What is dropped: by GRIFFIN or CATS, or by an oracle that keeps the k largest |z| of each token (figure 2)."""
+    """What drops neurons: GRIFFIN, CATS, or an oracle that keeps the k largest |z| of each token (figure 2)."""
 
     method: CaseMethod
     density: float
 
     def keep(self, batch: Batch, g: Tensor, z: Tensor) -> Tensor:
-        """Neurons kept by the batch's generated tokens, [N, F] bool; g, z [B, T, F]."""
+        """Neurons that the batch's generated tokens keep, [N, F] bool, from g, z [B, T, F]."""
         if self.method == "top-k":
             return griffin_select(z.flatten(0, 1)[batch.rows()].abs(), griffin_count(self.density, z.shape[-1]))
         method = Method(self.method, self.density, (), 0)
@@ -44,14 +45,14 @@ class Case(NamedTuple):
 
 @dataclass
 class CaseSums:
-    """Of one layer and case: X'E [D, D], and E'E [D, D] of the samples held out, whose eigenvalues are the spectrum."""
+    """Sums of one layer and case; `gram` is E'E [D, D] of the held-out samples, whose eigenvalues are the spectrum."""
 
     fit: Moments
     held_out: Moments
     gram: Tensor | None
 
     def spectrum(self) -> Tensor:
-        """Eigenvalues of E'E of the samples held out, largest first, [D]: the squared singular values of E."""
+        """Eigenvalues of E'E of the held-out samples, largest first, [D]: the squared singular values of E."""
         assert self.gram is not None
         return torch.linalg.eigvalsh(self.gram).flip(0).clamp(min=0)
 
@@ -70,8 +71,8 @@ def run_cases(
 ) -> Sums:
     """The sums of all cases at all `blocks` (gate_proj, up_proj, down_proj, act_fn), from one pass over the samples.
 
-    A tenth of the samples is held out. `spectrum` asks for E'E as well. `advance` is told the tokens of each batch.
-    Raises CapreseError for activations that are not finite.
+    A tenth of the samples is held out. `spectrum` also sums E'E. `advance` is called with the number of tokens of each
+    batch. Raises CapreseError for activations that are not finite.
     """
     device = next(model.parameters()).device
     depth = model.config.hidden_size
@@ -97,14 +98,14 @@ def run_cases(
 
 
 def _sharing(other: Moments) -> Moments:
-    """Moments whose X'X, tr(Y'Y) and number of rows are those of `other`, the tensors themselves."""
+    """Moments that share the tensors of X'X, tr(Y'Y) and the number of rows with `other`."""
     return Moments(other.xx, other.xe.clone(), other.ee.clone(), other.yy, other.rows)
 
 
 def _add(
     layer: int, block: Any, batch: Batch, sums: Mapping[Case, CaseSums], x: Tensor, g: Tensor, z: Tensor, y: Tensor
 ) -> None:
-    """Add a batch's generated tokens: x, y [B, T, D] and g, z [B, T, F] of one layer."""
+    """Add a batch's generated tokens to one layer's sums, from x, y [B, T, D] and g, z [B, T, F]."""
     rows = batch.rows()
     x, y, dropped = (each.flatten(0, 1)[rows] for each in (x, y, z))
     first = True
@@ -115,7 +116,7 @@ def _add(
                 f"activations of layer {layer}",
                 expected="finite values",
                 found=f"NaN or Inf in a batch that begins with line {batch.samples[0].line}",
-                fix="use float32, or take the line out",
+                fix="use float32, or remove the line",
             )
         part = case_sums.held_out if batch.held_out else case_sums.fit
         if first:
@@ -130,7 +131,7 @@ def _add(
 
 @contextmanager
 def _watched(blocks: Mapping[int, Any], measure: Callable[..., None]) -> Iterator[None]:
-    """Calls measure(layer, x, g, z, y) after each forward of a block: what it was given, made inside, and gave."""
+    """Calls measure(layer, x, g, z, y) after each forward of a block: its input, inner activations and output."""
     handles = []
     for layer, block in blocks.items():
         inner: dict[str, Tensor] = {}
@@ -155,7 +156,7 @@ def _watched(blocks: Mapping[int, Any], measure: Callable[..., None]) -> Iterato
 
 @dataclass(frozen=True)
 class Fitted:
-    """L [D, r], R [r, D] in float64 and ||E - X L R||^2 of the samples held out."""
+    """L [D, r], R [r, D] in float64, and ||E - X L R||^2 of the held-out samples."""
 
     left: Tensor
     right: Tensor
@@ -163,10 +164,10 @@ class Fitted:
 
 
 def fit_ranks(fit: Moments, held_out: Moments, ranks: Sequence[int]) -> dict[int, Fitted]:
-    """The closed form of eq. 7 for several ranks at once; each with the ridge of least held-out error, as `solve`.
+    """The closed form of eq. 7 for several ranks at once, each with the ridge of least held-out error, as in `solve`.
 
-    R's rows are the eigenvectors of one matrix whatever the rank, so the solution of a rank is the first columns of L
-    and rows of R of the highest. Rank 0 is no correction. No positive definite X'X gives L = R = 0.
+    R's rows are eigenvectors of the same matrix for every rank, so a rank's solution is the first columns of L and the
+    first rows of R of the highest rank. Rank 0 is no correction. If X'X is not positive definite, L = R = 0.
     """
     depth, best = len(fit.xx), dict[int, Fitted]()
     nothing = fit.xx.new_zeros(depth, max(ranks)), fit.xx.new_zeros(max(ranks), depth)

@@ -1,8 +1,11 @@
-"""`caprese bench parameters`: what Caprese adds to a model, and what it spares (the paper's figure 6), from configs."""
+"""`caprese bench parameters`: what Caprese adds to a model, and what it spares (the paper's figure 6), from configs.
+
+The families need only the package's base dependencies; another model's config needs transformers.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -10,44 +13,51 @@ import typer
 from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, resolve_layers
 from caprese_serve.provenance import provenance
 
-from ..paper.counts import Count, count, cut
-from ..paper.families import FAMILIES, config, model_config
+from ..paper.counts import ParameterCount, count, count_published, spared_share
+from ..paper.families import FAMILIES, model_config
 from ..results.plots import Plot
 from ..results.recording import recording
-from ..results.report import Columns, Result, Row, table, terminal
+from ..results.report import Columns, Result, Row, show
+from ..results.settings import OutputSettings, options_of
 
 KEYS = ["section", "model", "rank", "density"]
 MEASURES = ["added", "added_of_model", "added_of_ff", "cut_griffin", "cut_cats"]
 SECTIONS = {"all layers": "all", "first half of the layers": "first-half"}
 
 
-def parameters(
-    rank: Annotated[int, typer.Option(min=1, help="Rank r of the low-rank layers.")] = DEFAULT_RANK,
-    density: Annotated[float, typer.Option(min=0, max=1, help="Share of neurons kept.")] = DEFAULT_DENSITY,
+@dataclass(frozen=True, kw_only=True)
+class ParametersSettings(OutputSettings):
+    """Options of `caprese bench parameters`."""
+
+    rank: Annotated[int, typer.Option(min=1, help="Rank r of the low-rank layers.")] = DEFAULT_RANK
+    density: Annotated[float, typer.Option(min=0, max=1, help="Share of neurons kept.")] = DEFAULT_DENSITY
     model: Annotated[
         list[str] | None, typer.Option(help="Model directory or Hub id, instead of the families; may be repeated.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only the smallest model of each family.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for parameters.json, .csv and .html.")] = Path("out/bench"),
-) -> None:
+    ] = None
+    quick: Annotated[bool, typer.Option("--quick", help="Only the smallest model of each family.")] = False
+
+
+@options_of(ParametersSettings)
+def parameters(settings: ParametersSettings) -> None:
     """Share of new parameters, and active parameters cut: Llama 3, Gemma 2 and Qwen 2.5 families, or your model."""
-    counts = [count(name, config(family, name), family) for family, name in _known(quick)] if not model else []
-    counts += [count(path, model_config(path)) for path in model or []]
-    settings = {"rank": rank, "density": density, "quick": quick}
-    result = Result("parameters", provenance() | {"settings": settings}, KEYS, MEASURES)
-    with recording(result, out, PLOTS, resume=None, console=terminal(), columns=COLUMNS) as record:
-        record.add(*(row(section, each, rank, density) for section in SECTIONS for each in counts))
-    console = terminal()
-    for section, rows in result.sections().items():
-        console.print(table(section, rows, COLUMNS))
+    if settings.model:
+        counts = [count(path, model_config(path)) for path in settings.model]
+    else:
+        counts = [count_published(family, name) for family, name in _published(settings.quick)]
+    recorded = {"rank": settings.rank, "density": settings.density, "quick": settings.quick}
+    result = Result("parameters", provenance() | {"settings": recorded}, KEYS, MEASURES)
+    with recording(result, settings.out, PLOTS, resume=None, columns=COLUMNS) as record:
+        record.add(*(row(section, each, settings.rank, settings.density) for section in SECTIONS for each in counts))
+    show(result, COLUMNS, settings.as_json)
 
 
-def _known(quick: bool) -> list[tuple[str, str]]:
-    return [(family, name) for family, (_, models) in FAMILIES.items() for name in list(models)[: 1 if quick else None]]
+def _published(quick: bool) -> list[tuple[str, str]]:
+    """(family, model) of all models, or of the smallest of each family."""
+    return [(name, model) for name, family in FAMILIES.items() for model in list(family.models)[: 1 if quick else None]]
 
 
-def row(section: str, count: Count, rank: int, density: float) -> Row:
-    """One model with the layers of `section` sparse: L [D, r] and R [r, D] each."""
+def row(section: str, count: ParameterCount, rank: int, density: float) -> Row:
+    """A model's row with the layers of `section` sparse, each with L [D, r] and R [r, D]."""
     sparse = len(resolve_layers(SECTIONS[section], count.layers))  # type: ignore[arg-type]
     added = sparse * 2 * count.hidden_size * rank
     return {
@@ -62,7 +72,7 @@ def row(section: str, count: Count, rank: int, density: float) -> Row:
         "added": added,
         "added_of_model": added / count.total,
         "added_of_ff": added / (count.ff * count.layers),
-        **{f"cut_{method}": cut(count, method, sparse, rank, density) for method in ("griffin", "cats")},
+        **{f"cut_{method}": spared_share(count, method, sparse, rank, density) for method in ("griffin", "cats")},
     }
 
 

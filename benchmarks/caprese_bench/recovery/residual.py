@@ -1,16 +1,17 @@
-"""`caprese bench residual`: how much of a sparse FF block's error a low-rank correction takes away (figure 2).
+"""`caprese bench residual`: how much of a sparse FF block's error a low-rank correction removes (figure 2).
 
-The error of generated tokens is ||FF(X) - FF_sparse(X) - C||_F / ||FF(X)||_F, over all held-out tokens of a layer, and
-then the mean over layers. The correction C of rank r is
+The error of generated tokens is ||FF(X) - FF_sparse(X) - C||_F / ||FF(X)||_F over all held-out tokens of a layer, then
+the mean over layers. The correction C of rank r is
 
-- oracle: the best rank-r approximation of the error matrix E itself, of those very tokens, as in figure 2: what any
-  correction of that rank could reach at most;
-- trained: X L R by the closed form of eq. 7, fitted on other samples (of its nine ridges the one best here is taken):
-  what a linear function of the block's input reaches.
+- oracle: the best rank-r approximation of the error matrix E of these very tokens, as in figure 2: a bound for any
+  correction of that rank;
+- trained: X L R by the closed form of eq. 7, fitted on other samples (with the best of its nine ridges on these): what
+  a linear function of the block's input reaches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,10 +21,12 @@ import typer
 from caprese_serve.demo import MODEL
 from caprese_serve.provenance import provenance
 
+from ..results.lists import numbers
 from ..results.plots import Plot
 from ..results.recording import check_writable, progress, recording
-from ..results.report import Columns, Result, Row, table, terminal
-from .samples import load, numbers
+from ..results.report import Columns, Result, Row, show
+from ..results.settings import ResumableSettings, options_of
+from .samples import load_model_with_samples
 
 if TYPE_CHECKING:
     from .error_moments import Case, CaseMethod, CaseSums
@@ -35,64 +38,70 @@ CORRECTIONS = ("oracle", "trained")
 SECTIONS: dict[CaseMethod, str] = {"top-k": "oracle top-k of |z|", "griffin": "GRIFFIN", "cats": "CATS"}
 
 
-def residual(
-    model: Annotated[str, typer.Option(help="Model directory or Hub id.")] = str(MODEL),
+@dataclass(frozen=True, kw_only=True)
+class ResidualSettings(ResumableSettings):
+    """Options of `caprese bench residual`."""
+
+    model: Annotated[str, typer.Option(help="Model directory or Hub id.")] = str(MODEL)
     data: Annotated[
-        str | None, typer.Option(help="File or dataset, as for `caprese distill`; default the demo's problems.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Samples; a tenth is held out and measured.")] = 2000,
-    densities: Annotated[str, typer.Option(help="Comma-separated shares of neurons kept.")] = DENSITIES,
-    ranks: Annotated[str | None, typer.Option(help="Comma-separated; default 0 and powers of two up to D.")] = None,
+        str | None, typer.Option(help="File or dataset, as for `caprese distill`. Default: the demo's problems.")
+    ] = None
+    samples: Annotated[int, typer.Option(min=2, help="Samples; a tenth is held out and measured.")] = 2000
+    densities: Annotated[str, typer.Option(help="Comma-separated shares of neurons kept.")] = DENSITIES
+    ranks: Annotated[str | None, typer.Option(help="Comma-separated. Default: 0 and the powers of two up to D.")] = None
     layers: Annotated[
-        str | None, typer.Option(help="Indices as 0,1,2; default all. A few at a time for large models.")
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="200 samples, two densities.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that are in --out already.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for residual.json, .csv and .html.")] = Path("out/bench"),
-) -> None:
+        str | None, typer.Option(help="Indices, for example 0,1,2. Default: all; use a few at a time for large models.")
+    ] = None
+    quick: Annotated[bool, typer.Option("--quick", help="200 samples, two densities.")] = False
+
+
+@options_of(ResidualSettings)
+def residual(settings: ResidualSettings) -> None:
     """Relative FF output error over density and rank: oracle top-k, GRIFFIN and CATS, with oracle and trained L, R."""
     from caprese_distill.blocks import find_blocks
 
     from .error_moments import Case, run_cases
 
-    check_writable(out)
-    subject = load(model, data, min(samples, 200) if quick else samples)
-    depth = subject.info.hidden_size
-    chosen = [int(rank) for rank in numbers("--ranks", ranks, 0, depth)] if ranks else default_ranks(depth)
-    kept = numbers("--densities", QUICK_DENSITIES if quick else densities, 0.001, 1)
-    last = subject.info.num_hidden_layers - 1
-    wanted = [int(i) for i in numbers("--layers", layers, 0, last)] if layers else range(last + 1)
-    blocks = find_blocks(subject.model, subject.info, wanted)
-    settings = {
+    check_writable(settings.out)
+    data = settings.data
+    count = min(settings.samples, 200) if settings.quick else settings.samples
+    subject = load_model_with_samples(settings.model, data, count)
+    depth, last = subject.info.hidden_size, subject.info.num_hidden_layers - 1
+    ranks = (
+        [int(rank) for rank in numbers("--ranks", settings.ranks, 0, depth)] if settings.ranks else default_ranks(depth)
+    )
+    densities = numbers("--densities", QUICK_DENSITIES if settings.quick else settings.densities, 0.001, 1)
+    layers = [int(i) for i in numbers("--layers", settings.layers, 0, last)] if settings.layers else range(last + 1)
+    blocks = find_blocks(subject.model, subject.info, layers)
+    recorded = {
         "model": subject.info.name_or_path,
         "data": Path(data).name if data and Path(data).exists() else data,
         "samples": len(subject.samples),
+        "layers": list(blocks),
     }
-    result = Result("residual", provenance() | {"settings": settings | {"layers": list(blocks)}}, KEYS, MEASURES)
-    console = terminal()
-    cases = [Case(method, density) for method in SECTIONS for density in kept]
-    with recording(result, out, PLOTS, resume, console, COLUMNS) as record, progress(console) as bar:
-        todo = [case for case in cases if not all(map(record.has, names(case, chosen)))]
+    result = Result("residual", provenance() | {"settings": recorded}, KEYS, MEASURES)
+    cases = [Case(method, density) for method in SECTIONS for density in densities]
+    with recording(result, settings.out, PLOTS, settings.resume, COLUMNS) as record, progress() as bar:
+        todo = [case for case in cases if not all(map(record.has, keys(case, ranks)))]
         if todo:
             line = bar.add_task("tokens", total=subject.tokens)
             sums = run_cases(subject.model, blocks, subject.samples, todo, True, lambda n: bar.advance(line, n))
-            held_out = next(iter(sums[wanted[0]].values())).held_out  # every layer and case sees the same tokens
+            held_out = next(iter(sums[layers[0]].values())).held_out  # the same tokens for every layer and case
             result.provenance["tokens_held_out"] = int(held_out.rows)
         line = bar.add_task("solutions", total=len(todo))
         for case in todo:
-            record.add(*rows(case, [by_case[case] for by_case in sums.values()], chosen))
+            record.add(*rows(case, [by_case[case] for by_case in sums.values()], ranks))
             bar.advance(line)
-    for section, found in result.sections().items():
-        console.print(table(section, found, COLUMNS))
+    show(result, COLUMNS, settings.as_json)
 
 
 def default_ranks(depth: int) -> list[int]:
-    """0, and the powers of two up to D."""
+    """0 and the powers of two up to D."""
     return [0, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)]
 
 
-def names(case: Case, ranks: list[int]) -> list[Row]:
-    """The keys of the case's rows."""
+def keys(case: Case, ranks: list[int]) -> list[Row]:
+    """The columns that name the case's rows."""
     section, density = SECTIONS[case.method], case.density
     return [
         {"section": section, "correction": correction, "density": density, "rank": rank}
@@ -102,7 +111,7 @@ def names(case: Case, ranks: list[int]) -> list[Row]:
 
 
 def rows(case: Case, layers: list[CaseSums], ranks: list[int]) -> list[Row]:
-    """A row a correction and rank; `layers` are the sums of each layer."""
+    """A row for each correction and rank, from the sums of each layer."""
     from .error_moments import fit_ranks
 
     errors: dict[tuple[str, int], list[float]] = {}
@@ -113,10 +122,10 @@ def rows(case: Case, layers: list[CaseSums], ranks: list[int]) -> list[Row]:
             for correction, error in zip(CORRECTIONS, (float(spectrum[rank:].sum()), fitted[rank].error), strict=True):
                 errors.setdefault((correction, rank), []).append(sqrt(error / float(sums.held_out.yy)))
     made = []
-    for name in names(case, ranks):
-        found = errors[name["correction"], name["rank"]]
+    for key in keys(case, ranks):
+        found = errors[key["correction"], key["rank"]]
         made.append(
-            name
+            key
             | {
                 "error": sum(found) / len(found),
                 "error_best_layer": min(found),

@@ -1,4 +1,4 @@
-"""The model and the samples that the analyses look at: the demo's, or the user's own."""
+"""The model and the samples that an analysis uses: the demo's, or the user's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MAX_LENGTH = 2048  # tokens; longer samples are left out
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model in float32, its tokenizer and dimensions, and samples of what it answers."""
+class ModelWithSamples:
+    """A model in float32, its tokenizer and dimensions, and samples: prompts with responses."""
 
     model: Any
     tokenizer: Any
@@ -27,11 +27,15 @@ class Subject:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all samples."""
         return sum(len(sample.ids) for sample in self.samples)
 
 
-def load(model: str, data: str | None, count: int) -> Subject:
-    """`count` samples of `data` (a file or dataset, as for `caprese distill`), or of the demo's training problems."""
+def load_model_with_samples(model: str, data: str | None, count: int) -> ModelWithSamples:
+    """The model with `count` samples of `data` (as for `caprese distill --data`), or of the demo's training problems.
+
+    Raises CapreseError if fewer than two samples are usable.
+    """
     from caprese_distill.data.samples import Row, encode
     from caprese_distill.data.sources import read_source
     from caprese_distill.loading import load_model, load_small_parts
@@ -53,18 +57,5 @@ def load(model: str, data: str | None, count: int) -> Subject:
             found=f"{len(samples)} of {len(rows)} ({dict(skipped)})",
             fix="give more data",
         )
-    name = "demo" if Path(model) == MODEL else model  # where a checkout lies says nothing
-    return Subject(load_model(model, "float32"), tokenizer, BaseModelInfo.from_hf(config, name), samples)
-
-
-def numbers(option: str, text: str, low: float, high: float) -> list[float]:
-    """Comma-separated numbers within [low, high], ascending, each once; CapreseError otherwise."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-        if low <= found[0] and found[-1] <= high:
-            return found
-    except ValueError:
-        pass
-    raise CapreseError(
-        option, expected=f"comma-separated numbers from {low:g} to {high:g}", found=repr(text), fix="correct it"
-    )
+    name = "demo" if Path(model) == MODEL else model  # not the path, which differs between machines
+    return ModelWithSamples(load_model(model, "float32"), tokenizer, BaseModelInfo.from_hf(config, name), samples)

@@ -1,1 +1,1 @@
-"""What a benchmark writes: rows with provenance, their schema, tables, plots, pages, and comparing two of them."""
+"""What all benchmarks share: settings, results with provenance, their schemas, tables, plots, pages, statistics."""

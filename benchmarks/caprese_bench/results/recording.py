@@ -1,4 +1,4 @@
-"""A result that grows row by row and survives being stopped: written after each row, continued with --resume."""
+"""A result that grows row by row: written after each row, so that a stopped run can be continued with --resume."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
-from .plots import Plot
+from .plots import Plot, can_plot
 from .report import Columns, Result, Row
 
-SAME = ("git_commit", "source", "hardware", "versions", "settings")  # of the provenance, or rows do not go together
+# Parts of the provenance that must be equal for rows of two runs to stand in one result.
+SAME = ("git_commit", "source", "hardware", "versions", "settings")
 
 
 class Recording:
-    """The rows so far; `path` is the JSON file that holds them."""
+    """A result in progress; `path` is its JSON file."""
 
     def __init__(self, result: Result, path: Path):
         self.result, self.path = result, path
 
     def has(self, row: Row) -> bool:
-        """Whether a row with the same keys is there."""
+        """Whether there is a row with the same keys."""
         return any(self.result.key(row) == self.result.key(other) for other in self.result.rows)
 
     def add(self, *rows: Row) -> None:
-        """Take the rows in, instead of those with the same keys, and write the JSON file."""
+        """Add the rows, replacing those with the same keys, and write the JSON file."""
         keys = {self.result.key(row) for row in rows}
         self.result.rows = [row for row in self.result.rows if self.result.key(row) not in keys]
         self.result.rows += rows
@@ -45,14 +46,14 @@ def recording(
     out: Path,
     plots: Sequence[Plot] | Callable[[Result], Sequence[Plot]],
     resume: bool | None,
-    console: Console,
     columns: Columns | None = None,
 ) -> Iterator[Recording]:
-    """`<name>.json`, `.csv` and `.html` in `out`, written whatever ends the block; partial unless it ends well.
+    """Writes `<name>.json`, `.csv` and `.html` to `out` when the block ends; partial if it ends by an exception.
 
-    `resume` takes over the rows that an earlier run with the same settings, on the same machine and commit, left there.
-    CapreseError where these differ, or where `out` cannot be written. None: the benchmark keeps what it needs to go on
-    itself, and does so without being told. `columns` are the page's tables'.
+    With `resume` the result starts with the rows that an earlier run with the same settings, on the same machine and
+    commit, left in `out`; raises CapreseError if these differ, or if `out` cannot be written. `resume` is None for a
+    benchmark that stores its own intermediate results and always continues from them. `columns` are those of the page's
+    tables.
     """
     check_writable(out)
     path = out / f"{result.name}.json"
@@ -64,26 +65,29 @@ def recording(
         yield Recording(result, path)
         result.partial = False
     except KeyboardInterrupt:
-        how = "the same command" if resume is None else "the same command with --resume"
-        console.print(f"interrupted: {len(result.rows)} rows are kept; {how} goes on")
+        command = "the same command" if resume is None else "the same command with --resume"
+        terminal.notes().print(f"interrupted: {len(result.rows)} rows are kept; {command} continues", soft_wrap=True)
         raise
     finally:
         result.write(out, plots(result) if callable(plots) else plots, columns)
-    console.print(f"Written: {path}, .csv, .html")
+    written = f"Written: {path}, .csv, .html"
+    if not can_plot():
+        written += ' (without plots: pip install "caprese-vllm[bench]")'
+    terminal.notes().print(written, soft_wrap=True, markup=False)
 
 
 def previous(path: Path, new: Result) -> Result | None:
-    """The result of an earlier run that was made as this one; None if there was no run."""
+    """The result of an earlier run, or None. Raises CapreseError if its settings, machine or sources differ."""
     if not path.exists():
         return None
     earlier = Result.load(path)
     for part in SAME:
-        # "-dirty" tells nothing here: results that are committed make it so when they are written anew; see `source`.
+        # Without "-dirty": writing a committed result again makes the checkout dirty; `source` is exact.
         then, now = (str(r.provenance.get(part)).removesuffix("-dirty") for r in (earlier, new))
         if then != now:
             raise CapreseError(
                 f"--resume of {path}",
-                expected=f"{part.replace('_', ' ')} as then: {then}",
+                expected=f"the same {part.replace('_', ' ')} as the earlier run: {then}",
                 found=now,
                 fix="run without --resume, or with another --out",
             )
@@ -91,7 +95,7 @@ def previous(path: Path, new: Result) -> Result | None:
 
 
 def earlier_rows(path: Path, new: Result) -> list[Row]:
-    """The rows of an earlier run that was made as this one; none where it was made otherwise, or is no result."""
+    """The rows of an earlier run; none if its settings, machine or sources differ, or if the file is no result."""
     try:
         earlier = previous(path, new)
     except CapreseError:
@@ -100,18 +104,21 @@ def earlier_rows(path: Path, new: Result) -> list[Row]:
 
 
 def check_writable(out: Path) -> None:
-    """Fail before the work, not after it."""
+    """Make the folder. Raises CapreseError now, before the work, if it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise CapreseError(
-            "--out", expected="a folder that can be written", found=f"{out}: {error.strerror}", fix="give another"
+            "--out",
+            expected="a folder that can be written",
+            found=f"{out}: {error.strerror}",
+            fix="give another folder",
         ) from None
 
 
-def progress(console: Console) -> Progress:
-    """A bar with counts and the time left."""
+def progress() -> Progress:
+    """A progress bar on stderr: description, bar, counts, time so far and time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+    return Progress(*columns, TimeRemainingColumn(), console=terminal.notes())

@@ -1,6 +1,7 @@
-"""What every benchmark shares: rows with their provenance, shown as a table, written as JSON, CSV and one HTML page.
+"""A benchmark's result: rows with their provenance, printed as tables, written as JSON, CSV and one HTML page.
 
-A row is a flat dict of JSON values. The column "section" groups rows in tables and on the page, where there is one.
+A row is a flat dict of JSON values, whose columns `schemas` describes. The column "section", if there is one, groups
+the rows in tables and on the page.
 """
 
 from __future__ import annotations
@@ -11,17 +12,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
-from .plots import Plot, Row, svg
+from .plots import Plot, Row, can_plot, svg
 
-# Header of a column, what it shows, and how.
+# A table's columns: header -> (key of the row, how its value is formatted).
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
 
 STYLE = """
@@ -38,7 +38,7 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto; } .warn { color: #a4000
 
 @dataclass
 class Result:
-    """A benchmark's rows. `keys` are the columns that name a case, `measures` what `compare` sets side by side."""
+    """The rows of one benchmark. `keys` are the columns that name a case, `measures` those that `compare` compares."""
 
     name: str
     provenance: dict[str, Any]
@@ -46,28 +46,30 @@ class Result:
     measures: list[str]
     rows: list[Row] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # cases that failed, which have no row
-    partial: bool = True  # until the benchmark has gone through to its end
+    partial: bool = True  # until the benchmark has ended
 
     def key(self, row: Row) -> tuple[Any, ...]:
+        """The row's values of `keys`."""
         return tuple(row.get(key) for key in self.keys)
 
     def sections(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
+        """The rows by their column "section", in the order of appearance."""
+        grouped: dict[str, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(str(row.get("section", self.name)), []).append(row)
-        return found
+            grouped.setdefault(str(row.get("section", self.name)), []).append(row)
+        return grouped
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """From a JSON file that `write` made."""
+        """Read a JSON file that `write` made. Raises CapreseError for any other."""
         try:
             result = cls(**json.loads(path.read_text()))
             for row in result.rows:
                 if not isinstance(row, dict) or any(isinstance(row.get(name), str) for name in result.measures):
-                    raise ValueError("rows that are none")
+                    raise ValueError("rows that are not objects of figures")
             return result
         except (OSError, ValueError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "another content"
+            reason = error.strerror if isinstance(error, OSError) else "other content"
             raise CapreseError(
                 f"result {path}",
                 expected="a JSON file that a benchmark wrote",
@@ -76,7 +78,7 @@ class Result:
             ) from None
 
     def write_json(self, folder: Path) -> Path:
-        """`<name>.json`, replaced in one step: an interrupted run leaves the older one or the newer one."""
+        """Write `<name>.json` in one step, so that an interruption leaves the old or the new; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path, new = folder / f"{self.name}.json", folder / f".{self.name}.json.new"
         new.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
@@ -84,7 +86,7 @@ class Result:
         return path
 
     def write(self, folder: Path, plots: Sequence[Plot] = (), columns: Columns | None = None) -> Path:
-        """`<name>.json`, `.csv` and `.html` in `folder`; returns the JSON's path."""
+        """Write `<name>.json`, `.csv` and `.html` into `folder`; returns the JSON file's path."""
         path = self.write_json(folder)
         with path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns_of(self.rows), extrasaction="ignore")
@@ -94,51 +96,47 @@ class Result:
         return path
 
 
-def iqr(values: Sequence[float]) -> float:
-    """Interquartile range; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
 def columns_of(rows: list[Row]) -> list[str]:
-    """Every column that some row fills, in the order of appearance."""
+    """Every column that has a value in some row, in the order of appearance."""
     return list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
 
 
 def table(title: str, rows: list[Row], columns: Columns) -> Table:
-    """Rows for the terminal. Columns that no row fills are left out; what all rows share is said above."""
+    """Rows as a table for the terminal, without empty columns. A value that all rows share stands in the title."""
     values = {header: [row[key] for row in rows if row.get(key) is not None] for header, (key, _) in columns.items()}
     same = {header for header, found in values.items() if len(found) > 1 and all(value == found[0] for value in found)}
-    told = ", ".join(f"{header} {columns[header][1](values[header][0])}" for header in columns if header in same)
-    shown = Table(title=f"{title}: {told}" if told else title)
+    common = ", ".join(f"{header} {columns[header][1](values[header][0])}" for header in columns if header in same)
+    shown = Table(title=f"{title}: {common}" if common else title)
     kept = {header: column for header, column in columns.items() if values[header] and header not in same}
     for header in kept:
         text = isinstance(values[header][0], str)
         shown.add_column(header, justify="left" if text else "right", no_wrap=text)
     for row in rows:
-        shown.add_row(*("" if row.get(key) is None else show(row[key]) for key, show in kept.values()))
+        shown.add_row(*("" if row.get(key) is None else text_of(row[key]) for key, text_of in kept.values()))
     return shown
 
 
-def terminal() -> Console:
-    """Where tables go; wide enough for them where the output is a file."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 150)
-    return console
+def show(result: Result, columns: Columns, as_json: bool, only: Callable[[Row], bool] = lambda row: True) -> None:
+    """Print a result on stdout: the whole as JSON, or a table of each section with the rows that `only` accepts."""
+    if as_json:
+        terminal.print_json(asdict(result))
+        return
+    for section, rows in result.sections().items():
+        terminal.result().print(table(section, [row for row in rows if only(row)], columns))
 
 
-BODY = "<!-- body -->"  # what `body_of` takes out of a page stands between two of these
+BODY = "<!-- body -->"  # encloses the part of a page that `body_of` returns
 
 
 def page(result: Result, plots: Sequence[Plot], columns: Columns | None = None) -> str:
-    """One HTML page that needs nothing else: no script, no style sheet, no picture from elsewhere."""
+    """One self-contained HTML page: no scripts, style sheets or images from elsewhere. Plots need matplotlib."""
     parts = [f"<h1>{html.escape(result.name)}</h1>"]
     parts.append(f'<p class="origin">{html.escape(origin(result.provenance))}</p>')
     if result.partial:
         parts.append('<p class="warn">Partial: the run was stopped before its end.</p>')
+    if plots and not can_plot():
+        plots = ()
+        parts.append('<p class="warn">Without plots: matplotlib was not installed.</p>')
     parts += [f'<p class="warn">Failed: {html.escape(error)}</p>' for error in result.errors]
     for section, rows in result.sections().items():
         parts.append(f"<h2>{html.escape(section)}</h2>")
@@ -147,12 +145,12 @@ def page(result: Result, plots: Sequence[Plot], columns: Columns | None = None) 
         raw = _table(columns_of(rows), [[_shown(row.get(column)) for column in columns_of(rows)] for row in rows])
         parts.append(f"<details{'' if columns else ' open'}><summary>all figures</summary>{raw}</details>")
     source = html.escape(json.dumps(result.provenance, indent=2))
-    parts.append(f"<details><summary>where {result.name} comes from</summary><pre>{source}</pre></details>")
+    parts.append(f"<details><summary>provenance of {result.name}</summary><pre>{source}</pre></details>")
     return document(result.name, "\n".join(parts))
 
 
 def document(title: str, body: str) -> str:
-    """A page of its own."""
+    """An HTML page with this title and body."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style>{BODY}{body}{BODY}</html>\n"
@@ -160,30 +158,31 @@ def document(title: str, body: str) -> str:
 
 
 def body_of(page: str) -> str:
-    """What `document` was given, for a page that holds several."""
+    """The body that `document` was given, to put several results on one page."""
     return page.split(BODY)[1]
 
 
 def origin(provenance: dict[str, Any]) -> str:
-    """Command, hardware, date, versions and commit in a line."""
+    """Command, hardware, date, versions and commit, as one line of text."""
     return f"{provenance['command']} on {circumstances(provenance)}"
 
 
 def circumstances(provenance: dict[str, Any]) -> str:
-    """Hardware, date, versions and commit."""
+    """Hardware, date, versions and commit, as one line of text."""
     hardware, versions = provenance["hardware"], provenance["versions"]
     gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
-    told = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions.get(name))
-    where, day = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10]
-    return f"{where}, {day}, {told}, commit {short(provenance['git_commit'])}"
+    software = ", ".join(f"{name} {versions[name]}" for name in ("vllm", "torch", "triton") if versions.get(name))
+    device, day = ", ".join(gpus) or cpu_name(hardware), provenance["time"][:10]
+    return f"{device}, {day}, {software}, commit {short(provenance['git_commit'])}"
 
 
 def short(commit: str | None) -> str:
-    """12 digits, and whether the checkout had changes."""
+    """The commit's first 12 digits, with "-dirty" if the checkout had uncommitted changes."""
     return "unknown" if commit is None else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def cpu_name(hardware: dict[str, Any]) -> str:
+    """The CPU, for a machine without a GPU."""
     return f"{hardware['cpu']['model']} ({hardware['cpu']['cores']} cores, no GPU)"
 
 
@@ -191,7 +190,7 @@ def _columns_table(rows: list[Row], columns: Columns) -> str:
     filled = {
         header: column for header, column in columns.items() if any(row.get(column[0]) is not None for row in rows)
     }
-    cells = [["" if row.get(key) is None else show(row[key]) for key, show in filled.values()] for row in rows]
+    cells = [["" if row.get(key) is None else text_of(row[key]) for key, text_of in filled.values()] for row in rows]
     return _table([header.strip() for header in filled], cells)
 
 

@@ -1,9 +1,10 @@
-"""Means with their errors, paired differences, and Pass@K. Scores are one number a problem, from 0 to 1."""
+"""Means with their errors, paired differences, and Pass@K. A score is one number from 0 to 1 for each problem."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb, sqrt
+from statistics import quantiles
 
 import numpy as np
 
@@ -11,17 +12,26 @@ CONFIDENCE, RESAMPLES, SEED = 0.95, 9999, 0
 
 
 def mean(scores: Sequence[float]) -> float:
+    """Arithmetic mean."""
     return sum(scores) / len(scores)
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """Of the mean over problems, sqrt(sum (x - mean)^2) / n: for scores of 0 and 1 the binomial sqrt(p (1 - p) / n)."""
+    """Of the mean: sqrt(sum (x - mean)^2) / n; for scores of 0 and 1 the binomial sqrt(p (1 - p) / n)."""
     centre = mean(scores)
     return sqrt(sum((score - centre) ** 2 for score in scores)) / len(scores)
 
 
+def iqr(values: Sequence[float]) -> float:
+    """Interquartile range, in the unit of `values`; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
 def sample_deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation with n - 1, as of the paper's table 2; None of a single value."""
+    """Standard deviation with n - 1, as in the paper's table 2; None for a single value."""
     if len(values) < 2:
         return None
     centre = mean(values)
@@ -29,9 +39,10 @@ def sample_deviation(values: Sequence[float]) -> float | None:
 
 
 def paired_interval(scores: Sequence[float], full: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference scores - full on the same problems, and its 95% interval: a percentile bootstrap over problems.
+    """The mean difference scores - full on the same problems, and the ends of its 95% interval.
 
-    The resamples are the same in every run. Where all differences are equal the interval is that one point.
+    The interval is a percentile bootstrap over problems, with the same resamples in every run. If all differences are
+    equal it is that one point.
     """
     from scipy.stats import bootstrap
 
@@ -47,9 +58,9 @@ def paired_interval(scores: Sequence[float], full: Sequence[float]) -> tuple[flo
 
 
 def mcnemar(scores: Sequence[float], full: Sequence[float]) -> tuple[int, int, float]:
-    """Problems only these answers got right, those only Full's did, and the exact two-sided p of such a split.
+    """McNemar's test: (problems only `scores` got right, problems only `full` got right, exact two-sided p).
 
-    McNemar's test: under the null hypothesis either is as likely, so that the smaller is Binomial(both, 1/2).
+    Under the null hypothesis both are equally likely, so the smaller number is Binomial(sum of both, 1/2).
     """
     from scipy.stats import binomtest
 
@@ -59,5 +70,6 @@ def mcnemar(scores: Sequence[float], full: Sequence[float]) -> tuple[int, int, f
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a correct one: 1 - C(n - c, k) / C(n, k)."""
+    """Pass@K, the chance that k of n samples, drawn without replacement, include one of the c correct ones,
+    1 - C(n - c, k) / C(n, k)."""
     return 1 - comb(samples - correct, k) / comb(samples, k)

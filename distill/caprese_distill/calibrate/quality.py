@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,25 +65,28 @@ def measure(
         ids = sample.ids.long()[None].to(device_of(model.get_input_embeddings()))
         rows = torch.arange(sample.prompt_length, len(sample.ids))
         prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        with _hooked(blocks, lambda i, g, z, prompts=prompts: prompts.__setitem__(i, (g, z))):  # type: ignore[misc]
+        with _hooked(blocks, partial(_remember, prompts, sample.prompt_length)):
             original = _log_probabilities(model, ids, rows)
         for name, selectors in variants.items():
-            length = sample.prompt_length
-            selections = {
-                i: each.from_prompt(prompts[i][0][:length], prompts[i][1][:length]) for i, each in selectors.items()
-            }
-
-            def drop(i: int, g: Tensor, z: Tensor, chosen: Any = selections, by: Selectors = selectors) -> Tensor | None:
-                if i not in by:
-                    return None
-                own = slice(len(z) - len(rows), None)
-                keep = by[i].keeps(chosen[i].expand(len(rows), *chosen[i].shape), g[own])
-                return torch.cat([z[: own.start], torch.where(keep, z[own], 0)])
-
-            with _hooked(blocks, drop):
+            selections = {i: selector.from_prompt(*prompts[i]) for i, selector in selectors.items()}
+            sparse = {i: blocks[i] for i in selectors}
+            with _hooked(sparse, partial(_drop, selectors, selections, sample.prompt_length)):
                 found[name].add(original, _log_probabilities(model, ids, rows))
         advance()
     return found
+
+
+def _remember(prompts: dict[int, tuple[Tensor, Tensor]], length: int, layer: int, g: Tensor, z: Tensor) -> None:
+    prompts[layer] = g[:length], z[:length]
+
+
+def _drop(
+    selectors: Selectors, selections: Mapping[int, Tensor], length: int, layer: int, g: Tensor, z: Tensor
+) -> Tensor:
+    """z [T, F] with zeros for the neurons that response tokens do not keep."""
+    selection = selections[layer]
+    keep = selectors[layer].keeps(selection.expand(len(z) - length, *selection.shape), g[length:])
+    return torch.cat([z[:length], torch.where(keep, z[length:], 0)])
 
 
 def _log_probabilities(model: Any, ids: Tensor, rows: Tensor) -> Tensor:

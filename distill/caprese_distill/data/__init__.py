@@ -1,1 +1,1 @@
-"""From rows as people have them to token ids."""
+"""From rows of a file or dataset to batches of token ids."""

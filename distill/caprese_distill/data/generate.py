@@ -1,6 +1,6 @@
 """Responses of the original model itself (`--generate`), made by vLLM in a child process, caprese_vllm.generate.
 
-They gather in `.NAME.responses.jsonl` beside the adapter NAME.safetensors; a run that is killed goes on from there.
+They are collected in `.NAME.responses.jsonl` beside the adapter NAME.safetensors; a killed run continues from there.
 Once the adapter is written they become NAME.responses.jsonl, rows of prompt and response that `--data` can read.
 """
 
@@ -25,20 +25,21 @@ from rich.console import Console
 
 from caprese_kernels.errors import CapreseError
 
-from ..loading import longest
+from ..loading import max_sample_tokens
 from ..progress import progress_bar
-from .samples import Row, Sample, prompt_ids
+from .chat import prompt_ids
+from .samples import Row, Sample
 
-CHUNK = 64  # responses that a kill may lose
+CHUNK = 64  # responses written at a time: the most that a kill loses
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How the model answers. dtype: a name, or "auto" for the checkpoint's; engine: further arguments of vllm.LLM."""
+    """Settings of generation. dtype: a name, or "auto" for the checkpoint's; engine: further arguments of vllm.LLM."""
 
-    temperature: float | None = None  # None: the model's own settings, see sampling_of
-    max_new_tokens: int | None = None  # None: as many as --max-length leaves
+    temperature: float | None = None  # None: the model's own, see sampling_parameters
+    max_new_tokens: int | None = None  # None: limited by --max-length alone
     seed: int = 0
     dtype: str = "auto"
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -53,15 +54,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """All ids sampled. The last is the stop token, unless the response was cut at max_tokens."""
+    """All sampled ids. The last is the stop token, unless the response was cut at max_tokens."""
 
-    ids: array[int]  # 4 bytes each; a list would have 36, over a gigabyte for 20,000 long responses
+    ids: array[int]  # 4 bytes an id; a list takes 36, over a gigabyte for 20,000 long responses
     cut: bool
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Samples made of the very ids that were generated, and what an adapter's provenance says of them."""
+    """Samples of the ids that were generated, and their provenance for the adapter file."""
 
     samples: list[Sample]
     skipped: Counter[str]
@@ -72,7 +73,7 @@ class Generated:
     tokenizer: Any
 
     def keep(self) -> Path:
-        """Once the adapter is there: the responses as rows for `--data`, written whole; the cache goes."""
+        """Once the adapter is written: write the responses as rows for `--data`, and remove the cache."""
         path = responses_path(self.output)
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -87,7 +88,7 @@ class Generated:
                 found=error.strerror or type(error).__name__,
                 fix=f"free some space; their token ids are in {cache_path(self.output)}",
             ) from None
-        for rest in (cache_path(self.output), *_own_files(self.output)):
+        for rest in (cache_path(self.output), *_child_files(self.output)):
             rest.unlink(missing_ok=True)
         return path
 
@@ -100,17 +101,17 @@ class Generated:
 
 
 def responses_path(output: Path) -> Path:
-    """The rows that stay beside the adapter `output`."""
+    """The file of responses that stays beside the adapter `output`."""
     return output.with_name(f"{output.stem}.responses.jsonl")
 
 
 def cache_path(output: Path) -> Path:
-    """What a killed run goes on from."""
+    """The responses so far, from which a killed run continues."""
     return output.with_name(f".{output.stem}.responses.jsonl")
 
 
-def _own_files(output: Path) -> tuple[Path, Path]:
-    """The child's job and log."""
+def _child_files(output: Path) -> tuple[Path, Path]:
+    """The files of the child process: its job and its log."""
     return output.with_name(f".{output.stem}.generate.json"), output.with_name(f".{output.stem}.generate.log")
 
 
@@ -124,30 +125,31 @@ def generate_samples(
     max_length: int,
     console: Console | None = None,
 ) -> Generated:
-    """Let the model answer the prompts of `rows`; what a killed run left beside `output` is not made again.
+    """Let the model answer the prompts of `rows`; responses that a killed run left beside `output` are reused.
 
-    Prompt and response together have at most `max_length` tokens, nor more than the model has positions. The ids
-    are those sampled: text would not always give the same ones. A response that reaches its limit is kept as it is.
+    Prompt and response together have at most `max_length` tokens, and no more than the model has positions. Samples
+    have the sampled ids, because encoding the text again does not always give the same ones. A response that reaches
+    its limit is kept.
 
-    Raises CapreseError when vLLM is missing or fails, with its last words, and for responses of another run.
+    CapreseError when vLLM is missing or fails (with its error), and for responses of another run.
     """
     text_config = config.get_text_config()
-    max_length = longest(config, max_length)
+    max_length = max_sample_tokens(config, max_length)
     skipped: Counter[str] = Counter()
     prompts = []
     with progress_bar(console, "prompts/s") as bar:
         for row in bar.track(rows, description="prompts"):
-            ids = prompt_ids(tokenizer, row)
+            ids = prompt_ids(tokenizer, row.prompt, row.line)
             room = min(settings.max_new_tokens or max_length, max_length - len(ids))
             if not ids:
                 skipped["empty prompt"] += 1
-            elif room < 2:  # one token that is fed, and the last
+            elif room < 2:  # a token that is fed, and the last, which is not
                 skipped[f"prompt too long for a response within {max_length} tokens"] += 1
             else:
                 prompts.append(Prompt(row.line, ids, room))
-    sampling = sampling_of(model, settings.temperature)
+    sampling = sampling_parameters(model, settings.temperature)
     dtype = settings.dtype
-    if dtype == "auto" and text_config.dtype is not None:  # vLLM's own auto makes float32 models half as wide
+    if dtype == "auto" and text_config.dtype is not None:  # vLLM's own "auto" loads float32 models in 16 bits
         dtype = str(text_config.dtype).removeprefix("torch.")
     identity = {
         "model": model_identity(model, config),
@@ -191,10 +193,10 @@ def generate_samples(
     return Generated(samples, skipped, provenance, rows, responses, output, tokenizer)
 
 
-def sampling_of(model: str, temperature: float | None) -> dict[str, float]:
+def sampling_parameters(model: str, temperature: float | None) -> dict[str, float]:
     """Arguments of SamplingParams: the model's generation_config, as `vllm serve` applies it, or greedy without one.
 
-    A `temperature` that is given replaces the model's; at 0 the limits on what is drawn mean nothing and are left out.
+    A given `temperature` replaces the model's; at 0, top_p, top_k and min_p have no effect and are left out.
     """
     from transformers import GenerationConfig
 
@@ -211,7 +213,7 @@ def sampling_of(model: str, temperature: float | None) -> dict[str, float]:
 
 
 def model_identity(model: str, config: Any) -> str:
-    """Tells models apart: the Hub's commit, or the size and both ends of each file of weights of a directory."""
+    """Identifies a model: the Hub's commit; or, of a directory, a hash of its weight files' sizes and ends."""
     directory = Path(model)
     if not directory.is_dir():
         return f"{model}@{getattr(config, '_commit_hash', None)}"
@@ -226,7 +228,7 @@ def model_identity(model: str, config: Any) -> str:
 
 
 def _read(cache: Path) -> tuple[dict[str, Any], dict[int, Response], int]:
-    """Identity, responses by line, and how many bytes are whole lines: a kill may leave half of the last one."""
+    """Identity, responses by line, and the number of bytes in whole lines: a kill may leave half of the last one."""
     identity: dict[str, Any] = {}
     responses: dict[int, Response] = {}
     whole = 0
@@ -249,14 +251,14 @@ def _read(cache: Path) -> tuple[dict[str, Any], dict[int, Response], int]:
 
 
 def _resume(cache: Path, identity: Mapping[str, Any], total: int, console: Console | None) -> dict[int, Response]:
-    """The responses that are there; the cache is left ready for more to be appended.
+    """The responses in the cache, which is left ready for more to be appended.
 
-    Those of another run are refused rather than thrown away: they may have taken hours.
+    CapreseError for those of another run: they may have taken hours, so they are not overwritten.
     """
     found, responses, whole = _read(cache)
     if not responses:
         partial = cache.with_name(f"{cache.name}.partial")
-        with _room_for(cache):
+        with _writing(cache):
             partial.write_text(json.dumps(identity) + "\n")
             os.replace(partial, cache)
         return {}
@@ -270,12 +272,12 @@ def _resume(cache: Path, identity: Mapping[str, Any], total: int, console: Conso
         )
     os.truncate(cache, whole)
     if console:
-        console.print(f"{cache}: {len(responses)} of {total} responses are there already")
+        console.print(f"{cache}: {len(responses)} of {total} responses were made before")
     return responses
 
 
 def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | None) -> None:
-    """The child process, from beginning to end."""
+    """Run the child process to its end."""
     if importlib.util.find_spec("vllm") is None:
         raise CapreseError(
             "--generate",
@@ -283,10 +285,10 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
             found="none",
             fix='pip install "caprese-vllm[cuda]" (or [cpu]), or give data with responses',
         )
-    job_file, log = _own_files(output)
-    with _room_for(job_file):
+    job_file, log = _child_files(output)
+    with _writing(job_file):
         job_file.write_text(json.dumps(job))
-    # One process for engine and driver: nothing outlives it but what vLLM itself ends with it.
+    # Engine and driver in one process, so that killing it ends the engine too.
     environment = {"VLLM_NO_USAGE_STATS": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with log.open("w") as errors, progress_bar(console, "responses/s") as bar:
         process = subprocess.Popen(
@@ -295,7 +297,7 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the child below
+            start_new_session=True,  # Ctrl-C goes to this process alone, which ends the child below
             text=True,
         )
         first = total - len(job["prompts"])
@@ -315,12 +317,12 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if code:
-        raise _failed(output, f"exit code {code}: {_last_words(log)}")
+        raise _failed(output, f"exit code {code}: {_last_error(log)}")
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
-    """A disk that refuses `path` is a user's error."""
+def _writing(path: Path) -> Iterator[None]:
+    """Raise an OSError of writing `path` as a CapreseError."""
     try:
         yield
     except OSError as error:
@@ -333,13 +335,13 @@ def _room_for(path: Path) -> Iterator[None]:
 
 
 def _failed(output: Path, found: str) -> CapreseError:
-    there, log = len(_read(cache_path(output))[1]), _own_files(output)[1]
-    fix = f"see {log}; the same command goes on from the {there} responses that are there"
+    made, log = len(_read(cache_path(output))[1]), _child_files(output)[1]
+    fix = f"see {log}; the same command continues from the {made} responses made so far"
     return CapreseError("vLLM, answering prompts", expected="a response to each", found=found, fix=fix)
 
 
-def _last_words(log: Path) -> str:
-    """The error that ended the process, or else its last lines."""
+def _last_error(log: Path) -> str:
+    """The error that ended the process, or else the last lines of its log."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return (told[-1] if told else " | ".join(lines[-3:]) or "no output")[:500]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    return (errors[-1] if errors else " | ".join(lines[-3:]) or "no output")[:500]

@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 
 from caprese_kernels.errors import CapreseError
 
+from .chat import add_instruction, ends_with_assistant
 from .samples import Row
 
-# The first that is there is taken. Where a dataset has both, `solution` is the reasoning and `answer` its last word.
+# The first column that exists is used. Where a dataset has both, `solution` has the reasoning and `answer` only the
+# final answer.
 PROMPT_COLUMNS = ("prompt", "question", "problem", "query", "instruction", "input", "messages", "conversations")
 RESPONSE_COLUMNS = ("response", "solution", "generated_solution", "answer", "output", "completion")
-_FORMATS = {".parquet": "parquet", ".csv": "csv"}  # files that `datasets` reads; all others are JSONL
+_FORMATS = {".parquet": "parquet", ".csv": "csv"}  # files that `datasets` reads; any other is read as JSONL
 _NAME = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"@([0-9a-f]{40})/")
@@ -30,7 +32,7 @@ _REVISION = re.compile(r"@([0-9a-f]{40})/")
 
 @dataclass(frozen=True)
 class Source:
-    """The rows drawn, in their order, and what an adapter's provenance says of them."""
+    """The rows drawn, in the order of the data, and their provenance for the adapter file."""
 
     rows: list[Row]
     provenance: dict[str, Any]
@@ -45,7 +47,7 @@ class Source:
 @dataclass(frozen=True)
 class _Columns:
     prompt: str
-    response: str | None  # None: the response, if one is needed, is the assistant's message that ends the prompt
+    response: str | None  # None: the response, if needed, is the assistant's message that ends the prompt
 
 
 def read_source(
@@ -58,15 +60,15 @@ def read_source(
     responses: bool = True,
     instruction: str = "",
 ) -> Source:
-    """All rows of `data`, or `limit` of them drawn by `seed`, in their order.
+    """All rows of `data`, or `limit` of them drawn at random with `seed`, in the order of the data.
 
     data: a JSONL file; a .parquet or .csv file; a directory of such files or one written by `save_to_disk`; or
-    owner/name of the Hub. Directories and names take `:config` and `@split` (train by default; slices as in
-    `datasets`). Columns are the first of PROMPT_COLUMNS and of RESPONSE_COLUMNS, unless given. Chat messages that end
-    with the assistant's have their response there, unless `response_column` is given; with `responses` false, none is
-    read. `instruction` is put before the first user message, on a line of its own, unless the prompt has it.
+    owner/name on the Hub. Directories and names take `:config` and `@split` (default: train; slices as in `datasets`).
+    Columns: the first of PROMPT_COLUMNS and of RESPONSE_COLUMNS that exists, unless given. If chat messages end with
+    the assistant's, that message is the response, unless `response_column` is given; with `responses` false, no
+    response is read. `instruction` goes before the first user message, on its own line, unless the prompt has it.
 
-    Raises CapreseError for what cannot be read, has no rows or no such columns, and for the first bad row drawn.
+    CapreseError for data that cannot be read or has no rows or no such columns, and for the first bad row drawn.
     """
     path = Path(data)
     table = _JsonLines(path) if path.is_file() and path.suffix not in _FORMATS else _open_table(str(data))
@@ -78,13 +80,13 @@ def read_source(
         drawn = sorted(random.Random(seed).sample(drawn, limit))
     rows = [_parse(where, n, value, columns, responses) for where, n, value in table.read(drawn, columns)]
     if instruction.strip():
-        rows = [replace(row, prompt=_instruct(row.prompt, instruction.strip())) for row in rows]
-    told = {"prompt_column": columns.prompt, "response_column": columns.response, "instruction": instruction.strip()}
-    return Source(rows, {**table.provenance, **told, "rows": table.count, "drawn": len(rows)})
+        rows = [replace(row, prompt=add_instruction(row.prompt, instruction.strip())) for row in rows]
+    read = {"prompt_column": columns.prompt, "response_column": columns.response, "instruction": instruction.strip()}
+    return Source(rows, {**table.provenance, **read, "rows": table.count, "drawn": len(rows)})
 
 
 class _JsonLines:
-    """A JSONL file; blank lines do not count. Only "\\n" ends a line: JSON strings may hold a U+2028."""
+    """A JSONL file; blank lines are skipped. Only "\\n" ends a line: JSON strings may contain U+2028."""
 
     def __init__(self, path: Path):
         self.path, self.count = path, 0
@@ -130,7 +132,7 @@ class _JsonLines:
 
 
 class _Table:
-    """A dataset of the `datasets` library; its rows are counted from 1, like lines."""
+    """A dataset of the `datasets` library; rows count from 1, as lines do."""
 
     def __init__(self, name: str, dataset: Any, provenance: dict[str, Any]):
         self.name, self.dataset, self.provenance = name, dataset, provenance
@@ -167,7 +169,7 @@ def _open_table(data: str) -> _Table:
             dataset = datasets.load_dataset(_FORMATS[path.suffix], data_files=name, split=split)
         else:
             dataset = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # of the network, of the Hub, of file formats; and a KeyError for DatasetDict's split
+    except Exception as error:  # of network, Hub, file formats; KeyError for a missing split of a DatasetDict
         reason = f" ({error.__cause__})" if error.__cause__ else ""
         _refuse(
             data,
@@ -198,7 +200,7 @@ def _choose(
     if prompt is None:
         expected = f"a column of prompts: one of {', '.join(PROMPT_COLUMNS)}"
         _refuse(where, expected, _listed(names), "name it with --prompt-column")
-    if not responses or (response is None and _ends_with_assistant(first(prompt))):
+    if not responses or (response is None and ends_with_assistant(first(prompt))):
         return _Columns(prompt, None)
     response = response or next((name for name in RESPONSE_COLUMNS if name in names and name != prompt), None)
     if response is None:
@@ -206,7 +208,7 @@ def _choose(
             where,
             f"a column of responses: one of {', '.join(RESPONSE_COLUMNS)}; or messages that end with the assistant's",
             _listed(names),
-            "name it with --response-column, or have the responses made by --generate",
+            "name it with --response-column, or let the model generate responses with --generate",
         )
     return _Columns(prompt, response)
 
@@ -228,7 +230,7 @@ def _parse(where: str, number: int, value: Mapping[str, Any], columns: _Columns,
             _refuse(where, "chat messages, as in the first row", "text", "take the row out")
         return Row(number, prompt, response)
     chat = [_message(where, columns.prompt, message) for message in prompt]
-    if _ends_with_assistant(chat):
+    if ends_with_assistant(chat):
         answer = chat.pop()["content"]
         response = answer if responses and columns.response is None else response
     elif responses and columns.response is None:
@@ -239,36 +241,18 @@ def _parse(where: str, number: int, value: Mapping[str, Any], columns: _Columns,
 
 
 def _text(where: str, column: str, value: Any, expected: str = "text") -> str:
-    """Missing text is empty: such rows are skipped and counted, not refused, for who can edit a dataset of the Hub?"""
+    """Missing text counts as empty: such rows are skipped and counted, since nobody can edit a dataset of the Hub."""
     if value is not None and not isinstance(value, str):
         _refuse(where, f"{expected} in {column!r}", f"{type(value).__name__} {value!r:.60}", "give another column")
     return value or ""
 
 
 def _message(where: str, column: str, message: Any) -> dict[str, Any]:
-    """Without the keys that are None: a table has every key of any of its messages."""
+    """The message without the keys that are None: in a table, every message has the keys of all messages."""
     if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
         _refuse(where, f"a list of chat messages in {column!r}", f"{message!r:.60}", "give another column")
     content = _text(where, f"{column}.content", message.get("content"))
     return {key: value for key, value in message.items() if value is not None} | {"content": content}
-
-
-def _ends_with_assistant(prompt: Any) -> bool:
-    last = prompt[-1] if isinstance(prompt, list) and prompt else None
-    return isinstance(last, dict) and last.get("role") == "assistant"
-
-
-def _instruct(prompt: str | list[dict[str, Any]], instruction: str) -> str | list[dict[str, Any]]:
-    """The instruction, a newline, the prompt. "Please reason step by step, and ..." counts as having it."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    core = instruction.rstrip(".!: ").casefold()
-    if any(core in message["content"].casefold() for message in messages):
-        return prompt
-    if isinstance(prompt, str):
-        return f"{instruction}\n{prompt}" if prompt.strip() else prompt
-    first = next(i for i, message in enumerate(prompt) if message["role"] == "user")
-    content = _instruct(prompt[first]["content"], instruction)
-    return [*prompt[:first], prompt[first] | {"content": content}, *prompt[first + 1 :]]
 
 
 def _refuse(where: str, expected: str, found: str, fix: str) -> NoReturn:

@@ -7,7 +7,6 @@ with M the last hidden state before the head. Adam, linear schedule with warm-up
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import time
@@ -22,26 +21,27 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
-from ..blocks import find_blocks
+from ..blocks import find_blocks, method_of
+from ..checkpoint import CheckpointStore
+from ..data.batches import make_batches, pack
 from ..data.samples import Sample, split
-from ..layer_wise.adam import schedule
-from ..layer_wise.closed_form import Keeper, make_batches, pack
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
+from ..schedule import linear_schedule
 from ..student import SharedModel, Student, frozen
 
-# Batches are cut from this many times their size of shuffled samples, sorted by length: little padding, and hardly
-# less chance in who meets whom.
+# Batches are cut from this many batches of shuffled samples, sorted by length: little padding, and almost as random
+# as without the sorting.
 SORTED_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are table 6's."""
+    """Hyperparameters; the defaults are table 6's."""
 
     learning_rate: float
     batch: int = 16  # samples of an optimizer step
@@ -52,27 +52,31 @@ class Recipe:
 
 
 def default_learning_rate(hidden_size: int) -> float:
-    """From 2e-4 at D <= 2048 to 4e-6 at D >= 8192, a straight line between in logarithms.
+    """2e-4 for D <= 2048, 4e-6 for D >= 8192, and between them linear in the logarithms.
 
-    The paper gives the interval, and that larger models learn better at smaller rates, no more.
+    The paper gives only the interval, and says that larger models learn better at smaller rates.
     """
     share = min(max(math.log(hidden_size / 2048) / math.log(8192 / 2048), 0.0), 1.0)
     return 2e-4 * (4e-6 / 2e-4) ** share
 
 
-class Group:
-    """The processes that share every step's samples: here one."""
+class RankContext:
+    """This process among those that share every step's samples: the only one. `writer` is a TensorBoard SummaryWriter
+    (rank 0), or None."""
 
     rank, size = 0, 1
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Add up over the processes, in place."""
+    def __init__(self, writer: Any = None):
+        self.writer = writer
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum over the processes, in place."""
 
 
 def steps_of(samples: Sequence[Sample], recipe: Recipe) -> list[list[Sample]]:
     """The samples of every optimizer step, all epochs, longest first within a step.
 
-    An epoch's order is drawn by the seed and the epoch's number, so that a resumed run sees the same.
+    The seed and the epoch's number determine an epoch's order, so that a resumed run has the same.
     """
     steps = []
     for epoch in range(recipe.epochs):
@@ -88,7 +92,7 @@ def steps_of(samples: Sequence[Sample], recipe: Recipe) -> list[list[Sample]]:
 
 
 class Trainer:
-    """The student, its optimizer and how far they have come; `run` goes to the end."""
+    """The student, its optimizer and the steps done; `run` does the rest of them."""
 
     def __init__(
         self,
@@ -96,9 +100,9 @@ class Trainer:
         student: SharedModel,
         samples: Sequence[Sample],
         recipe: Recipe,
-        group: Group,
+        ranks: RankContext,
     ):
-        self.student, self.recipe, self.group = student, recipe, group
+        self.student, self.recipe, self.ranks = student, recipe, ranks
         self.device = device_of(model.get_input_embeddings())
         fit, _ = split(samples)
         self.steps = steps_of(fit, recipe)
@@ -108,7 +112,7 @@ class Trainer:
         self.errors: list[float] = []  # held out, relative; before the first epoch and after each
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         return f"step {self.step} of {len(self.steps)}"
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -129,11 +133,11 @@ class Trainer:
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
 
-    def agree(self, path: Path | None) -> None:
-        """CapreseError unless all processes go on from the same step: a node that does not see the file begins anew."""
-        steps = torch.zeros(self.group.size, dtype=torch.int64)
-        steps[self.group.rank] = self.step
-        self.group.sum_(steps)
+    def check_same_step(self, path: Path | None) -> None:
+        """CapreseError unless all processes resume at the same step: a node that does not see the file starts anew."""
+        steps = torch.zeros(self.ranks.size, dtype=torch.int64)
+        steps[self.ranks.rank] = self.step
+        self.ranks.all_reduce(steps)
         if len(steps.unique()) > 1:
             raise CapreseError(
                 f"checkpoint {path}",
@@ -142,7 +146,7 @@ class Trainer:
                 fix="give an --output in a directory that the nodes share",
             )
 
-    def run(self, keeper: Keeper, console: Console | None, writer: Any = None) -> None:
+    def run(self, store: CheckpointStore, console: Console | None) -> None:
         """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
         tokens = [sum(len(s.ids) for s in part) for part in self.steps]
         per_epoch = len(self.steps) // self.recipe.epochs
@@ -150,25 +154,25 @@ class Trainer:
         with progress_bar(console, "tok/s") as bar:
             done = sum(tokens[: self.step])
             line = bar.add_task(self.student.title, total=sum(tokens), completed=done, first=done)
-            self._look(bar, writer)
+            self._evaluate_held_out(bar)
             while self.step < len(self.steps):
                 loss = self._step(self.steps[self.step])
                 self.step += 1
                 self.seconds = time.monotonic() - started
-                self._tell(bar, line, loss, tokens[self.step - 1], writer)
+                self._report_step(bar, line, loss, tokens[self.step - 1])
                 if self.step % per_epoch == 0:
-                    self._look(bar, writer)
-                if self.group.rank == 0:
-                    keeper.save_if_due()
+                    self._evaluate_held_out(bar)
+                if self.ranks.rank == 0:
+                    store.save_if_due()
         self.seconds = time.monotonic() - started
 
     def _step(self, samples: Sequence[Sample]) -> float:
         """One optimizer step; the loss, mean over the generated tokens of all samples."""
-        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * schedule(
+        self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * linear_schedule(
             self.step, len(self.steps), self.recipe.warmup
         )
         self.optimizer.zero_grad(set_to_none=False)
-        rows, mine = sum(s.num_rows for s in samples), samples[self.group.rank :: self.group.size]
+        rows, mine = sum(s.num_rows for s in samples), samples[self.ranks.rank :: self.ranks.size]
         total = torch.zeros((), dtype=torch.float64)
         for batch in pack(mine, self.device) if mine else ():
             target = self.student.original(batch).float()
@@ -176,11 +180,11 @@ class Trainer:
             loss.backward()
             total += loss.item()
             return_freed()
-        self.group.sum_(total)
+        self.ranks.all_reduce(total)
         for p in self.student.parameters():
-            if p.grad is None:  # this process had no part in the step
+            if p.grad is None:  # this process has none of the step's samples
                 p.grad = torch.zeros_like(p)
-            self.group.sum_(p.grad)
+            self.ranks.all_reduce(p.grad)
         if not math.isfinite(float(total)):
             raise CapreseError(
                 f"{self.student.title} loss",
@@ -192,13 +196,13 @@ class Trainer:
         return float(total)
 
     @torch.no_grad()
-    def _look(self, bar: Progress, writer: Any) -> None:
-        """The held-out error ||M - M_student||^2 / ||M||^2, once an epoch."""
+    def _evaluate_held_out(self, bar: Progress) -> None:
+        """Append the held-out error ||M - M_student||^2 / ||M||^2 to `errors`, once an epoch."""
         epoch = self.step * self.recipe.epochs // len(self.steps)
         if len(self.errors) > epoch:
             return
         sums = torch.zeros(2, dtype=torch.float64)
-        mine = self.held_out[self.group.rank :: self.group.size]
+        mine = self.held_out[self.ranks.rank :: self.ranks.size]
         line = bar.add_task(f"held out, epoch {epoch}", total=sum(b.num_tokens for b in mine), visible=bool(mine))
         for batch in mine:
             target = self.student.original(batch).float()
@@ -206,16 +210,16 @@ class Trainer:
             sums[1] += float(target.square().sum(dtype=torch.float64))
             bar.advance(line, batch.num_tokens)
         bar.remove_task(line)
-        self.group.sum_(sums)
+        self.ranks.all_reduce(sums)
         self.errors.append(float(sums[0] / sums[1]))
-        if writer:
-            writer.add_scalar("held-out error", self.errors[-1], self.step)
+        if self.ranks.writer:
+            self.ranks.writer.add_scalar("held-out error", self.errors[-1], self.step)
 
-    def _tell(self, bar: Progress, line: TaskID, loss: float, tokens: int, writer: Any) -> None:
+    def _report_step(self, bar: Progress, line: TaskID, loss: float, tokens: int) -> None:
         bar.update(line, advance=tokens, description=f"{self.student.title}, loss {loss:.3g}")
-        if writer:
-            writer.add_scalar("loss", loss, self.step)
-            writer.add_scalar("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
+        if self.ranks.writer:
+            self.ranks.writer.add_scalar("loss", loss, self.step)
+            self.ranks.writer.add_scalar("learning rate", self.optimizer.param_groups[0]["lr"], self.step)
 
 
 def train(
@@ -226,64 +230,52 @@ def train(
     resume: Path | None,
     identity: Mapping[str, Any],
     console: Console | None = None,
-    writer: Any = None,
-    group: Group | None = None,
+    ranks: RankContext | None = None,
 ) -> Trainer:
-    """Train the student to the end, from the checkpoint `resume` where it is of a run with the same identity."""
-    trainer = Trainer(model, student, samples, recipe, group or Group())
-    keeper = Keeper(trainer, resume, console, identity)
-    trainer.agree(resume)
-    trainer.run(keeper, console, writer)
+    """Train the student to the end, from the checkpoint `resume` if that belongs to a run with the same identity."""
+    trainer = Trainer(model, student, samples, recipe, ranks or RankContext())
+    store = CheckpointStore(trainer, resume, console, identity)
+    trainer.check_same_step(resume)
+    trainer.run(store, console)
     return trainer
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes and values."""
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype}".encode() + tensor.float().cpu().numpy().tobytes())
-    return found.hexdigest()
-
-
-def identify(
+def training_identity(
     model: Any, samples: Sequence[Sample], method: Method, initial: Mapping[str, Tensor], recipe: Recipe
 ) -> dict[str, Any]:
-    """All that the result of a training depends on."""
+    """All that the result of a training depends on: a checkpoint with another identity is not resumed."""
     versions = {
         "dtype": str(model.dtype),
         "device": str(device_of(model.get_input_embeddings())),
         "torch": torch.__version__,
     }
-    settings = {"method": method.name, "density": method.density, "initial adapters": digest(initial)}
+    settings = {"method": method.name, "density": method.density, "initial adapters": checkpoint.digest(initial)}
     return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
 
 
 def distill_end_to_end(
     model: Any,
     samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
     initial: Adapters,
     recipe: Recipe,
     resume: Path | None = None,
     console: Console | None = None,
-    writer: Any = None,
-    group: Group | None = None,
+    ranks: RankContext | None = None,
 ) -> Adapters:
-    """Adapters for `model` (a transformers causal LM) by eq. 8, beginning with `initial`, in the model's dtype.
+    """Adapters for `model` (a transformers causal LM) by eq. 8, starting from `initial`, in the model's dtype.
 
-    The same tenth of the samples is held out as layer-wise. `training` gains the recipe, the seconds and the held-out
-    error ||M - M_student||^2 / ||M||^2 before the first epoch and after each. With `resume`, a killed run whose model,
-    samples, initial adapters and settings are the same goes on from that file, to the same bits. `writer` is a
-    TensorBoard SummaryWriter.
+    The samples held out are those of the layer-wise stage. `training` gains the recipe, the seconds and the held-out
+    error ||M - M_student||^2 / ||M||^2 before the first epoch and after each. With `resume`, a killed run with the same
+    model, samples, initial adapters and settings continues from that file, to the same bits.
     """
-    identity = identify(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
-    blocks = find_blocks(model, info, method.layers)
+    method = method_of(initial.config)
+    identity = training_identity(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
+    blocks = find_blocks(model, initial.config.base_model, method.layers)
     with (
         frozen(model, recipe.gradient_checkpointing),
         Student(model, blocks, method, initial.left, initial.right) as student,
     ):
-        trainer = train(model, student, samples, recipe, resume, identity, console, writer, group)
+        trainer = train(model, student, samples, recipe, resume, identity, console, ranks)
         left, right = (
             {i: p.detach().to(model.dtype).cpu() for i, p in part.items()} for part in (student.left, student.right)
         )

@@ -3,7 +3,7 @@
 Every layer's L and R is trained on its own, all from the same forward passes of the original model
 ("previous FF blocks are assumed to be from the original model"). No activation is stored: each
 epoch runs the model again. The closed form (`solve`) reaches the optimum of the same loss in one
-pass; this solver is there to compare with, and where D x D moments do not fit.
+pass; this solver serves comparisons, and models whose D x D moments do not fit into memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from caprese_kernels.errors import CapreseError
 
+from ..schedule import linear_schedule
 from .solve import Solution, balance, ratio
 
 
@@ -33,20 +34,11 @@ class AdamSettings:
     seed: int = 0  # of the first L, and of the order of samples in each epoch
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """The learning rate's factor at `step` (from 0): up to 1 over the share `warmup`, then down to 0.
-
-    No step of the `total` has 0, as the first of transformers' schedule has: of one step nothing would be learnt.
-    """
-    first = max(1, math.ceil(warmup * total))
-    return min((step + 1) / first, (total - step) / max(1, total - first))
-
-
 class LowRank:
     """L [D, r] and R [r, D] of one layer, with the loss and gradient of the rows added since the last step.
 
     float32 whatever the model's dtype: a bfloat16 weight loses every step below 1/512 of itself, as
-    Adam's are once the rate has fallen, and rounds the larger ones to a few values.
+    Adam's steps are once the rate has fallen, and rounds larger ones to a few values.
     """
 
     def __init__(self, depth: int, rank: int, generator: torch.Generator, device: torch.device | str = "cpu"):
@@ -56,7 +48,7 @@ class LowRank:
         self.clear()
 
     def clear(self) -> None:
-        """Begin a step: no rows."""
+        """Begin a step: drop the gradients and sums of the last one."""
         self.left.grad = self.right.grad = None
         self.after, self.before = torch.zeros(2, dtype=torch.float64, device=self.left.device)
 
@@ -87,7 +79,7 @@ class Residual:
 
 
 class Descent:
-    """All layers on their way down eq. 7, as far as they have come: `steps` of Adam, then the errors of the result.
+    """Adam on eq. 7 for all layers, up to step `step` of `steps`; then the pass for the errors of the result.
 
     One optimizer for all: Adam treats every number on its own, so the layers stay independent.
     """
@@ -112,16 +104,16 @@ class Descent:
 
     @property
     def epoch(self) -> int:
-        """That of the last step, from 1."""
+        """The epoch of the last step, from 1."""
         return math.ceil(self.step * self.settings.epochs / self.steps)
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         done = f"step {self.step} of {self.steps}"
         return f"{done} and batch {self.batches} of the pass for the errors" if self.batches else done
 
     def draw(self) -> list[int]:
-        """The samples of the next step: each epoch goes through all of them in an order of its own."""
+        """Indices of the next step's samples: each epoch takes all of them once, in its own order."""
         epoch, step = divmod(self.step, self.steps // self.settings.epochs)
         order = torch.randperm(self.samples, generator=_generator(self.settings.seed, "epoch", epoch)).tolist()
         return order[step * self.settings.batch : (step + 1) * self.settings.batch]
@@ -133,7 +125,7 @@ class Descent:
         """
         remaining = [ratio(self._finite(i, layer.after), float(layer.before)) for i, layer in self.layers.items()]
         (group,) = self.optimizer.param_groups
-        group["lr"] = self.settings.lr * schedule(self.step, self.steps, self.settings.warmup)
+        group["lr"] = self.settings.lr * linear_schedule(self.step, self.steps, self.settings.warmup)
         for parameter in group["params"]:
             parameter.grad /= rows
         self.optimizer.step()
@@ -142,8 +134,8 @@ class Descent:
         self.step += 1
         return sum(remaining) / len(remaining)
 
-    def judges(self, dtype: torch.dtype) -> dict[str, dict[int, Residual]]:
-        """What the pass for the errors adds to, by part ("fit", "held_out") and layer."""
+    def residuals(self, dtype: torch.dtype) -> dict[str, dict[int, Residual]]:
+        """The sinks of the pass for the errors, by part ("fit", "held_out") and layer."""
         pairs = self._stored(dtype)
         return {
             part: {i: Residual(*pairs[i], sums) for i, sums in by_layer.items()} for part, by_layer in self.sums.items()
@@ -178,7 +170,7 @@ class Descent:
         return tensors, {name: getattr(self, name) for name in names}
 
     def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Go on from a snapshot of a run with the same layers, samples and settings."""
+        """Take the state of a snapshot of a run with the same layers, samples and settings."""
         with torch.no_grad():
             for i, layer in self.layers.items():
                 layer.left.copy_(tensors[f"L.{i}"])
@@ -201,7 +193,7 @@ class Descent:
         return {i: (left.to(dtype), right.to(dtype)) for i, (left, right) in balanced.items()}
 
     def _finite(self, layer: int, sums: Tensor) -> float:
-        """The first of `sums`; CapreseError if any of them is NaN or Inf (the activations are not: `Observer`)."""
+        """The first of `sums`; CapreseError if any of them is NaN or Inf (`Observer` has checked the activations)."""
         if not torch.isfinite(sums).all():
             raise CapreseError(
                 f"Adam, layer {layer}",

@@ -3,185 +3,36 @@
 In Python, for a transformers causal LM and its tokenizer:
 
     samples, skipped = encode(tokenizer, read_source("math.jsonl").rows, max_length=2048)
-    info, method = plan(model.config, "Qwen/Qwen2.5-1.5B-Instruct", "griffin", density=0.5, rank=256)
+    info, method = resolve_method(model.config, "Qwen/Qwen2.5-1.5B-Instruct", "griffin", density=0.5, rank=256)
     distill_layer_wise(model, samples, info, method).save("adapters.safetensors")
     distill_layer_wise(model, samples, info, method, adam=AdamSettings()).save("adapters-adam.safetensors")
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from caprese_kernels.adapters import DTYPES, Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from .. import checkpoint
-from ..blocks import find_blocks
+from ..checkpoint import CheckpointStore
+from ..data.batches import Batch, make_batches, pack
 from ..data.samples import Sample, split
-from ..placement import device_of, return_freed
+from ..placement import device_of
 from ..progress import progress_bar
 from .adam import AdamSettings, Descent
-from .moments import Batch, Moments, Observer, Sink
+from .moments import Moments, Sink
+from .passes import Pass, check_ids, feeding, pass_identity, run_pass
 from .solve import Solution, solve
-
-# Tokens of a forward pass, padding included (a longer sample runs alone): enough to fill the
-# device, and on a CPU few enough that a checkpoint comes every minute.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
-CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass
-class Pass:
-    """The sums of one pass of the original model over all batches, as far as it has come."""
-
-    fit: dict[int, Moments]
-    held_out: dict[int, Moments]
-    batches: int = 0  # done
-    seconds: float = 0.0
-
-    @classmethod
-    def begin(cls, devices: Mapping[int, torch.device], depth: int) -> Pass:
-        """Zeros; `devices` tells where each layer's moments are kept."""
-        fit, held_out = ({i: Moments.zeros(depth, device) for i, device in devices.items()} for _ in range(2))
-        return cls(fit, held_out)
-
-    @property
-    def place(self) -> str:
-        return f"batch {self.batches}"
-
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        parts = {"fit": self.fit, "held_out": self.held_out}
-        tensors = {
-            f"{part}.{i}.{f.name}": getattr(moments, f.name)
-            for part, by_layer in parts.items()
-            for i, moments in by_layer.items()
-            for f in fields(Moments)
-        }
-        return tensors, {"batches": self.batches, "seconds": self.seconds}
-
-    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        for part, by_layer in (("fit", self.fit), ("held_out", self.held_out)):
-            for i, moments in by_layer.items():
-                for f in fields(Moments):
-                    getattr(moments, f.name).copy_(tensors[f"{part}.{i}.{f.name}"])
-        self.batches, self.seconds = progress["batches"], progress["seconds"]
-
-
-def make_batches(samples: Sequence[Sample], device: torch.device) -> list[Batch]:
-    """Batches of the samples to fit, the longest first (what does not fit fails at once); then of those held out."""
-    fit, held_out = split(samples)
-    return [*pack(fit, device), *pack(held_out, device, held_out=True)]
-
-
-def pack(samples: Sequence[Sample], device: torch.device, held_out: bool = False) -> list[Batch]:
-    """Batches of samples of like length, the longest first, of up to BATCH_TOKENS."""
-    batches: list[list[Sample]] = [[]]
-    for sample in sorted(samples, key=lambda s: -len(s.ids)):
-        if batches[-1] and len(batches[-1][0].ids) * (len(batches[-1]) + 1) > BATCH_TOKENS[device.type]:
-            batches.append([])
-        batches[-1].append(sample)
-    return [Batch(batch, held_out, device) for batch in batches]
-
-
-def identity_of(
-    model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None = None
-) -> dict[str, Any]:
-    """What the sums, or Adam's L and R, depend on: a checkpoint of another identity is of no use."""
-    device = device_of(model.get_input_embeddings())
-    settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-    settings["solver"] = "adam" if adam else "closed-form"
-    settings |= {"rank": method.rank, "Adam settings": asdict(adam)} if adam else {}
-    versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
-    return checkpoint.fingerprint(model, samples, **settings, **versions, batch=BATCH_TOKENS[device.type])
-
-
-@torch.no_grad()
-def run_pass(
-    model: Any,
-    samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
-    resume: Path | None = None,
-    console: Console | None = None,
-) -> Pass:
-    """Feed every sample to the original model and sum the moments of the sparse layers' FF blocks.
-
-    With `resume`, the sums go to that file every minute or so (less often where writing is slow),
-    and a run whose model, samples and settings are the same starts from there, to the same bits.
-    """
-    identity = prepare(model, samples, info, method, digest=resume is not None)
-    device = device_of(model.get_input_embeddings())
-    state = Pass.begin(devices_of(model, info, method), info.hidden_size)
-    batches = make_batches(samples, device)
-    with recorded(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
-        for batch in batches[state.batches :]:
-            feed(batch, state.held_out if batch.held_out else state.fit)
-            record(1)
-    return state
-
-
-def prepare(
-    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, parts: int = 2
-) -> dict[str, Any]:
-    """Refuse what cannot work before any work; what the moments depend on (empty without `digest`).
-
-    `parts` sets of moments are to be on the model's devices: those fitted and those held out, or one of the two.
-    """
-    _check_ids(samples, model)
-    for device, layers in Counter(devices_of(model, info, method).values()).items():
-        _check_memory(parts * layers, info.hidden_size, device)
-    return identity_of(model, samples, method) if digest else {}
-
-
-@contextlib.contextmanager
-def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
-    """A function that runs the original model over a batch, each layer adding to its sink."""
-    blocks = find_blocks(model, info, method.layers)
-    with Observer(blocks, method) as observer, _shortened(model, method) as decoder:
-
-        def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
-            observer.expect(batch, sinks)
-            decoder(input_ids=batch.ids(), use_cache=False)
-            return_freed()
-
-        yield feed
-
-
-@contextlib.contextmanager
-def recorded(
-    state: Pass,
-    batches: Sequence[Batch],
-    resume: Path | None,
-    identity: Mapping[str, Any],
-    console: Console | None,
-) -> Iterator[Callable[[int], None]]:
-    """Bring `state` to where its checkpoint left it; then a function to call whenever `count` more batches are in it,
-    for progress and the next checkpoint."""
-    keeper = Keeper(state, resume, console, identity)
-    started = time.monotonic() - state.seconds
-    with progress_bar(console, "tok/s") as bar:
-        done = sum(b.num_tokens for b in batches[: state.batches])
-        line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
-
-        def record(count: int) -> None:
-            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
-            state.batches += count
-            state.seconds = time.monotonic() - started
-            keeper.save_if_due()
-
-        yield record
 
 
 @torch.no_grad()
@@ -196,15 +47,15 @@ def descend(
 ) -> Descent:
     """Train L and R of the sparse layers by Adam on the samples to fit, then sum the errors on all samples.
 
-    A step's samples are fed in batches of BATCH_TOKENS and their gradients added. With `resume`, as in
-    `run_pass`: a killed run goes on after the last step in that file, to the same bits.
+    A step's samples are fed in batches of BATCH_TOKENS and their gradients added. `resume` as in `run_pass`: a killed
+    run continues after the last step in that file, to the same bits.
     """
     device = device_of(model.get_input_embeddings())
-    _check_ids(samples, model)
+    check_ids(samples, model)
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
-    keeper = Keeper(state, resume, console, identity_of(model, samples, method, settings) if resume else {})
+    store = CheckpointStore(state, resume, console, pass_identity(model, samples, method, settings) if resume else {})
     started = time.monotonic() - state.seconds
     with progress_bar(console, "tok/s") as bar, feeding(model, info, method) as run:
         total = settings.epochs * sum(len(s.ids) for s in fit) + sum(len(s.ids) for s in samples)
@@ -222,14 +73,14 @@ def descend(
             remaining = state.update(sum(s.num_rows for s in step))
             bar.update(line, description=f"Adam, epoch {state.epoch} of {settings.epochs}, remaining {remaining:.1%}")
             state.seconds = state.seconds_training = time.monotonic() - started
-            keeper.save_if_due()
+            store.save_if_due()
         bar.update(line, description="errors")
-        judges = state.judges(model.dtype)
+        residuals = state.residuals(model.dtype)
         for batch in batches[state.batches :]:
-            feed(batch, judges["held_out" if batch.held_out else "fit"])
+            feed(batch, residuals["held_out" if batch.held_out else "fit"])
             state.batches += 1
             state.seconds = time.monotonic() - started
-            keeper.save_if_due()
+            store.save_if_due()
     return state
 
 
@@ -244,29 +95,30 @@ def distill_layer_wise(
 ) -> Adapters:
     """Adapters for `model` (a transformers causal LM), in its dtype, by the closed form of eq. 7; with `adam`, by Adam.
 
-    Every layer is fitted on its own, earlier blocks being the original ones. The adapters' `training`
-    entry tells samples, tokens, seconds and the errors of each layer (see `Solution`). Two samples
-    or more are needed, one of them to hold out.
+    Every layer is fitted on its own, earlier blocks being the original ones. The adapters' `training` entry has the
+    samples, tokens, seconds and the errors of each layer (see `Solution`). At least two samples are needed, one of them
+    to hold out.
     """
-    check(samples, model.dtype)
+    check_samples(samples, model.dtype)
     model.eval()
     if adam is None:
         state = run_pass(model, samples, info, method, resume, console)
-        return close(state, samples, info, method, model.dtype, console, lambda jobs: itertools.starmap(solve, jobs))
+        work = (state, samples, info, method, model.dtype, console)
+        return solve_layers(*work, lambda jobs: itertools.starmap(solve, jobs))
     descent = descend(model, samples, info, method, adam, resume, console)
     solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
-    return _assemble(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
+    return _make_adapters(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
 
 
-def check(samples: Sequence[Sample], dtype: torch.dtype) -> None:
-    """CapreseError where samples are too few, or adapters cannot have the model's dtype."""
+def check_samples(samples: Sequence[Sample], dtype: torch.dtype) -> None:
+    """CapreseError for too few samples, or a model's dtype that adapters cannot have."""
     if len(samples) < 2:
         raise CapreseError("samples", expected="2 or more", found=str(len(samples)), fix="give more data")
     if dtype not in DTYPES:
         raise CapreseError("model", expected=f"one of {DTYPES}", found=str(dtype), fix="load it in another dtype")
 
 
-def close(
+def solve_layers(
     state: Pass,
     samples: Sequence[Sample],
     info: BaseModelInfo,
@@ -275,18 +127,19 @@ def close(
     console: Console | None,
     solve_all: Callable[[Iterable[tuple[Moments, Moments, int, torch.dtype]]], Iterable[Solution]],
 ) -> Adapters:
-    """Adapters from a finished pass by the closed form; `solve_all` maps `solve` over the layers, here or elsewhere."""
+    """Adapters from a finished pass by the closed form; `solve_all` maps `solve` over the layers, in this process or on
+    workers."""
     started = time.monotonic()
     jobs = [(state.fit[i], state.held_out[i], method.rank, dtype) for i in method.layers]
     with progress_bar(console, "layers/s") as bar:
         solved = bar.track(solve_all(jobs), total=len(jobs), description="closed form")
         solutions = dict(zip(method.layers, solved, strict=True))
-    solving = time.monotonic() - started
-    told = {"solver": "closed-form", "seconds_solving": round(solving, 1)}
-    return _assemble(solutions, samples, info, method, state.seconds + solving, told)
+    seconds = time.monotonic() - started
+    solver = {"solver": "closed-form", "seconds_solving": round(seconds, 1)}
+    return _make_adapters(solutions, samples, info, method, state.seconds + seconds, solver)
 
 
-def _assemble(
+def _make_adapters(
     solutions: Mapping[int, Solution],
     samples: Sequence[Sample],
     info: BaseModelInfo,
@@ -313,88 +166,3 @@ def _assemble(
         training=training,
     )
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
-
-
-class Resumable(Protocol):
-    """Work in progress that a checkpoint can hold."""
-
-    @property
-    def place(self) -> str: ...
-
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
-
-    def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None: ...
-
-
-class Keeper:
-    """Resumes `state` from the checkpoint at `path`, if there is one for this run, and writes it now and then."""
-
-    def __init__(
-        self,
-        state: Resumable,
-        path: Path | None,
-        console: Console | None,
-        identity: Mapping[str, Any],
-    ):
-        self.state, self.path, self.identity = state, path, identity
-        if path and path.exists():
-            found = checkpoint.load(path, self.identity)
-            if isinstance(found, str):
-                told = f"{found}; starting anew"
-            else:
-                state.resume(*found)
-                told = f"going on after {state.place}"
-            if console:
-                console.print(f"checkpoint {path}: {told}")
-        self.saved, self.cost = time.monotonic(), 0.0
-
-    def save_if_due(self) -> None:
-        """Every CHECKPOINT_SECONDS, less often where writing is slow."""
-        now = time.monotonic()
-        if self.path and now - self.saved >= max(CHECKPOINT_SECONDS, 10 * self.cost):
-            checkpoint.save(self.path, *self.state.snapshot(), self.identity)
-            self.saved = time.monotonic()
-            self.cost = self.saved - now
-
-
-def devices_of(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
-    return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
-
-
-@contextlib.contextmanager
-def _shortened(model: Any, method: Method) -> Iterator[nn.Module]:
-    """The decoder up to the last sparse layer: what comes after it changes nothing here."""
-    decoder = model.get_decoder()
-    layers = decoder.layers
-    decoder.layers = layers[: max(method.layers) + 1]
-    try:
-        yield decoder
-    finally:
-        decoder.layers = layers
-
-
-def _check_ids(samples: Sequence[Sample], model: Any) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
-    for sample in samples:
-        largest = int(sample.ids.max())
-        if largest >= size:
-            raise CapreseError(
-                "tokenizer",
-                expected=f"token ids below {size}, the model's vocabulary",
-                found=f"{largest} in the sample of line {sample.line}",
-                fix="use the model's own tokenizer",
-            )
-
-
-def _check_memory(moments: int, depth: int, device: torch.device) -> None:
-    needed = 2 * 8 * depth * depth * moments  # X'X and X'E in float64
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise CapreseError(
-            "device memory",
-            expected=f"{needed / 2**30:.1f} GiB for {moments} sums of moments",
-            found=f"{free / 2**30:.1f} GiB free",
-            fix="use fewer --layers, or --device cpu",
-        )

@@ -5,7 +5,7 @@ Shapes: B samples of up to T tokens, N generated tokens of a batch; D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.reference import CatsStatistic, griffin_count, griffin_select, griffin_statistic
 
+from ..data.batches import Batch
 from ..data.samples import Sample
 from ..placement import aligned
+from ..selection import keep_mask, select
 
 
 @dataclass
@@ -62,68 +63,8 @@ class Moments:
         return max(float(self.ee - 2 * cross + square), 0.0)  # a tiny difference may round below zero
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples padded on the right. Attention is causal, so no real token sees padding and no mask is needed."""
-
-    samples: Sequence[Sample]
-    held_out: bool
-    device: torch.device | str = "cpu"
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(s.ids) for s in self.samples)
-
-    @property
-    def num_padded(self) -> int:
-        """B * T: what the model computes."""
-        return len(self.samples) * max(len(s.ids) for s in self.samples)
-
-    def ids(self) -> Tensor:
-        """[B, T] int64, padded with token 0."""
-        ids = nn.utils.rnn.pad_sequence([s.ids for s in self.samples], batch_first=True)
-        return ids.long().to(self.device)
-
-    def owners(self) -> Tensor:
-        """The sample of every generated token that is fed, [N]."""
-        counts = torch.tensor([s.num_rows for s in self.samples])
-        return torch.repeat_interleave(torch.arange(len(self.samples)), counts).to(self.device)
-
-    def rows(self) -> Tensor:
-        """Where those tokens are among the B * T flattened ones, [N]."""
-        longest = max(len(s.ids) for s in self.samples)
-        ranges = [torch.arange(s.prompt_length, len(s.ids)) + b * longest for b, s in enumerate(self.samples)]
-        return torch.cat(ranges).to(self.device)
-
-
-def select(method: Method, batch: Batch, g: Tensor | None, z: Tensor) -> Tensor:
-    """What each sample's prompt chooses, by the definitions that serving uses: GRIFFIN's neurons, [B, F] bool,
-    from z [B, T, F]; or CATS's thresholds (paper, section 2.2), [B] float32, from g [B, T, F].
-    """
-    lengths = [s.prompt_length for s in batch.samples]
-    if method.name == "griffin":
-        k = griffin_count(method.density, z.shape[-1])
-        return torch.stack([griffin_select(griffin_statistic(z[b, :p]), k) for b, p in enumerate(lengths)])
-    assert g is not None
-    thresholds = []
-    for b, p in enumerate(lengths):
-        statistic = CatsStatistic(p * g.shape[-1], g.dtype)
-        statistic.add(g[b, :p])
-        thresholds.append(statistic.threshold(method.density))
-    return torch.stack(thresholds)
-
-
-def keep_mask(method: Method, batch: Batch, selection: Tensor, g: Tensor | None) -> Tensor:
-    """Neurons kept by the batch's generated tokens, [N, F] bool, given `selection` and (CATS) g [B, T, F]."""
-    owners = batch.owners()
-    if method.name == "griffin":
-        return selection[owners]
-    assert g is not None
-    return g.flatten(0, 1)[batch.rows()].abs().float() >= selection[owners, None]
-
-
 class Sink(Protocol):
-    """What becomes of a layer's rows: FF inputs x, errors e and FF outputs y, all [N, D]; `Moments` is one."""
+    """Takes a layer's rows: FF inputs x, errors e and FF outputs y, all [N, D]; `Moments` is one."""
 
     def add(self, x: Tensor, e: Tensor, y: Tensor) -> None: ...
 

@@ -1,15 +1,16 @@
-"""The closed form again, weighted by the end-to-end gradient: tokens count by what an error there does to the answer.
+"""The closed form weighted by the end-to-end gradient: a token's weight is what an error there does to the answer.
 
-Equation 7 counts every generated token alike; most of them come out right whatever the FF block loses. Here the row of
-generated token n counts, in layer i,
+Equation 7 weights every generated token alike, though most come out right whatever the FF block loses. Here the row of
+generated token n has, in layer i, the weight
 
     w_n = ||g_n|| / mean ||g|| + FLOOR,   g_n = d KL(original || student) / d FF_i(x_n),
 
 the divergence of the two distributions of the next token, summed over the generated tokens; g_n of token n and layer i
 sees all later layers and tokens. The student is the sparse model with the adapters of the unweighted closed form: the
-gradient says what those left wrong. One pass more over the samples, forward and backward; no activation is stored.
+gradient shows what those left wrong. It takes one more pass over the samples, forward and backward; no activation is
+stored.
 
-    adapters = distill_weighted(model, samples, info, method, distill_layer_wise(model, samples, info, method))
+    adapters = distill_weighted(model, samples, distill_layer_wise(model, samples, info, method))
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 
-from ..blocks import find_blocks
+from ..blocks import find_blocks, method_of
+from ..checkpoint import CheckpointStore, digest
+from ..data.batches import Batch, make_batches
 from ..data.samples import Sample
-from ..end_to_end.train import digest
 from ..placement import device_of
 from ..progress import progress_bar
 from ..student import Student, frozen
-from .closed_form import Keeper, Pass, devices_of, identity_of, make_batches
-from .moments import Batch, Moments, Observer
+from .moments import Moments, Observer
+from .passes import Pass, block_devices, pass_identity
 from .solve import Solution, ratio, solve
 
 FLOOR = 1.0  # with less (0.1), the demo model's easy task loses what its hard one wins: see docs/distill.md
@@ -45,8 +47,8 @@ LOGIT_ROWS = 256  # tokens whose distributions, [LOGIT_ROWS, vocabulary] in floa
 
 @dataclass
 class WeightedPass:
-    """Sums of one pass, as far as it has come. `alike` counts every row once, `scaled` by ||g_n||: the weights' mean is
-    known only at the end, and sums add up."""
+    """Sums of one pass, up to batch number `batches`. `alike` weights every row by 1, `scaled` by ||g_n||: the mean of
+    ||g|| is known only at the end, and sums add up."""
 
     alike: Pass
     scaled: Pass
@@ -55,7 +57,7 @@ class WeightedPass:
 
     @classmethod
     def begin(cls, devices: Mapping[int, torch.device], depth: int) -> WeightedPass:
-        """All zero, each layer's on its device."""
+        """All zero; `devices` has the device of each layer's sums."""
         norms = {i: torch.zeros((), dtype=torch.float64, device=device) for i, device in devices.items()}
         return cls(Pass.begin(devices, depth), Pass.begin(devices, depth), norms)
 
@@ -64,8 +66,8 @@ class WeightedPass:
         return self.alike.batches
 
     @property
-    def place(self) -> str:
-        return self.alike.place
+    def position(self) -> str:
+        return self.alike.position
 
     def add(self, layer: int, held_out: bool, rows: tuple[Tensor, Tensor, Tensor], gradient: Tensor) -> None:
         """Add N rows of a layer: x, e, y and the gradient at its FF block's output, [N, D] each."""
@@ -114,7 +116,7 @@ def _blend(alike: Moments, scaled: Moments, mean: float) -> Moments:
 
 
 class _Rows(dict[str, Tensor]):
-    """A layer's rows of one batch: what `Observer` gives."""
+    """A layer's rows of one batch, as `Observer` measures them: x, e and y [N, D]."""
 
     def add(self, x: Tensor, e: Tensor, y: Tensor) -> None:
         self.update(x=x, e=e, y=y)
@@ -126,7 +128,7 @@ class Gradients:
     def __init__(self, model: Any, blocks: Mapping[int, nn.Module], student: Student):
         self.student, self.head = student, model.get_output_embeddings()
         config = model.config.get_text_config()
-        # What lies between head and softmax: Cohere's and Granite's factors, Gemma 2's cap.
+        # Between head and softmax: Cohere's and Granite's factors, Gemma 2's cap.
         self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.cap = getattr(config, "final_logit_softcapping", None)
         self.probes: dict[int, Tensor] = {}
@@ -172,9 +174,9 @@ class Gradients:
         return add_probe
 
 
-def identify(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
-    """What the weighted sums depend on: a checkpoint of another identity is of no use."""
-    return identity_of(model, samples, method) | {
+def weighted_identity(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
+    """All that the weighted sums depend on: a checkpoint with another identity is not resumed."""
+    return pass_identity(model, samples, method) | {
         "weighting": "gradient",
         "initial adapters": digest(initial.tensors()),
     }
@@ -184,24 +186,23 @@ def identify(model: Any, samples: Sequence[Sample], method: Method, initial: Ada
 def run_weighted_pass(
     model: Any,
     samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
     initial: Adapters,
     resume: Path | None = None,
     console: Console | None = None,
     gradient_checkpointing: bool = True,
 ) -> WeightedPass:
     """Feed every sample to the original model and to the student with the adapters `initial`, forward and backward, and
-    sum the weighted moments. `resume` as in `run_pass`: a killed run goes on from that file, to the same bits.
+    sum the weighted moments. `resume` as in `run_pass`: a killed run continues from that file, to the same bits.
 
-    CapreseError for a gradient that is not finite names the layer and the samples.
+    CapreseError for a gradient that is not finite; it names the layer and the samples.
     """
+    info, method = initial.config.base_model, method_of(initial.config)
     device = device_of(model.get_input_embeddings())
     blocks = find_blocks(model, info, method.layers)
-    state = WeightedPass.begin(devices_of(model, info, method), info.hidden_size)
+    state = WeightedPass.begin(block_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
-    identity = identify(model, samples, method, initial) if resume else {}
-    keeper = Keeper(state, resume, console, identity)
+    identity = weighted_identity(model, samples, method, initial) if resume else {}
+    store = CheckpointStore(state, resume, console, identity)
     started = time.monotonic() - state.seconds
     with (
         progress_bar(console, "tok/s") as bar,
@@ -229,31 +230,30 @@ def run_weighted_pass(
             state.alike.batches += 1
             state.seconds = time.monotonic() - started
             bar.advance(line, batch.num_tokens)
-            keeper.save_if_due()
+            store.save_if_due()
     return state
 
 
 def distill_weighted(
     model: Any,
     samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
     initial: Adapters,
     resume: Path | None = None,
     console: Console | None = None,
     gradient_checkpointing: bool = True,
 ) -> Adapters:
-    """Adapters by the weighted closed form, from those of the unweighted one, in the model's dtype.
+    """Adapters by the weighted closed form, from those of the unweighted one (`initial`), in the model's dtype.
 
-    The ridge is the one of least weighted held-out error. The `errors` in `training` stay those of eq. 7, every row
-    alike, to compare: they are larger than those of `initial`, whose aim they were.
+    The ridge is the one of least weighted held-out error. The `errors` in `training` stay those of eq. 7, which weights
+    every row alike, so that they compare; they are larger than those of `initial`, which minimizes them.
     """
-    state = run_weighted_pass(model, samples, info, method, initial, resume, console, gradient_checkpointing)
+    method = method_of(initial.config)
+    state = run_weighted_pass(model, samples, initial, resume, console, gradient_checkpointing)
     started, solutions = time.monotonic(), {}
     with progress_bar(console, "layers/s") as bar:
         for i in bar.track(method.layers, description="closed form, weighted"):
             found = solve(*state.weighted(i), method.rank, model.dtype)
-            solutions[i] = _judge(found, state.alike.fit[i], state.alike.held_out[i])
+            solutions[i] = _with_errors(found, state.alike.fit[i], state.alike.held_out[i])
     seconds = state.seconds + time.monotonic() - started
     before = initial.config.training
     numbers = ("ridge", "error_before", "error_after", "remaining", "remaining_fit")
@@ -266,8 +266,8 @@ def distill_weighted(
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
 
 
-def _judge(found: Solution, fit: Moments, held_out: Moments) -> Solution:
-    """The same L and R with their errors over these moments."""
+def _with_errors(found: Solution, fit: Moments, held_out: Moments) -> Solution:
+    """`found` with the errors of its L and R over these moments."""
     pair = found.left.double(), found.right.double()
     error = held_out.error(*pair)
     return replace(

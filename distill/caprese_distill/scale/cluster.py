@@ -1,10 +1,10 @@
-"""Distillation on several workers, by Ray (`--num-workers N`): each holds the model, and takes a share of the data.
+"""Distillation on several workers, by Ray (`--num-workers N`): each holds the model and processes a share of the data.
 
-Moments add up, so a worker sums those of a shard (some batches in a row) by itself, and the shards' sums are added in
-the shards' order: the result does not depend on which worker had which shard, or which was done first. Workers whose
-matrix products have the same bits (the same GPUs, or CPUs with the same number of threads) give the same bits however
-many they are, and one process's moments to float64's rounding. Ray itself starts dead workers again and repeats what
-they had begun. This process holds no model: it has the sums, the checkpoint and the progress bar.
+Moments add up, so a worker sums those of a shard (consecutive batches) alone, and the shards' sums are added in the
+shards' order: the result does not depend on which worker had which shard, nor on which finished first. Workers whose
+matrix products have the same bits (the same GPUs, or CPUs with the same number of threads) give the same bits for any
+number of workers, equal to one process's moments up to float64 rounding. Ray restarts dead workers and repeats their
+shards. This process holds no model, only the sums, the checkpoint and the progress bar.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
+from ..data.batches import BATCH_TOKENS, Batch, make_batches
 from ..data.samples import Sample
-from ..end_to_end.train import Recipe
-from ..layer_wise.adam import AdamSettings
-from ..layer_wise.closed_form import BATCH_TOKENS, Pass, check, close, feeding, make_batches, prepare, recorded
-from ..layer_wise.moments import Batch, Moments
+from ..layer_wise.closed_form import check_samples, solve_layers
+from ..layer_wise.moments import Moments
+from ..layer_wise.passes import Pass, checkpointed, feeding, prepare_pass
 from ..layer_wise.solve import Solution, solve
-from .ray_training import train
+from ..work import Work
+from .ray_training import Workers, train
 
-# A pass is cut into as many shards as this, unless they would have more batches than that: enough shards for the
-# workers to end at about the same time, and few, because a shard's sums (2 * 8 * D^2 bytes a layer) travel once each.
+# A pass is cut into SHARDS shards of at most SHARD_BATCHES batches (then into more shards): enough for the workers to
+# finish at about the same time, but few, because each shard's sums (2 * 8 * D^2 bytes a layer) are sent once.
 SHARDS, SHARD_BATCHES = 32, 64
-RETRIES = 3  # deaths over one and the same shard, after which it is the shard's fault, or the machine's
+RETRIES = 3  # after so many more deaths of workers on the same shard, the run fails
 
 
 def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, float]]:
     """Join the Ray cluster of RAY_ADDRESS, or start one on this machine.
 
-    Returns "cpu" or "cuda", where the workers are to run, and what each of them has: a GPU, or its part of the CPUs,
-    which is also its number of threads. Raises CapreseError where Ray is missing or unreachable, or where fewer
-    CPUs or GPUs are free than there are to be workers (Ray itself would wait for them).
+    Returns the workers' device, "cpu" or "cuda", and the resources of each: a GPU, or its share of the CPUs, which is
+    also its number of threads. CapreseError if Ray is missing or unreachable, or if fewer CPUs or GPUs are free than
+    `num_workers` (Ray itself would wait for them).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
@@ -89,14 +90,14 @@ def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, floa
 
 
 def threads_of(nodes: Sequence[int], num_workers: int, free: int) -> int:
-    """The most CPUs that each worker can have, of `free` ones; a worker's are all on one of the `nodes`, CPUs each."""
+    """The most CPUs that each worker can have of the `free` ones, all on one node; `nodes` has each node's CPUs."""
     return next(
         n for n in range(free // num_workers, 0, -1) if sum(node // n for node in nodes) >= num_workers or n == 1
     )
 
 
 class _Worker:
-    """Runs functions of the model, which it loads when the first one comes (an error is then that function's)."""
+    """Runs functions of the model. It loads the model at the first call, so that a loading error reaches the caller."""
 
     def __init__(self, load: Callable[[], Any]):
         self.load = load
@@ -110,10 +111,10 @@ class _Worker:
 
 
 class Pool:
-    """`num_workers` workers, each with the model that `load` returns there; to be used in a `with` statement.
+    """Workers, each with the model that `load` returns there; use it in a `with` statement, after `connect`.
 
-    `load` travels to the workers, so it is a function of some module and its arguments (functools.partial). A path in
-    it must be good on every node. `connect` comes first.
+    `load` is sent to the workers, so it must be a module's function with its arguments (functools.partial), and paths
+    in it must exist on every node.
     """
 
     def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float]):
@@ -143,10 +144,10 @@ class Pool:
             ray.kill(actor)
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """function(model, *job) of every job, in the jobs' order, each by the worker that was free first.
+        """function(model, *job) of every job, in the jobs' order, each on the first free worker.
 
-        An error of the function is raised here. A worker that dies is started again, and its job repeated; when
-        it dies of that again and again, CapreseError tells how.
+        Re-raises an error of the function. A worker that dies is restarted and its job repeated; CapreseError if that
+        job kills it 1 + RETRIES times.
         """
         import ray
 
@@ -156,7 +157,7 @@ class Pool:
             for job in itertools.islice(numbered, count):
                 self.pool.submit(lambda actor, job: actor.run.remote(job[0], function, job[1]), job)
 
-        submit(2 * len(self.actors))  # no more than these are under way or early, however slow one of them is
+        submit(2 * len(self.actors))  # the most jobs running or waiting for an earlier one, however slow that is
         try:
             while self.pool.has_next():
                 index, result = self.pool.get_next_unordered()
@@ -170,9 +171,9 @@ class Pool:
         except ray.exceptions.RayError as error:
             raise CapreseError(
                 "workers",
-                expected=f"one that lives through its share of the work in {1 + RETRIES} attempts",
+                expected=f"one that survives its share of the work in {1 + RETRIES} attempts",
                 found=shorten(str(error).strip().splitlines()[-1], 300),
-                fix="give them more memory, or a lower --max-length; what is done is kept if the run has checkpoints",
+                fix="give them more memory, or a lower --max-length; the same command continues from the checkpoint",
             ) from None
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -181,7 +182,7 @@ class Pool:
 
 
 def shards(batches: Sequence[Batch], done: int = 0) -> list[list[Batch]]:
-    """The batches from number `done` on, cut at places that do not depend on it, and where those held out begin."""
+    """The batches from number `done` on, cut at places independent of `done`, and where held-out batches begin."""
     size = min(SHARD_BATCHES, math.ceil(len(batches) / SHARDS))
     fit = sum(not b.held_out for b in batches)
     cuts = [done, *(c for c in sorted({*range(0, fit, size), *range(fit, len(batches), size)}) if c > done)]
@@ -196,12 +197,12 @@ def run_pass(
     resume: Path | None = None,
     console: Console | None = None,
 ) -> Pass:
-    """layerwise.run_pass on the workers of `pool`, sums in this process's memory; the same checkpoint serves both."""
-    identity, device = pool.call(_prepare, samples, info, method, resume is not None)
+    """`passes.run_pass` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
+    identity, device = pool.call(_prepare_pass, samples, info, method, resume is not None)
     state = Pass.begin(dict.fromkeys(method.layers, torch.device("cpu")), info.hidden_size)
     batches = make_batches(samples, device)
-    identity |= {"batch": BATCH_TOKENS[device.type]}  # of this process: it is here that batches are cut
-    with recorded(state, batches, resume, identity, console) as record:
+    identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
+    with checkpointed(state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
         for part, sums in zip(parts, pool.map(_sum_shard, ((info, method, part) for part in parts)), strict=True):
             for i, moments in (state.held_out if part[0].held_out else state.fit).items():
@@ -213,69 +214,57 @@ def run_pass(
 
 
 class Cluster:
-    """The stages' work on `num_workers` workers, each with `resources` and the model that `load` returns there.
+    """Computes the stages on Ray workers, after `connect`.
 
-    `connect` comes first. One set of workers serves until the end of the layer-wise stage and then gives its CPUs or
-    GPUs back; Ray Train starts those of the end-to-end stage. Every node reads and writes `scratch`, a directory, and
-    the checkpoint.
+    One set of workers serves until the end of the layer-wise stage and then releases its CPUs or GPUs; Ray Train starts
+    its own for the end-to-end stage. Every node reads and writes the checkpoint.
     """
 
-    def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float], scratch: Path):
-        self.load, self.num_workers, self.resources, self.scratch = load, num_workers, resources, scratch
-        self.pool: Pool | None = None
+    def __init__(self, workers: Workers):
+        self.workers = workers
+        self._pool: Pool | None = None
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.close()
-        self.pool = None
+        """End the workers of the layer-wise stage."""
+        if self._pool:
+            self._pool.close()
+        self._pool = None
 
-    def workers(self) -> Pool:
-        self.pool = self.pool or Pool(self.load, self.num_workers, self.resources)
-        return self.pool
+    def pool(self) -> Pool:
+        """The workers of the layer-wise stage, started at the first call."""
+        self._pool = self._pool or Pool(self.workers.load, self.workers.count, self.workers.resources)
+        return self._pool
 
     def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
-        """checkpoint.fingerprint of the workers' model."""
-        return self.workers().call(_fingerprint, samples, settings)
+        """`checkpoint.fingerprint` of the workers' model."""
+        return self.pool().call(_fingerprint, samples, settings)
 
-    def layer_wise(
-        self,
-        samples: Sequence[Sample],
-        info: BaseModelInfo,
-        method: Method,
-        resume: Path | None = None,
-        console: Console | None = None,
-        adam: AdamSettings | None = None,
-    ) -> Adapters:
-        """layerwise.distill_layer_wise without `adam`: the pass by shards, then the closed form by layers."""
-        if adam is not None:
-            raise CapreseError(
-                "--solver", expected="closed-form with --num-workers", found="adam", fix="take out one of the two"
-            )
-        pool = self.workers()
+    def layer_wise(self, work: Work, resume: Path | None = None, console: Console | None = None) -> Adapters:
+        """`distill_layer_wise` in closed form: the pass by shards, then the solutions by layers."""
+        assert work.adam is None, "DistillConfig allows Adam in one process only"
+        pool = self.pool()
         with contextlib.closing(self):
             dtype = pool.call(_dtype)
-            check(samples, dtype)
-            state = run_pass(pool, samples, info, method, resume, console)
-            return close(state, samples, info, method, dtype, console, partial(pool.map, _solve))
+            check_samples(work.samples, dtype)
+            state = run_pass(pool, work.samples, work.info, work.method, resume, console)
+            solve_all = partial(pool.map, _solve)
+            return solve_layers(state, work.samples, work.info, work.method, dtype, console, solve_all)
 
     def end_to_end(
         self,
-        samples: Sequence[Sample],
-        info: BaseModelInfo,
-        method: Method,
+        work: Work,
         initial: Adapters,
-        recipe: Recipe,
         resume: Path | None = None,
         console: Console | None = None,
         writer: Any = None,
     ) -> Adapters:
-        """end_to_end.distill_end_to_end, every step's samples shared out among the workers."""
+        """`distill_end_to_end`, every step's samples shared out among the workers."""
+        assert work.recipe is not None
         self.close()
-        work = (samples, info, method, initial, recipe, resume, console, writer)
-        return train(self.load, self.num_workers, self.resources, *work, self.scratch)
+        return train(self.workers, work.samples, initial, work.recipe, resume, console, writer)
 
 
-# What workers run. Matrices come and go as numpy arrays, which Ray keeps in shared memory without a copy.
+# What workers run. Matrices are passed as numpy arrays, which Ray keeps in shared memory without a copy.
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -286,10 +275,10 @@ def _fingerprint(model: Any, samples: Sequence[Sample], settings: Mapping[str, A
     return checkpoint.fingerprint(model, samples, **settings, dtype=str(model.dtype))
 
 
-def _prepare(
+def _prepare_pass(
     model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool
 ) -> tuple[dict[str, Any], torch.device]:
-    return prepare(model, samples, info, method, digest, parts=1), next(model.parameters()).device
+    return prepare_pass(model, samples, info, method, digest, parts=1), next(model.parameters()).device
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """End-to-end distillation on several workers, by Ray Train: every step's samples are shared out among them.
 
-Only L and R are trained, so that is all the workers tell each other of: one sum of their gradients a step, after which
-every worker takes the same step. Ray Train replaces all workers when one dies, and they go on from the checkpoint.
+Only L and R are trained, so the workers exchange only one sum of their gradients a step, after which all take the same
+step. When a worker dies, Ray Train replaces all of them, and they continue from the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,35 +23,48 @@ from rich.console import Console
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from ..data.samples import Sample, split
-from ..end_to_end.train import Group, Recipe, distill_end_to_end, steps_of
+from ..end_to_end.train import RankContext, Recipe, distill_end_to_end, steps_of
 from ..progress import progress_bar
 
-FAILURES = 3  # deaths of workers that a run survives (machines that a cluster takes away with notice are not counted)
+FAILURES = 3  # deaths of workers that a run survives (machines that the cluster announces to remove do not count)
 POLL_SECONDS = 0.5
-Work = tuple[Sequence[Sample], BaseModelInfo, Method, Adapters, Recipe]
-_MISTAKES = (CapreseError, torch.OutOfMemoryError)  # these would come again
+_LASTING = (CapreseError, torch.OutOfMemoryError)  # errors that a second attempt would raise again
 
 
-class TorchGroup(Group):
-    """The workers of the torch process group that this process is in."""
+@dataclass(frozen=True)
+class Workers:
+    """`count` workers, each with the model that `load` returns there.
 
-    def __init__(self) -> None:
+    `load` is sent to the workers (see `cluster.Pool`). `resources` of each: "CPU", and "GPU" for a GPU. `scratch` is a
+    directory for Ray Train's own files, which all nodes share.
+    """
+
+    load: Callable[[], Any]
+    count: int
+    resources: Mapping[str, float]
+    scratch: Path
+
+
+class TorchRankContext(RankContext):
+    """This process among those of its torch process group."""
+
+    def __init__(self, writer: Any = None) -> None:
+        super().__init__(writer)
         self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor)
 
 
-class _Board:
-    """An actor that carries what the workers have to say to the process that started them."""
+class _Mailbox:
+    """An actor that carries scalars and an error from the workers to the process that started them."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[str, float, int]] = []
-        self.mistake: Exception | None = None
+        self.error: Exception | None = None
 
     def add(self, *scalar: Any) -> None:
         self.scalars.append(scalar)
@@ -60,100 +73,102 @@ class _Board:
         scalars, self.scalars = self.scalars, []
         return scalars
 
-    def set_mistake(self, error: Exception) -> None:
-        self.mistake = error
+    def set_error(self, error: Exception) -> None:
+        self.error = error
 
-    def get_mistake(self) -> Exception | None:
-        return self.mistake
+    def get_error(self) -> Exception | None:
+        return self.error
 
 
 @dataclass
 class _RemoteWriter:
-    """What end_to_end asks of a SummaryWriter, sent to the board."""
+    """The part of a SummaryWriter that training uses; sends to the mailbox."""
 
-    board: Any
+    mailbox: Any
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.board.add.remote(name, float(value), step)
+        self.mailbox.add.remote(name, float(value), step)
 
 
-def _loop(load: Callable[[], Any], board: Any, resume: Path | None, work: Work) -> Adapters | None:
-    """What each worker runs: distill_end_to_end, `work` being its arguments from the samples to the recipe.
+def _train_worker(
+    load: Callable[[], Any],
+    mailbox: Any,
+    samples: Sequence[Sample],
+    initial: Adapters,
+    recipe: Recipe,
+    resume: Path | None,
+) -> Adapters | None:
+    """Runs on each worker: `distill_end_to_end` with the model that `load` returns.
 
-    A mistake is raised, so that workers waiting for this one are stopped. Ray Train then tries again, whatever it
-    was; the second attempt ends without one.
+    A lasting error is raised, so that workers waiting for this one are stopped. Ray Train then tries again, whatever
+    the error was; the second attempt returns None.
     """
     import ray
 
-    if ray.get(board.get_mistake.remote()) is not None:
+    if ray.get(mailbox.get_error.remote()) is not None:
         return None
-    group = TorchGroup()
-    writer = _RemoteWriter(board) if group.rank == 0 else None
+    ranks = TorchRankContext()
+    ranks.writer = _RemoteWriter(mailbox) if ranks.rank == 0 else None
     try:
-        return distill_end_to_end(load().eval(), *work, resume, None, writer, group)
-    except _MISTAKES as error:
-        ray.get(board.set_mistake.remote(error))
+        return distill_end_to_end(load().eval(), samples, initial, recipe, resume, None, ranks)
+    except _LASTING as error:
+        ray.get(mailbox.set_error.remote(error))
         raise
 
 
 def train(
-    load: Callable[[], Any],
-    num_workers: int,
-    resources: Mapping[str, float],
+    workers: Workers,
     samples: Sequence[Sample],
-    info: BaseModelInfo,
-    method: Method,
     initial: Adapters,
     recipe: Recipe,
     resume: Path | None,
     console: Console | None,
     writer: Any,
-    scratch: Path,
 ) -> Adapters:
-    """end_to_end.distill_end_to_end on workers that hold the model which `load` returns there.
+    """`distill_end_to_end` on `workers`; every node reads and writes the checkpoint `resume`.
 
-    `resume` and `scratch`, a directory for Ray Train's own files, must be good on every node. Raises what a worker
-    raised, or CapreseError when workers die more often than FAILURES.
+    Raises what a worker raised, or CapreseError when workers die more often than FAILURES.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    board = ray.remote(_Board).options(num_cpus=0).remote()
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    use_gpu = "GPU" in workers.resources
     trainer = TorchTrainer(
-        partial(_loop, load, board, resume and resume.absolute(), (samples, info, method, initial, recipe)),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo"),
+        partial(_train_worker, workers.load, mailbox, samples, initial, recipe, resume and resume.absolute()),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=dict(resources)
+            num_workers=workers.count, use_gpu=use_gpu, resources_per_worker=dict(workers.resources)
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=str(scratch.absolute()),
+            storage_path=str(workers.scratch.absolute()),
             failure_config=FailureConfig(max_failures=FAILURES, controller_failure_limit=FAILURES),
         ),
     )
     try:
-        with _watched(board, steps_of(split(samples)[0], recipe), console, writer):
+        with _progress_from(mailbox, steps_of(split(samples)[0], recipe), console, writer):
             adapters = _fit(trainer).return_value
-        mistake = ray.get(board.get_mistake.remote())
-    except TrainingFailedError as error:
+        error = ray.get(mailbox.get_error.remote())
+    except TrainingFailedError as failure:
         raise CapreseError(
             "workers",
             expected=f"no more than {FAILURES} deaths in a run",
-            found=shorten(str(error), 300),
-            fix="run again to go on from the checkpoint, with more memory or a lower --max-length",
+            found=shorten(str(failure), 300),
+            fix="run again to continue from the checkpoint, with more memory or a lower --max-length",
         ) from None
     finally:
-        ray.kill(board)
-    if mistake is not None:
-        raise mistake
+        ray.kill(mailbox)
+    if error is not None:
+        raise error
     assert isinstance(adapters, Adapters)
     return adapters
 
 
 def _fit(trainer: Any) -> Any:
-    """trainer.fit() in a thread: in the main one Ray Train takes Ctrl-C for itself, for good, and ends with code 0."""
+    """trainer.fit() in a thread: in the main thread Ray Train replaces the handler of Ctrl-C and exits with code 0."""
     done: Future[Any] = Future()
 
     def work() -> None:
@@ -167,8 +182,10 @@ def _fit(trainer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _watched(board: Any, steps: Sequence[Sequence[Sample]], console: Console | None, writer: Any) -> Iterator[None]:
-    """The progress bar, and `writer`, fed from the board by a thread, while this one waits for Ray Train."""
+def _progress_from(
+    mailbox: Any, steps: Sequence[Sequence[Sample]], console: Console | None, writer: Any
+) -> Iterator[None]:
+    """Within it, a thread feeds the progress bar and `writer` from the mailbox, while this one waits for Ray Train."""
     import ray
 
     done = [0, *itertools.accumulate(sum(len(s.ids) for s in part) for part in steps)]  # tokens after each step
@@ -176,14 +193,14 @@ def _watched(board: Any, steps: Sequence[Sequence[Sample]], console: Console | N
     with progress_bar(console, "tok/s") as bar:
         line = bar.add_task("end to end", total=done[-1])
 
-        def look() -> None:
+        def update() -> None:
             nonlocal last
-            for name, value, step in ray.get(board.drain.remote()):
+            for name, value, step in ray.get(mailbox.drain.remote()):
                 if writer:
                     writer.add_scalar(name, value, step)
                 if name != "loss":
                     continue
-                if step != last + 1:  # a checkpoint of an earlier run, or after a death
+                if step != last + 1:  # resumed from a checkpoint of an earlier run, or after a death
                     bar.update(line, first=done[step - 1])
                     if console:
                         console.print(f"going on after step {step - 1} of {len(steps)}")
@@ -192,7 +209,7 @@ def _watched(board: Any, steps: Sequence[Sequence[Sample]], console: Console | N
 
         def watch() -> None:
             while not stop.wait(POLL_SECONDS):
-                look()
+                update()
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -201,4 +218,4 @@ def _watched(board: Any, steps: Sequence[Sequence[Sample]], console: Console | N
         finally:
             stop.set()
             thread.join()
-            look()
+            update()

@@ -1,8 +1,8 @@
 """C++ kernels for CPUs: AVX-512 (bfloat16 through vdpbf16ps where there is one) or AVX2, compiled on first use.
 
-A batch of up to GATHER_UP_TO tokens reads only the rows it needs (ff.cpp). A larger one needs nearly every row, and is
-bound by arithmetic: two matrix products of oneDNN over views of the same storage, z masked between them (masked.cpp).
-`reference` documents the functions; `library` raises Unavailable where the kernels cannot be compiled.
+A batch of up to GATHER_UP_TO tokens reads only the rows it needs (ff.cpp). A larger one needs nearly every row, and
+arithmetic limits it: two matrix products of oneDNN over views of the same storage, z masked between them (masked.cpp).
+`reference` defines the functions; `library` raises Unavailable where the kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from .. import reference
 from ..errors import CapreseError
 from ..packed import ACTIVATION_FUNCTIONS, CoreFF, PackedFF
-from ..reference import cats_threshold
+from ..reference import cats_threshold, plan_layers
 from .build import Unavailable, library
 
 __all__ = [
     "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "core_ff", "dense_ff", "griffin_ff",
-    "griffin_norms", "griffin_observe", "griffin_select", "library", "read_memory",
+    "griffin_norms", "griffin_observe", "griffin_select", "library", "plan_layers", "read_memory",
 ]  # fmt: skip
 
 NAME = "cpu"
-# Measured by taking either path, 1536 x 8960, density .5, two cores of an EPYC 9004: with selections of their own 64
-# tokens take as long gathered as masked, 256 tokens 1.6 times as long; with one selection gathering wins at 256 still.
+# Measured on both paths, 1536 x 8960, density .5, two cores of an EPYC 9004: with one selection a token, 64 tokens take
+# as long gathered as masked, 256 tokens 1.6 times as long; with one selection for all, gathering wins at 256 too.
 GATHER_UP_TO = 64  # tokens
 CORE_GATHER_UP_TO = 64  # tokens of a core
-SHARED_UNION = 0.6  # of F: up to here gathering wins for more tokens too
+SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
 
@@ -55,18 +55,22 @@ class _Batch(ctypes.Structure):
 
 
 def dense_ff(x: Tensor, ff: PackedFF) -> Tensor:
+    """As reference.dense_ff."""
     return _gather(x, ff, None) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None) -> Tensor:
+    """As reference.griffin_ff; each call finds the rows it needs itself."""
     return _sparse(x, ff, slots, keep=keep)
 
 
 def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
+    """As reference.core_ff."""
     return _gather(x, ff, slots) if len(x) <= CORE_GATHER_UP_TO else reference.core_ff(x, ff, slots)
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """As reference.cats_ff."""
     kept = slots.new_zeros(len(x))
     return _sparse(x, ff, slots, tau=tau, kept=kept), kept
 
@@ -79,7 +83,7 @@ def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Ten
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
-    """Whether a large batch, of samples of a few prompts, needs so few neurons that gathering wins all the same."""
+    """Whether a large batch needs so few neurons that gathering wins: samples of a few prompts share selections."""
     if keep is None:
         return False
     union = keep[slots[slots >= 0].unique()].any(dim=0).sum()
@@ -87,7 +91,7 @@ def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
 
 
 def _gather(x: Tensor, ff: PackedFF | CoreFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
-    """Only the rows that are needed. Without slots: every neuron, no low-rank rows."""
+    """y, reading only the rows that are needed. Without slots: every neuron, no low-rank rows."""
     x, y = _rows(x), x.new_zeros(x.shape)
     library().caprese_ff(*described(x, ff, y, slots, **selections), torch.get_num_threads())
     return y
@@ -114,7 +118,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _address(what: str, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    """Where a tensor lies, if it lies as the C++ code takes it to."""
+    """The tensor's address, after checking the layout that the C++ code expects; None for None."""
     if tensor is None:
         return None
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -128,7 +132,7 @@ def _address(what: str, tensor: Tensor | None, dtype: torch.dtype) -> int | None
 
 
 def _check_index(what: str, values: Tensor, size: int) -> None:
-    """Values from -1 to below `size`."""
+    """Raise CapreseError unless all values are from -1 to `size` - 1."""
     if len(values) and not (int(values.min()) >= -1 and int(values.max()) < size):
         raise CapreseError(
             what, expected=f"-1 to {size - 1}", found=f"{int(values.min())} to {int(values.max())}", fix="correct them"
@@ -171,7 +175,7 @@ def described(
                 found=f"{len(slots)} slots, a table {list(table.shape)}",
                 fix="correct the shapes",
             )
-    if not isinstance(ff.native, _Block):  # made once: it takes as long as the rest of the call
+    if not isinstance(ff.native, _Block):  # made once: making it takes as long as the rest of the call
         weights = (ff.gate, ff.up_plus, ff.down_plus, ff.gate_bias, ff.up_bias, ff.down_bias)
         ff.native = _Block(
             *(_address("packed weights", tensor, dtype) for tensor in weights),
@@ -187,6 +191,7 @@ def described(
 
 
 def griffin_norms(z: Tensor, scale: Tensor | None = None) -> Tensor:
+    """As reference.griffin_norms."""
     z, norms = _rows(z), torch.empty(len(z))
     library().caprese_griffin_norms(
         *(_pointer(z.data_ptr()), _int(z.stride(0)), _int(len(z)), _int(z.shape[1]), _dtype(z)),
@@ -203,6 +208,7 @@ def griffin_observe(
     norms: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
+    """As reference.griffin_observe; token by token, so a prompt's bits do not depend on how it is cut."""
     z = _rows(z)
     for begin, end, slot in _segments(offsets, slots, len(z), len(statistic)):
         library().caprese_griffin_observe(
@@ -214,6 +220,7 @@ def griffin_observe(
 
 
 def griffin_select(statistic: Tensor, k: int) -> Tensor:
+    """As reference.griffin_select."""
     rows = statistic.reshape(-1, statistic.shape[-1]).contiguous()
     keep = torch.empty(rows.shape, dtype=torch.bool)
     for values, mask in zip(rows, keep, strict=True):
@@ -225,6 +232,7 @@ def griffin_select(statistic: Tensor, k: int) -> Tensor:
 def cats_observe(
     gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
 ) -> None:
+    """As reference.cats_observe."""
     gate = _rows(gate)
     for begin, end, slot in _segments(offsets, slots, len(gate), len(histogram)):
         library().caprese_cats_observe(
@@ -251,7 +259,7 @@ def _segments(offsets: Tensor, slots: Tensor, rows: int, size: int) -> list[tupl
 
 
 def read_memory(tensor: Tensor) -> int:
-    """Read every byte of a contiguous tensor with all threads, for measuring the memory's pace; the words' sum."""
+    """Read every byte of a contiguous tensor with all threads, to measure bandwidth; returns the sum of its words."""
     library().caprese_read.restype = ctypes.c_uint64
     words = tensor.numel() * tensor.element_size() // 8
     return int(library().caprese_read(_pointer(tensor.data_ptr()), _int(words), torch.get_num_threads()))

@@ -1,4 +1,4 @@
-// What Python hands over (cpu/__init__.py), and how work is shared among threads.
+// The arguments that cpu/__init__.py passes, and how work is split among threads.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Batch {
 // CATS compares |g_j| times this with tau, in float32: times 1, exactly, where neurons have no scales.
 inline float scale_of(const Block& block, int64_t j) { return block.scale ? block.scale[j] : 1.0f; }
 
-// Part `part` of `total` things in `parts` equal parts: [first, second).
+// Part number `part` of `total` items split into `parts` equal parts: [first, second).
 inline std::pair<int64_t, int64_t> share(int64_t total, int part, int parts) {
     return {total * part / parts, total * (part + 1) / parts};
 }

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for this machine's processor, once, and keeps the result."""
+"""Compile the C++ kernels for this machine's processor, once, and keep the result in a cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
 HEADERS = ("block.h", "rows.h", "vector.h")
-# -fopenmp: the thread pool is torch's, whose libgomp is loaded already under the same name.
+# -fopenmp: the threads are torch's, whose libgomp is already loaded under the same name.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -36,7 +36,7 @@ def compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/caprese, ~/.cache/caprese, or where neither can be written a folder of this user's under /tmp."""
+    """$XDG_CACHE_HOME/caprese or ~/.cache/caprese; if neither can be written, this user's folder under /tmp."""
     places = [Path(tempfile.gettempdir()) / f"caprese-{os.getuid()}"]
     with suppress(RuntimeError):  # a user without a home
         places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caprese")
@@ -44,15 +44,15 @@ def cache_folder() -> Path:
         with suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.lstat()
-            # Code is loaded from here: it must be a folder that nobody else can write.
+            # Code is loaded from here: nobody else may be able to write to the folder.
             own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
             if own and os.access(folder, os.W_OK):
                 return folder
-    raise Unavailable(f"no folder of one's own for the compiled kernels (tried {', '.join(map(str, places))})")
+    raise Unavailable(f"no private folder for the compiled kernels (tried {', '.join(map(str, places))})")
 
 
 def library(march: str = "native") -> ctypes.CDLL:
-    """The compiled kernels for a processor as the compiler's -march names it; compiled if the cache has none (10 s).
+    """The compiled kernels for a processor as the compiler's -march names it; compiled in 10 s if the cache has none.
 
     Raises Unavailable with the reason.
     """
@@ -64,7 +64,7 @@ def library(march: str = "native") -> ctypes.CDLL:
 
 @functools.cache
 def _library(march: str) -> ctypes.CDLL | Unavailable:
-    """A failure is kept too: trying again would take as long and fail as well."""
+    """`library`, with a failure as a value: trying again would take as long and fail again."""
     try:
         return compiled("ff", [HERE / name for name in SOURCES], march)
     except Unavailable as error:
@@ -72,7 +72,7 @@ def _library(march: str) -> ctypes.CDLL | Unavailable:
 
 
 def compiled(name: str, sources: Sequence[Path], march: str = "native") -> ctypes.CDLL:
-    """A library of C++ sources that may include this folder's headers; from the cache, where it is there.
+    """The library compiled from C++ sources, which may include this folder's headers; from the cache if it is there.
 
     Raises Unavailable with the reason.
     """
@@ -86,7 +86,7 @@ def _compiled(name: str, sources: Sequence[Path], march: str) -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise Unavailable(f"no kernels for {platform.machine()} processors")
     cxx = compiler()
-    macros = _run([*cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])  # the compiler, and what native is
+    macros = _run([*cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])  # the compiler, and what `native` is
     texts = [path.read_text() for path in (*sources, *(HERE / header for header in HEADERS))]
     key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *texts]).encode()).hexdigest()[:16]
     path = cache_folder() / f"{name}-{key}.so"
@@ -96,7 +96,7 @@ def _compiled(name: str, sources: Sequence[Path], march: str) -> Path:
             _run([*cxx, *FLAGS, f"-march={march}", f"-I{HERE}", *map(str, sources), "-o", str(made)])
             with made.open("rb") as file:
                 os.fsync(file.fileno())
-            made.replace(path)  # whole or not at all, also when several processes compile at once
+            made.replace(path)  # atomic, also when several processes compile at once
     return path
 
 

@@ -1,9 +1,9 @@
 // The FF block of generated tokens (eq. 9-10) that reads only the rows a batch needs. `reference.py` is the definition.
 //
 // Each thread owns a fixed range of neurons, and of low-rank rows. It takes the needed ones in groups: gate and up rows
-// meet every token in dot products, z = act(gate) * up is masked per token, and z times the down rows is added to the
-// thread's own y. The threads' sums are added in their order at the end: same inputs and threads, same bits. While the
-// rows of one matrix are read, those that the group needs next are prefetched, so that short scattered rows stream.
+// are multiplied with every token, z = act(gate) * up is masked per token, and z times the down rows is added to the
+// thread's own y. The threads' sums are added in thread order at the end: same inputs and threads, same bits. While
+// the rows of one matrix are read, those that the group needs next are prefetched, so that short scattered rows stream.
 #include <omp.h>
 
 #include <algorithm>
@@ -79,7 +79,7 @@ public:
     void above(int64_t begin, int64_t end, const float* thresholds, int64_t* kept) {
         tau = thresholds;
         int pending = 0;
-        // Of several tokens some keeps nearly every neuron, so its up row is fetched while its gate is computed.
+        // With 4 tokens or more some token keeps nearly every neuron, so up rows are fetched while gates are computed.
         const bool likely = block.gate && tokens >= 4;
         for (int64_t j = begin; j < end; j += GROUP) {
             const int count = std::min<int64_t>(GROUP, end - j);
@@ -141,11 +141,11 @@ private:
     float* y;
     int tokens;
     int64_t depth, stride = padded<typename R::Token>(depth), y_stride = padded<float>(depth);
-    // Who keeps what: bit j % 32 of words[(j - base) / 32][t], or by tau[t], or all.
+    // Which token keeps which neuron: bit j % 32 of words[(j - base) / 32][t], or by tau[t], or all.
     std::vector<uint32_t> words;
     int64_t base = 0;
     const float* tau = nullptr;
-    // A group in the making, and for CATS what waits for the next one.
+    // The group that is being filled, and for CATS the neurons that wait for the next one.
     int64_t neuron[2 * GROUP];
     alignas(64) float g[2 * GROUP][TOKENS];  // of one token: g[0][group]
     alignas(64) float u[GROUP][TOKENS];  // up, then z
@@ -198,7 +198,7 @@ private:
             const int64_t j = neuron[std::min(r, count - 1)];
             up[r] = row(block.up_plus, j), down[r] = row(block.down_plus, j);
         }
-        if (tokens == 1) {  // which keeps all that came here
+        if (tokens == 1) {  // it keeps every neuron of the group
             std::fill(neuron + count, neuron + std::max(count, GROUP), neuron[count - 1]);
             V z = load(g[0]);
             if (block.gate) {
@@ -220,7 +220,7 @@ private:
         add(down, after ? after : down, count);
     }
 
-    // The only token's z of the group, to where `add` takes it from.
+    // Store the only token's z of the group where `add` reads it.
     void spread(V z) {
         alignas(64) float values[GROUP];
         store(values, z);
@@ -281,7 +281,7 @@ void run(const Block& block, const Batch& batch, const std::vector<int64_t>& row
 
 #pragma omp parallel num_threads(threads)
     {
-        // Of the threads asked for, fewer may have come.
+        // OpenMP may start fewer threads than asked for.
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
         float* const own = all + part * tokens * stride;
         Thread<T> thread(block, x, tokens, own);

@@ -1,4 +1,4 @@
-// The arithmetic of rows of weights with tokens: dot products, and sums of weighted rows. All is in registers.
+// Dot products of weight rows with tokens, and sums of weighted rows. The inner loops stay in registers.
 #pragma once
 
 #include <algorithm>
@@ -6,16 +6,16 @@
 
 #include "vector.h"
 
-constexpr int GROUP = W;                 // rows at once: one token's values of them are a vector
+constexpr int GROUP = W;                 // rows at once: their values for one token are a vector
 constexpr int TOKENS = 64;               // tokens at once: their x and y stay in the second-level cache
 constexpr int TILE = W == 16 ? 4 : 2;    // tokens whose dot products are in registers at once
 
-// Into the second-level cache: a group's rows are more than the first level holds. With 1 row of 1536 values at density
-// .5 on two cores of an EPYC 9004, prefetching there takes .68 of the time that it takes into the first level.
+// Into the second-level cache, because a group's rows do not fit into the first. With 1 token of 1536 values at density
+// .5 on two cores of an EPYC 9004, this takes .68 of the time of prefetching into the first level.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// How rows of type T meet tokens: `Token` is what x is stored as, STEP values are multiplied at once.
+// How rows of type T are multiplied with tokens: x is stored as `Token`, STEP values are multiplied at once.
 template <class T>
 struct Rows {
     using Token = float;
@@ -74,7 +74,7 @@ struct Rows<Bf16> {
         }
         for (int t = 0; t < tokens; ++t, y += stride) {
             V a = load(y), b = load(y + 16);
-            // The place of the next step: the hardware does not foresee it between so many tokens.
+            // y of the next step: the hardware does not predict this access among so many tokens.
             prefetch_near(y + 32), prefetch_near(y + 48);
             for (int p = 0; p < WEIGHTS; ++p) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32(weights[p][t]);
@@ -132,7 +132,7 @@ void dots(int prefetches, const T* const* rows, const T* const* next, const type
     }
 }
 
-// The group's rows . the only token, as a vector: what follows takes all of the group in one step, and in registers.
+// The group's rows . the only token, as a vector: the next steps take the whole group at once, in registers.
 template <class T>
 V project_one(const T* const* rows, const T* const* next, const typename Rows<T>::Token* x, int64_t depth) {
     using R = Rows<T>;
@@ -153,8 +153,7 @@ V project_one(const T* const* rows, const T* const* next, const typename Rows<T>
     return sums(total);
 }
 
-// The same for several tokens. Prefetches are spread over the tiles of tokens, to go on while they
-// are computed.
+// The same for several tokens. Prefetches are spread over the tiles of tokens, so that they overlap with computing.
 template <class T>
 void project(const T* const* rows, const T* const* next, const typename Rows<T>::Token* x, int64_t stride,
              int64_t depth, int tokens, float* out) {
@@ -170,15 +169,15 @@ void project(const T* const* rows, const T* const* next, const typename Rows<T>:
     }
 }
 
-// Values from one token to the next: whole steps of every kind of row, and an odd number of cache lines, so that the
-// same place of many tokens does not fall into the same few sets of the cache.
+// Stride between tokens: whole steps of every kind of row, and an odd number of cache lines, so that the same position
+// of many tokens does not map to the same few sets of the cache.
 template <class T>
 int64_t padded(int64_t depth) {
     constexpr int64_t LINE = 64 / sizeof(T);
     return ((depth + 31) / 32 * 32 / LINE | 1) * LINE;
 }
 
-// Room for `count` zeros, at the beginning of a cache line: elsewhere each load and store of a vector touches two.
+// `count` zeros, aligned to a cache line: unaligned, each load and store of a vector touches two lines.
 template <class T>
 T* zeros(std::vector<T>& buffer, size_t count) {
     buffer.assign(count + 64 / sizeof(T), T{});

@@ -9,7 +9,7 @@
 
 namespace {
 
-// Tokens that are looked at twice, for their norms and for their columns: a tile of them stays in the caches.
+// Tokens are read twice, for their norms and for their columns: a tile of this many stays in the caches.
 constexpr int64_t TILE = 64;
 
 // What multiplies z_ij before it counts: nothing, or the neurons' scales of a weighted score.
@@ -235,7 +235,7 @@ void caprese_griffin_select(const float* statistic, int64_t neurons, int64_t k, 
     for (int64_t j = 0; j < neurons; ++j) keep[j] = order[j] > least || (order[j] == least && equals-- > 0);
 }
 
-// Reads memory with all threads and returns the sum of its words: the pace that reading weights is measured against.
+// Read memory with all threads and return the sum of its words: the bandwidth that reading weights is compared with.
 uint64_t caprese_read(const uint64_t* words, int64_t count, int threads) {
     uint64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)

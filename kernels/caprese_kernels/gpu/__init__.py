@@ -1,6 +1,6 @@
 """The Triton backend, for NVIDIA GPUs: backend.Backend, whose functions `reference` defines.
 
-Nothing is synchronized and no host shape depends on data, so all of it can be captured in CUDA graphs.
+Nothing synchronizes and no shape on the host depends on data, so all of it can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from ..packed import PackedFF
 from ..reference import core_ff  # three products of cuBLAS
 from . import crossover, gather, masked
 from .crossover import Path
-from .gather import Plan, plan
+from .gather import RowPlan, plan_rows
 from .masked import dense_ff
 from .statistics import cats_observe, cats_threshold, griffin_norms, griffin_observe, griffin_select
 
 __all__ = [
     "NAME",
     "Path",
-    "Plan",
+    "RowPlan",
     "cats_ff",
     "cats_observe",
     "cats_threshold",
@@ -28,32 +28,32 @@ __all__ = [
     "griffin_norms",
     "griffin_observe",
     "griffin_select",
-    "plan",
     "plan_layers",
+    "plan_rows",
 ]
 
 NAME = "triton"
 
 
 def griffin_ff(
-    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan | None = None, path: Path | None = None
+    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None, path: Path | None = None
 ) -> Tensor:
     """As reference.griffin_ff.
 
-    `plan` is `plan(keep, slots)`, which a caller may make for all layers at once; None makes it here. `path` None is
-    the faster one for this many tokens, as far as measured (`crossover`).
+    `row_plan` is `plan_rows(keep, slots)`, which a caller may make for all layers at once; None makes it here. `path`
+    None is the faster one for this many tokens, as far as measured (`crossover`).
     """
     if not len(x):
         return x.new_empty(x.shape)
     x = x.contiguous()
     if (path or crossover.choose("griffin", len(x), x.device)) == "masked":
         return masked.griffin_ff(x, ff, keep, slots)
-    return gather.griffin_ff(x, ff, keep, slots, plan or gather.plan(keep, slots))
+    return gather.griffin_ff(x, ff, keep, slots, row_plan or plan_rows(keep, slots))
 
 
-def plan_layers(keep: Tensor, slots: Tensor) -> Plan | None:
-    """`plan` of all layers' tables keep [L, S, F], in one launch; None where so many tokens take a path without one."""
-    return plan(keep, slots) if crossover.choose("griffin", len(slots), keep.device) == "gather" else None
+def plan_layers(keep: Tensor, slots: Tensor) -> RowPlan | None:
+    """`plan_rows` of all layers' tables keep [L, S, F], in one launch; None where so many tokens need no plan."""
+    return plan_rows(keep, slots) if crossover.choose("griffin", len(slots), keep.device) == "gather" else None
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, path: Path | None = None) -> tuple[Tensor, Tensor]:

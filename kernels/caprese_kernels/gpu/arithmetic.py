@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""What the kernels share: activations, and a product with rows of a matrix."""
+"""Functions that the kernels share: activations, and a product with rows of a matrix."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def activate(u, NAME: tl.constexpr):
 
 @triton.jit
 def rounded_activation(u, bias, j, mask, NAME: tl.constexpr, BIASED: tl.constexpr, DTYPE: tl.constexpr):
-    """g = act(u + bias[j]), [TOKENS, ROWS]: what goes in is rounded to the model's dtype, and so is g."""
+    """g = act(u + bias[j]), [TOKENS, ROWS]: the sum is rounded to the model's dtype, and so is g."""
     return activate(rounded(u, bias, j, mask, BIASED, DTYPE).to(tl.float32), NAME).to(DTYPE)
 
 
@@ -57,8 +57,8 @@ def project(
 ):
     """x[tokens] times weights[rows], transposed: [TOKENS, ROWS] float32. A row that is not live is not read: zeros.
 
-    x [T, D] and weights [*, D], rows contiguous. A row's values go to whole warps, so that rows left out save their
-    bytes. STAGES loads are under way at once. TOKENS is 1 for T = 1 alone: then multiply and add, else tensor cores.
+    x [T, D] and weights [*, D], rows contiguous. A row's values go to whole warps, so that skipped rows save their
+    bytes. STAGES loads are in flight at once. TOKENS is 1 for T = 1 alone: then multiply and add, else tensor cores.
     """
     total = tl.zeros([ROWS, COLUMNS] if TOKENS == 1 else [TOKENS, ROWS], tl.float32)
     weights += rows.to(tl.int64)[:, None] * D

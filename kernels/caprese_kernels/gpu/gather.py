@@ -1,7 +1,7 @@
-"""Few tokens: only the rows that some token of the batch needs are read, each once.
+"""The path for few tokens: it reads only the rows that some token of the batch needs, each once.
 
-Launches: GRIFFIN `plan` (a list of rows), `griffin_up` (z of those rows), `down` (y); CATS `cats_up`, `down`.
-The r rows of L^T and R are active for every token; they follow the neurons without standing in any list.
+Launches: GRIFFIN `plan_rows` (a list of rows), `griffin_up` (z of those rows), `down` (y); CATS `cats_up`, `down`.
+The r rows of L^T and R are active for every token; they come after the neurons and are in no list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import tuning
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """The neurons that some token of a batch keeps, ascending: the first count of rows; for one layer or L of them.
 
     rows [F] or [L, F] int32; count [] or [L] int32, -1 if every token is padding. `plan[i]` is layer i's.
@@ -27,11 +27,11 @@ class Plan:
     rows: Tensor
     count: Tensor
 
-    def __getitem__(self, layer: int) -> Plan:
-        return Plan(self.rows[layer], self.count[layer])
+    def __getitem__(self, layer: int) -> RowPlan:
+        return RowPlan(self.rows[layer], self.count[layer])
 
 
-def plan(keep: Tensor, slots: Tensor) -> Plan:
+def plan_rows(keep: Tensor, slots: Tensor) -> RowPlan:
     """Unite the selections keep[slots]: keep [S, F], or [L, S, F] for L layers in one launch, bool; slots [T] int64."""
     tables = keep.contiguous().view(torch.uint8).view(-1, *keep.shape[-2:])
     layers, num_slots, neurons = tables.shape
@@ -42,21 +42,29 @@ def plan(keep: Tensor, slots: Tensor) -> Plan:
     kernels.plan_rows[(layers, triton.cdiv(neurons, block))](
         tables, slots, rows, count, len(slots), num_slots, neurons, TOKENS=tokens, BLOCK=block, num_warps=16
     )
-    return Plan(rows, count)
+    return RowPlan(rows, count)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: Plan) -> Tensor:
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan) -> Tensor:
     """As reference.griffin_ff, for T > 0 tokens."""
     call = Call(x, ff, slots)
     arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # `griffin_up` sets it to zero
     grid = (triton.cdiv(call.width, call.up.rows), call.token_tiles)
     kernels.griffin_up[grid](
-        *(x, ff.gate_up_plus, ff.gate_up_bias, keep.contiguous().view(torch.uint8), slots, plan.rows, plan.count),
+        *(
+            x,
+            ff.gate_up_plus,
+            ff.gate_up_bias,
+            keep.contiguous().view(torch.uint8),
+            slots,
+            row_plan.rows,
+            row_plan.count,
+        ),
         *(call.z, arrived, call.down_programs, *call.sizes),
         ARRIVED=triton.next_power_of_2(call.down_programs),
         **call.up_options,
     )
-    return call.down(arrived, plan)
+    return call.down(arrived, row_plan)
 
 
 def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +82,7 @@ def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor
 
 
 class Call:
-    """What the kernels of one call have in common: sizes, tiles, and z [T, F + r]."""
+    """What the kernels of one call share: sizes, tiles, and z [T, F + r]."""
 
     def __init__(self, x: Tensor, ff: PackedFF, slots: Tensor):
         tokens, depth = x.shape
@@ -83,7 +91,7 @@ class Call:
         self.up, self.down_tile = tuning.up_tile(tokens), tuning.down_tile(tokens)
         self.tile = tuning.tokens_tile(tokens)
         self.token_tiles = triton.cdiv(tokens, self.tile)
-        # Tiles are given for 2-byte elements; wider ones get fewer.
+        # Tile sizes are for 2-byte elements; wider elements get fewer columns.
         self.shrink = x.element_size() // 2
         self.down_programs = triton.cdiv(depth, self.down_tile.columns // self.shrink) * self.token_tiles
         self.z = x.new_empty(tokens, self.width)
@@ -103,16 +111,16 @@ class Call:
             "num_warps": tile.warps,
         }
 
-    def down(self, arrived: Tensor, plan: Plan | None = None) -> Tensor:
+    def down(self, arrived: Tensor, row_plan: RowPlan | None = None) -> Tensor:
         """y [T, D]; `arrived` int32 zeros, one for each of down_programs."""
         tokens, depth = self.x.shape
         splits = tuning.splits(self.down_programs, self.width, self.down_tile, self.x.device)
         partial = torch.empty(splits, tokens, depth, dtype=torch.float32, device=self.x.device)
         y = torch.empty_like(self.x)
-        rows, count = (None, None) if plan is None else (plan.rows, plan.count)
+        rows, count = (None, None) if row_plan is None else (row_plan.rows, row_plan.count)
         kernels.down[(self.down_programs // self.token_tiles, splits, self.token_tiles)](
             *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, arrived, y, *self.sizes),
-            LISTED=plan is not None,
+            LISTED=row_plan is not None,
             BIASED=self.ff.down_bias is not None,
             **self._options(self.down_tile),
             maxnreg=tuning.DOWN_REGISTERS,

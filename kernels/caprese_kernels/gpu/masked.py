@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Many tokens: every row is read once by cuBLAS, and one kernel between the two products activates and masks."""
+"""The path for many tokens: cuBLAS reads every row once; one kernel between its two products activates and masks."""
 
 from __future__ import annotations
 

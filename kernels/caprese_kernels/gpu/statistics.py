@@ -198,8 +198,8 @@ def cats_observe(
 ) -> None:
     """As reference.cats_observe; gate's rows may be strided.
 
-    An integer atomic in L2 for each magnitude, which rather than bytes should bound it: unmeasured. Triton's histogram
-    in registers is for some hundred bins, and its shared memory takes no atomics.
+    One integer atomic in L2 for each magnitude should limit it, rather than bytes (not measured). Triton's histogram in
+    registers is for a few hundred bins, and its shared memory has no atomics.
     """
     tokens, neurons = gate.shape
     segments = len(slots)

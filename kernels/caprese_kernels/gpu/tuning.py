@@ -5,13 +5,13 @@ What bounds a decode step is weight bytes. With k of F neurons kept, B = 1 and 2
 bytes; activations, lists and partial sums are far below 1% of that. Qwen 2.5 14B (D 5120, F 13824, r 256, k = F/2):
 218 MB, so 45 us at the datasheet's 4.8 TB/s; 1.5B (D 1536, F 8960): 43 MB, 9 us; there each launch counts.
 
-- Bytes in flight: 4.8 TB/s for the some 0.7 us that a load takes are 3.4 MB, 25 KB on each of 132 multiprocessors. A
-  tile of UP or DOWN is 4 to 16 KB, some 3 of them are under way in each program, and several programs share a
+- Bytes in flight: 4.8 TB/s for the 0.7 us or so that a load takes are 3.4 MB, 25 KB on each of 132 multiprocessors. A
+  tile of UP or DOWN is 4 to 16 KB, about 3 of them are in flight in each program, and several programs share a
   multiprocessor, so that there is enough also where rows that no token needs are masked off (CATS).
 - Small tiles, many programs: the hardware hands them out as others end, so the last ones leave little idle. Programs
   past a list's end exit after one load.
 - One token multiplies and adds on the CUDA cores: 2.4e12 weights/s are 7% of their rate, and with conversions, masks
-  and addresses the loop issues some five instructions for each. More tokens take tensor cores, padded to 16.
+  and addresses the loop issues about five instructions for each. More tokens take tensor cores, padded to 16.
 - Down: each part of the list leaves a float32 partial sum [B, D] in L2 (50 MB), and the program that adds them up is
   the kernel's tail. So there are only as many parts as fill the machine once, with WARPS_PER_SM.
 """
@@ -41,11 +41,11 @@ class Tile:
 UP_ONE = Tile(rows=8, columns=512, warps=4, stages=4)  # 8 KB a load; 4 programs on a multiprocessor
 UP_DOT = Tile(rows=32, columns=128, warps=4, stages=5)  # 8 KB a load; 8 rows, the tensor cores' width, a warp
 DOWN_ONE = Tile(rows=32, columns=256, warps=8, stages=4)  # 16 KB a load, 512 bytes of each row
-# Triton divides the stages of a loop between a list's indices and the rows they name: 8 keep 3 loads of rows under way.
+# Triton divides the stages of a loop between a list's indices and the rows they name: 8 keep 3 loads of rows in flight.
 DOWN_DOT = Tile(rows=32, columns=128, warps=4, stages=8)  # 8 KB a load
 
-PLAN_CELLS = 32768  # tokens times neurons that a program of `plan` looks at at once
-PLAN_BLOCK = 8192  # and of those neurons the most
+PLAN_CELLS = 32768  # tokens times neurons that a program of `plan_rows` reads at once
+PLAN_BLOCK = 8192  # the most neurons among them
 MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
 OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
 SHARED_BYTES = 200_000  # of a multiprocessor's 228 KB
@@ -82,5 +82,5 @@ def row_warps(block: int) -> int:
 
 
 def row_stages(row_bytes: int) -> int:
-    """Stages of a loop over rows held in registers: two more are under way, as far as shared memory holds them."""
+    """Stages of a loop over rows held in registers: two more are in flight, as far as shared memory holds them."""
     return 1 + min(2, SHARED_BYTES // row_bytes)

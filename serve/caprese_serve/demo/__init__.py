@@ -1,4 +1,4 @@
-"""A tiny reasoning model, its adapters, and the program that compares them through vLLM."""
+"""A tiny reasoning model, its adapters, and the comparison of sparse methods on it through vLLM."""
 
 from pathlib import Path
 

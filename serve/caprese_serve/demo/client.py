@@ -15,19 +15,26 @@ MAX_TOKENS = 160
 
 @dataclass(frozen=True)
 class Answer:
+    """A model's response to a problem, and its number of generated tokens."""
+
     problem: Problem
     response: str
     tokens: int
 
     @property
     def correct(self) -> bool:
+        """Whether the response ends in the problem's answer."""
         return grade(self.response, self.problem.answer)
 
 
 def ask(
     url: str, model: str, problems: Sequence[Problem], concurrency: int, answered: Callable[[], object] = lambda: None
 ) -> tuple[list[Answer], float]:
-    """The answers in the order of the problems, and the wall-clock seconds from first request to last answer."""
+    """Send all problems, `concurrency` at a time, and call `answered` after each answer.
+
+    Returns the answers in the order of the problems, and the seconds from the first request to the last answer. Raises
+    openai.OpenAIError.
+    """
     return asyncio.run(_ask(url, model, problems, concurrency, answered))
 
 

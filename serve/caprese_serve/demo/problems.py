@@ -1,10 +1,9 @@
 """Deterministic generators of the demo model's two tasks: word problems and reading questions.
 
-Every problem has a ``key``, its canonical form. For math it is the sentence templates with their numbers, without
-names and objects, which do not matter to the arithmetic; for reading it is the set of facts and the question. The
-split is a function of the key alone: one key in five, by SHA-256, is a test key. Generators draw until the key falls
-in the wanted split, so train and held-out problems are disjoint by construction, however many are drawn and whatever
-the seed.
+Every problem has a ``key``, its canonical form. For math this is the sentence templates with their numbers, without
+names and objects, which do not change the arithmetic; for reading it is the set of facts and the question. The split
+is a function of the key alone: one key in five, by SHA-256, is a test key. Generators draw until the key is in the
+wanted split, so training and held-out problems are disjoint for any number of problems and any seed.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Sentence:
-    """A sentence of a word problem and how its step is worked out.
+    """A sentence of a word problem, and the computation that it asks for.
 
     In ``text`` and ``work``, {n} and {m} are names, {o} objects, {a} and {b} numbers, and {c} the computation. An
     opening computes ``a op b`` (or nothing, where op is empty); a change computes ``total op b``.
@@ -73,7 +72,7 @@ _CHANGES = (
     _Sentence("double", "*", "Then {n} doubles the number of {o}.", "After doubling, {n} has {c} {o}.", factor=2),
     _Sentence("triple", "*", "Then {n} triples the number of {o}.", "After tripling, {n} has {c} {o}.", factor=3),
 )
-# Changes of two steps: the parcels' content is computed first, then added to or taken from the total.
+# Changes of two steps: first the content of all boxes is computed, then it is added to or subtracted from the total.
 _PARCELS = (
     _Sentence("bring", "+", "{m} brings {a} boxes with {b} {o} in each box.", "{m} brings {c} {o}."),
     _Sentence("ship", "-", "{n} sends off {a} boxes with {b} {o} in each box.", "{n} sends off {c} {o}."),
@@ -156,7 +155,7 @@ def chat(prompt: str) -> list[dict[str, str]]:
 
 
 def parse_answer(response: str) -> str | None:
-    """The text after the last ``####``, or None where there is none."""
+    """The text after the last ``####``, or None if there is no such mark."""
     _, mark, answer = response.rpartition(ANSWER_MARK)
     return answer.strip() if mark else None
 
@@ -167,7 +166,7 @@ def grade(response: str, answer: str) -> bool:
 
 
 class _Rejected(Exception):
-    """The numbers drawn left the range that the demo keeps to."""
+    """A result of the drawn numbers is out of range."""
 
 
 class _Story:
@@ -183,15 +182,15 @@ class _Story:
         self.total = 0
         self.steps = 0
 
-    def tell(self, sentence: _Sentence, *numbers: int) -> None:
-        """Adds the problem's sentence; the numbers in it are {b}, or {a} and {b}."""
+    def add_sentence(self, sentence: _Sentence, *numbers: int) -> None:
+        """Adds a sentence to the problem; `numbers` are its {b}, or {a} and {b}."""
         a, b = numbers if len(numbers) == 2 else (0, *numbers)
         self.text.append(sentence.text.format(**self.words, a=a, b=b))
         drawn = () if sentence.factor else numbers
         self.key.append(":".join([sentence.id, *map(str, drawn)]))
 
     def step(self, work: str, a: int, op: str, b: int) -> int:
-        """Works one computation out and returns its result."""
+        """Adds a worked computation to the response and returns its result."""
         result = {"+": a + b, "-": a - b, "*": a * b}[op]
         if not 0 < result <= LARGEST_RESULT:
             raise _Rejected
@@ -204,23 +203,23 @@ class _Story:
         rng = self.rng
         if not sentence.op:
             self.total = rng.randint(3, 30)
-            self.tell(sentence, self.total)
+            self.add_sentence(sentence, self.total)
             return
         largest = 9 if sentence.op == "*" else 30
         a, b = rng.randint(2, largest), rng.randint(2, min(largest, 20))
-        self.tell(sentence, a, b)
+        self.add_sentence(sentence, a, b)
         self.total = self.step(sentence.work, a, sentence.op, b)
 
     def change(self, sentence: _Sentence) -> None:
         """Changes the total in one step."""
         b = sentence.factor or self.rng.randint(2, 20)
-        self.tell(sentence, b)
+        self.add_sentence(sentence, b)
         self.total = self.step(sentence.work, self.total, sentence.op, b)
 
     def parcels(self, sentence: _Sentence) -> None:
         """Changes the total in two steps."""
         a, b = self.rng.randint(2, 9), self.rng.randint(2, 9)
-        self.tell(sentence, a, b)
+        self.add_sentence(sentence, a, b)
         content = self.step(sentence.work, a, "*", b)
         self.total = self.step("Now {n} has {c} {o}.", self.total, sentence.op, content)
 
@@ -229,12 +228,12 @@ class _Story:
         b = self.rng.randint(2, 9)
         if self.total > 20:
             raise _Rejected
-        self.tell(_PRICE, b)
+        self.add_sentence(_PRICE, b)
         self.total = self.step(_PRICE.work, self.total, "*", b)
 
 
 def _draw_math(rng: random.Random) -> Problem | None:
-    """A word problem of one to three steps, or None where its numbers left the range."""
+    """A word problem of one to three steps, or None if a result is out of range."""
     wanted = rng.choice((1, 2, 2, 3, 3))
     story = _Story(rng)
     question = rng.choice(_QUESTIONS)

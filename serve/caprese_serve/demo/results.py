@@ -1,4 +1,4 @@
-"""The demo's results: their schema, the table, and what is said below it."""
+"""The demo's results: the schema of out/demo.json, the table, and the remarks below it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from caprese_kernels.errors import CapreseError
 
 
 class Score(BaseModel):
-    """Answers to one task, graded."""
+    """The graded answers to one task."""
 
-    marks: str = Field(min_length=1, description="one character a problem, 1 where it was answered correctly")
+    marks: str = Field(min_length=1, description="a character for each problem: 1 correct, 0 wrong")
     accuracy: float = Field(ge=0, le=1)
     stderr: float = Field(ge=0, description="binomial standard error of the accuracy")
 
     @classmethod
     def of(cls, correct: list[bool]) -> Score:
+        """The score of graded answers; at least one."""
         share = sum(correct) / len(correct)
         marks = "".join(str(int(mark)) for mark in correct)
         return cls(marks=marks, accuracy=share, stderr=sqrt(share * (1 - share) / len(correct)))
@@ -29,14 +30,14 @@ class Score(BaseModel):
         return f"{self.accuracy:.1%} ± {100 * self.stderr:.1f}"
 
     def gain_over(self, other: Score) -> tuple[float, float]:
-        """Difference of accuracies on the same problems, and its standard error as paired samples."""
+        """The difference of the accuracies on the same problems, and its standard error (paired samples)."""
         each = [int(a) - int(b) for a, b in zip(self.marks, other.marks, strict=True)]
         mean = sum(each) / len(each)
         return mean, sqrt(sum((x - mean) ** 2 for x in each)) / len(each)
 
 
 class Served(BaseModel):
-    """What a server says at /caprese about its method and what that read so far."""
+    """A server's report at /caprese: its method, and the tokens generated and the share of FF weights read so far."""
 
     method: str | None
     density: float
@@ -48,18 +49,18 @@ class Served(BaseModel):
 
     @classmethod
     def dense(cls) -> Served:
-        """A server without Caprese: every token needs all weights."""
+        """The report of a server without Caprese, whose tokens need all weights."""
         return cls(method=None, density=1, rank=0, layers=[], kernel=None, generated_tokens=0, ff_weights_read=1)
 
     def share_since(self, before: Served) -> float:
-        """The share of FF weights that the tokens generated after `before` needed."""
+        """The share of FF weights that the tokens generated after `before` needed. Raises CapreseError if none were."""
         if self.method is None:
             return 1.0
         tokens = self.generated_tokens - before.generated_tokens
         if tokens <= 0 or self.ff_weights_read is None:
             raise CapreseError(
                 "GET /caprese",
-                expected="a count of the tokens just generated",
+                expected="a count of the generated tokens that grows",
                 found=f"{tokens} tokens",
                 fix="report this bug",
             )
@@ -68,13 +69,13 @@ class Served(BaseModel):
 
 
 class Row(BaseModel):
-    """One variant's results; accuracies and weights read are fractions."""
+    """The results of one variant; accuracies and weights read are fractions."""
 
     variant: str
     math_accuracy: float = Field(ge=0, le=1)
     reading_accuracy: float = Field(ge=0, le=1)
-    mean_tokens: float = Field(gt=0, description="of a response")
-    tokens_per_s: float = Field(gt=0, description="generated tokens of all requests by wall-clock time")
+    mean_tokens: float = Field(gt=0, description="generated tokens of a response")
+    tokens_per_s: float = Field(gt=0, description="generated tokens of all requests per second of wall-clock time")
     ff_weights_read: float = Field(gt=0, description="share of all FF weights that a generated token needs")
     math: Score
     reading: Score
@@ -85,16 +86,18 @@ class Row(BaseModel):
 
 
 class DemoReport(BaseModel):
-    """out/demo.json."""
+    """The file out/demo.json."""
 
     rows: list[Row]
     provenance: dict[str, Any]
 
     def row(self, variant: str) -> Row | None:
+        """The variant's row, if it was measured."""
         return next((row for row in self.rows if row.variant == variant), None)
 
 
 def table(rows: list[Row]) -> Table:
+    """The table that `caprese demo` prints."""
     shown = Table(title="Held-out problems, greedy, through vllm serve")
     shown.add_column("variant", no_wrap=True)
     for name in ("math", "reading", "tokens", "tokens/s", "FF weights read"):
@@ -112,7 +115,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def remarks(report: DemoReport) -> Iterator[str]:
-    """What the table says, in words."""
+    """The table's findings in sentences: accuracy lost and recovered, and how to read the columns."""
     full = report.row("Full")
     for name in ("GRIFFIN", "CATS"):
         plain, caprese = report.row(name), report.row(f"Caprese ({name})")

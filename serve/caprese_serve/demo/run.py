@@ -1,4 +1,4 @@
-"""`caprese demo`: the same held-out problems to the full model, GRIFFIN, CATS and Caprese, through `vllm serve`."""
+"""`caprese demo`: the full model, GRIFFIN, CATS and Caprese answer the same held-out problems through `vllm serve`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from caprese_kernels import terminal
 from caprese_kernels.adapters import read_config
 from caprese_kernels.errors import CapreseError
 
@@ -28,16 +29,16 @@ from .results import DemoReport, Row, Score, Served, remarks, table
 
 SERVED_NAME = "caprese-demo"
 QUESTION = "Leo has 27 apples. Then Leo triples the number of apples. How many apples does Leo have now?"
-WARM_UP = 16  # training problems sent first and not counted
+WARM_UP = 16  # training problems that are sent first and not counted
 FLAGS = ("--served-model-name", SERVED_NAME, "--max-model-len", "512", "--max-num-seqs", "64", "--seed", "0",
          "--enforce-eager", "--disable-uvicorn-access-log")  # fmt: skip
-# A GiB of KV cache holds 64 requests of the demo many times; nothing here needs the network.
+# 1 GiB of KV cache is many times what 64 requests of the demo need. The demo needs no network.
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: a method or none, with or without its adapter."""
+    """A row of the table: the dense model or a sparse method, without or with its adapter."""
 
     id: str
     label: str
@@ -45,7 +46,7 @@ class Variant:
     adapter: bool = False
 
     def settings(self) -> dict[str, Any] | None:
-        """Its Caprese configuration. A plain method gets the density and layers of the adapter it stands beside."""
+        """The Caprese configuration; None for the dense model. A plain method uses its adapter's density and layers."""
         if self.method is None:
             return None
         if self.adapter:
@@ -54,7 +55,7 @@ class Variant:
         return {"method": self.method, "density": config.density, "layers": config.layers}
 
     def flags(self) -> tuple[str, ...]:
-        """What it adds to `vllm serve`."""
+        """The flags of `vllm serve` for this variant."""
         settings = self.settings()
         if settings is None:
             return ()
@@ -72,22 +73,28 @@ VARIANTS = (
 )
 
 
-def run(math: int, reading: int, variants: Sequence[str], concurrency: int, output: Path) -> None:
-    """Serve and grade each variant in turn; print the table and write it to `output`."""
+def run(math: int, reading: int, variants: Sequence[str], concurrency: int, output: Path) -> DemoReport:
+    """Serve and grade each variant in turn, and write the report to `output`.
+
+    Raises CapreseError for an unknown variant, or if a server does not start or stops answering.
+    """
     chosen = _chosen(variants)
-    console = Console()
     asked = [*problems("math", "test", math), *problems("reading", "test", reading)]
-    rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs", console) for variant in chosen]
+    rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs") for variant in chosen]
     report = DemoReport(rows=rows, provenance=provenance())
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report.model_dump_json(indent=2) + "\n")
-    console.print()
-    console.print(table(rows))
+    terminal.notes().print(f"Written to {output}.", highlight=False, soft_wrap=True, markup=False)
+    return report
+
+
+def show(report: DemoReport) -> None:
+    """Print the table with remarks on it, and commands to try next."""
+    result, notes = terminal.result(), terminal.notes()
+    result.print(table(report.rows))
     for remark in remarks(report):
-        console.print(f"\n{remark}", highlight=False)
-    console.print(
-        f"\nWritten to {output}.\n\nTry next:\n{_next_steps()}", highlight=False, soft_wrap=True, markup=False
-    )
+        result.print(f"\n{remark}", highlight=False)
+    notes.print(f"\nTry next:\n{_next_steps()}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _chosen(ids: Sequence[str]) -> list[Variant]:
@@ -100,8 +107,9 @@ def _chosen(ids: Sequence[str]) -> list[Variant]:
     return [variant for id, variant in known.items() if id in ids]
 
 
-def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs: Path, console: Console) -> Row:
+def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs: Path) -> Row:
     """Start a server, warm it up, send all problems, and stop it."""
+    console = terminal.notes()
     device = () if torch.cuda.is_available() else ("--dtype", "float32")
     log = logs / f"{variant.id}.log"
     warm_up = list(problems("math", "train", WARM_UP))
@@ -137,7 +145,7 @@ def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs:
 
 
 def _counted(server: VllmServer, variant: Variant) -> Served:
-    """What the server says of itself; without a method there is nothing to ask, and all weights are read."""
+    """What the server reports at /caprese; the dense model's server has no such page and reads all weights."""
     return Served.dense() if variant.method is None else Served.model_validate(server.get("/caprese"))
 
 
@@ -147,7 +155,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _next_steps() -> str:
-    """Commands to go on with, as they can be pasted from here."""
+    """Commands that serve and distill, with paths relative to the current directory where these are shorter."""
     vllm, caprese = (_short(Path(vllm_program()).with_name(name)) for name in ("vllm", "caprese"))
     return f"""  {vllm} serve {_short(MODEL)} --caprese-weights {_short(ADAPTERS["griffin"])} \\
       --served-model-name {SERVED_NAME} --max-model-len 512
@@ -157,5 +165,5 @@ def _next_steps() -> str:
 
 
 def _short(path: Path) -> str:
-    """The path as seen from here, where that is shorter."""
+    """The path, absolute or relative to the current directory, whichever is shorter; quoted for a shell."""
     return shlex.quote(min(str(path), os.path.relpath(path), key=len))

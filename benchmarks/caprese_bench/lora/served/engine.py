@@ -1,31 +1,37 @@
-"""GRIFFIN + LoRA as a variant of the engine: a plugin of vLLM's that changes what Caprese's GRIFFIN blocks compute.
+"""GRIFFIN + LoRA as a variant of the engine: a vLLM plugin that registers FF kernels with `caprese_vllm.ff_kernels`.
 
 LoRA is the paper's comparison, not a feature: its weights stay unmerged, as the paper measures it (section 4.4), and A
 and B are plain matrix products around the product's own sparse kernels (kernels.py).
 
-    Engine(log, variables(folder, rank=256), model=..., caprese={"method": "griffin"}, engine=...)
+    caprese = {"method": "griffin", "kernel_extension": EXTENSION}
+    Engine(log, variables(folder, rank=256), model=..., caprese=caprese, engine=...)
 
-The engine's kernel is then called "lora over ...", by which its counters prove what ran.
+The engine then reports its kernel as "lora over ...", which proves what ran.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from caprese_kernels.backend import Backend
+from caprese_kernels.backend import Backend, RowPlan
+from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 
 from . import kernels
 
-VARIABLE = "CAPRESE_SERVED_LORA"
+VARIABLE = (
+    "CAPRESE_SERVED_LORA"  # JSON: {"rank": r of the L and R to match, "weights": a file, or null for random ones}
+)
+EXTENSION = "lora"  # the name of these kernels
 
 
 def variables(folder: Path, rank: int, weights: Path | None = None) -> dict[str, str]:
@@ -45,25 +51,26 @@ def variables(folder: Path, rank: int, weights: Path | None = None) -> dict[str,
 
 
 def install() -> None:
-    """vLLM calls it in every process; once the slot tables are made, the blocks' kernels become LoRA's."""
-    from caprese_vllm.ff import State
+    """vLLM calls it in every process: offer the kernels to the engine (`caprese_vllm.ff_kernels`)."""
+    from caprese_vllm import ff_kernels  # vLLM is there; the benchmark's own process does without
 
-    if VARIABLE not in os.environ or hasattr(State.allocate, "__lora__"):
-        return
-    given, original = json.loads(os.environ[VARIABLE]), State.allocate
+    ff_kernels.register(EXTENSION, lora_kernels, cuda_graphs=True)
 
-    def allocate(self: State) -> None:
-        original(self)
-        if self.method.name != "griffin" or self.method.rank:
-            raise CapreseError(
-                "LoRA", expected="plain GRIFFIN below it", found=str(self.method), fix="serve {'method': 'griffin'}"
-            )
-        path = given["weights"]
-        blocks = {block.layer: block.packed for block in self.blocks}
-        self.kernels = LoraKernels(self.kernels, load(blocks, Path(path)) if path else draw(blocks, given["rank"]))
 
-    allocate.__lora__ = True  # type: ignore[attr-defined]
-    State.allocate = allocate  # type: ignore[method-assign]
+def lora_kernels(backend: Backend, method: Method, blocks: Mapping[int, PackedFF]) -> Backend:
+    """GRIFFIN with the LoRA that the environment names, over `backend`; CapreseError for another method."""
+    if method.name != "griffin" or method.rank:
+        raise CapreseError(
+            "LoRA", expected="plain GRIFFIN below it", found=str(method), fix="serve {'method': 'griffin'}"
+        )
+    if VARIABLE not in os.environ:
+        raise CapreseError(
+            "LoRA", expected=f"${VARIABLE}", found="none", fix="start the engine with the environment of `variables`"
+        )
+    given = json.loads(os.environ[VARIABLE])
+    path = given["weights"]
+    lora = load(blocks, Path(path)) if path else draw(blocks, given["rank"])
+    return cast(Backend, LoraKernels(backend, lora))
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,19 @@ class Lora:
     a_down: Tensor  # [F, r']
     b_down: Tensor  # [r', D]
 
-    def forward(self, backend: Backend, x: Tensor, keep: Tensor, slots: Tensor, **planned: Any) -> Tensor:
+    def forward(
+        self, backend: Backend, x: Tensor, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+    ) -> Tensor:
         """Eq. 11, y [T, D] of x [T, D]: two products before the sparse halves, two after them."""
         rank = self.a_down.shape[1]
         inner = (x @ self.a_in).view(len(x), 2, rank).transpose(0, 1)
-        z, given = kernels.up(backend, x, torch.bmm(inner, self.b_in), self.ff, keep, slots, **planned)
+        z, given = kernels.up(backend, x, torch.bmm(inner, self.b_in), self.ff, keep, slots, row_plan)
         y = kernels.down(backend, given, self.ff, keep, slots)
         return torch.addmm(y, z @ self.a_down, self.b_down)
 
 
 class LoraKernels:
-    """A Backend whose GRIFFIN has LoRA; what else it is asked for, the one below does."""
+    """A Backend whose GRIFFIN has LoRA; the one below computes the rest."""
 
     def __init__(self, below: Backend, lora: dict[int, Lora]):
         self.below, self.NAME = below, f"lora over {below.NAME}"
@@ -95,11 +104,14 @@ class LoraKernels:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.below, name)
 
-    def griffin_ff(self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, **planned: Any) -> Tensor:
-        return self.of[id(ff)].forward(self.below, x, keep, slots, **planned)
+    def griffin_ff(
+        self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+    ) -> Tensor:
+        """Eq. 11 with the block's own A and B."""
+        return self.of[id(ff)].forward(self.below, x, keep, slots, row_plan)
 
 
-def draw(blocks: dict[int, PackedFF], rank: int) -> dict[int, Lora]:
+def draw(blocks: Mapping[int, PackedFF], rank: int) -> dict[int, Lora]:
     """Random A and B for each layer's block, of as many parameters as L and R of `rank`."""
     made = {}
     for layer, ff in blocks.items():
@@ -115,7 +127,7 @@ def draw(blocks: dict[int, PackedFF], rank: int) -> dict[int, Lora]:
     return made
 
 
-def load(blocks: dict[int, PackedFF], path: Path) -> dict[int, Lora]:
+def load(blocks: Mapping[int, PackedFF], path: Path) -> dict[int, Lora]:
     """Trained A and B, from a file of `lora.tensors`."""
     from safetensors.torch import load_file
 

@@ -22,17 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caprese_kernels import cpu
-from caprese_kernels.backend import Backend
+from caprese_kernels.backend import Backend, RowPlan
 from caprese_kernels.cpu.build import compiled
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 
 
 def up(
-    backend: Backend, x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, **planned: Any
+    backend: Backend,
+    x: Tensor,
+    low: Tensor,
+    ff: PackedFF,
+    keep: Tensor,
+    slots: Tensor,
+    row_plan: RowPlan | None = None,
 ) -> tuple[Tensor, Any]:
-    """z and what `down` takes, by the implementation for `backend`; `planned` is what its griffin_ff takes beside."""
-    return _implementation(backend).up(x, low, ff, keep, slots, **planned)
+    """z and what `down` takes, by the implementation for `backend`; `row_plan` is what its griffin_ff takes."""
+    return _implementation(backend).up(x, low, ff, keep, slots, row_plan)
 
 
 def down(backend: Backend, given: Any, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
@@ -58,7 +64,9 @@ class Reference:
     """Every weight is read."""
 
     @staticmethod
-    def up(x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def up(
+        x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None
+    ) -> tuple[Tensor, Tensor]:
         kept = keep[slots]
         assert ff.gate is not None
         gate = ff.act(torch.where(kept, F.linear(x, ff.gate), 0) + low[0])
@@ -77,7 +85,9 @@ class Cpu:
     TOKENS = 64
 
     @classmethod
-    def up(cls, x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def up(
+        cls, x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None
+    ) -> tuple[Tensor, Tensor]:
         z = x.new_empty(len(x), ff.num_neurons)
         for first in range(0, len(x), cls.TOKENS):
             part = slice(first, first + cls.TOKENS)

@@ -19,10 +19,10 @@ CELLS = 2048  # tokens times neurons that a program without weights looks at
 
 
 def up(
-    x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, plan: gather.Plan | None = None
+    x: Tensor, low: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: gather.RowPlan | None = None
 ) -> tuple[Tensor, Any]:
     """z, and for `down` its kept part in the order of the plan."""
-    plan = plan or gather.plan(keep, slots)
+    row_plan = row_plan or gather.plan_rows(keep, slots)
     call = gather.Call(x.contiguous(), ff, slots)
     arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # the kernel sets it to zero
     z, neurons = x.new_empty(len(x), ff.num_neurons), ff.num_neurons
@@ -30,19 +30,27 @@ def up(
     tiles = triton.cdiv(neurons, call.up.rows)
     options = {name: value for name, value in call.up_options.items() if name not in ("GATED", "BIASED")}
     lora_up[(tiles + triton.cdiv(neurons, block), call.token_tiles)](
-        *(call.x, ff.gate_up_plus, low.contiguous(), keep.contiguous().view(torch.uint8), slots, plan.rows, plan.count),
+        *(
+            call.x,
+            ff.gate_up_plus,
+            low.contiguous(),
+            keep.contiguous().view(torch.uint8),
+            slots,
+            row_plan.rows,
+            row_plan.count,
+        ),
         *(z, call.z, arrived, call.down_programs, *call.sizes[:3]),
         ARRIVED=triton.next_power_of_2(call.down_programs),
         BLOCK=block,
         **options,
     )
-    return z, (call, arrived, plan)
+    return z, (call, arrived, row_plan)
 
 
 def down(listed: Any, ff: PackedFF, keep: Tensor, slots: Tensor, **_: Any) -> Tensor:
     """y of what `up` left."""
-    call, arrived, plan = listed
-    return call.down(arrived, plan)
+    call, arrived, row_plan = listed
+    return call.down(arrived, row_plan)
 
 
 @triton.jit

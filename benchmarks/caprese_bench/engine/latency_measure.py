@@ -1,0 +1,132 @@
+"""Runs a latency case on several engines in turn, and checks by their counters that each ran its variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from caprese_kernels.errors import CapreseError
+
+from ..results.report import Row
+from .latency_cases import Case
+from .process import Answer, Engine
+from .timed_model import TimedModel, prompts
+from .variants import Variant
+
+WARM_UP = 8  # tokens
+
+
+@dataclass
+class Run:
+    """One variant's answers to a case, one for each round."""
+
+    variant: Variant
+    answers: list[Answer]
+    union_share: float  # share of neurons that some request keeps, so that a step reads
+    counted: Row  # columns from the engine's counters
+
+
+def measure(
+    case: Case,
+    model: TimedModel,
+    data: str | None,
+    variants: Sequence[Variant],
+    engines: dict[str, Engine],
+    rounds: int,
+    advance: Callable[[str], object],
+) -> list[Run]:
+    """Run the case on every engine in turn. Each round has other prompts and begins with another engine; a first round
+    is not counted. `advance` is called with a description before each answer."""
+    answers: dict[str, list[Answer]] = {variant.id: [] for variant in variants}
+    before: dict[str, Any] = {}
+    unions: dict[str, float | None] = {}
+    for turn in range(rounds + 1):
+        asked = prompts(model, data, case.batch, case.prompt, seed=turn)
+        shift = turn % len(variants)
+        for variant in (*variants[shift:], *variants[:shift]):
+            advance(f"{case.section} {case.prompt}+{case.generated}, {case.requests} at once, {variant.id}")
+            engine = engines[variant.id]
+            if turn == 0:
+                engine.run(prompts=asked, max_tokens=WARM_UP, n=case.samples, reset=True)
+                union = engine.run("union", prompts=asked, max_tokens=case.generated, n=case.samples)
+                unions[variant.id] = union["union"]
+                before[variant.id] = engine.run("report")["caprese"]
+            else:
+                answer = engine.run(prompts=asked, max_tokens=case.generated, n=case.samples, reset=True)
+                answers[variant.id].append(answer)
+    runs = []
+    for variant in variants:
+        after = engines[variant.id].run("report")["caprese"]
+        counted = check_counters(model, variant, case, rounds, before[variant.id], after)
+        share = union_share(variant, case, unions[variant.id], counted)
+        runs.append(Run(variant, answers[variant.id], share, counted))
+    return runs
+
+
+def union_share(variant: Variant, case: Case, union: float | None, counted: Row) -> float:
+    """Share of neurons that some request of the case keeps: `union` as the engine reports it for GRIFFIN.
+
+    Each token of CATS has a selection of its own; those of several requests are taken as independent. Raises
+    CapreseError if GRIFFIN's union is smaller than a single selection: then the requests never ran at the same time.
+    """
+    if variant.method == "cats":
+        return float(1 - (1 - counted["kept_share"]) ** case.requests)
+    if union is not None and union < 0.99 * counted["kept_share"]:
+        raise CapreseError(
+            f"variant {variant.id}",
+            expected=f"a union of selections of {counted['kept_share']:.1%} at least",
+            found=f"{union:.1%}",
+            fix="more generated tokens",
+        )
+    return 1.0 if union is None else union
+
+
+def check_counters(model: TimedModel, variant: Variant, case: Case, rounds: int, before: Any, after: Any) -> Row:
+    """What the engine's own counters report of a variant's tokens, from `before` to `after` the counted rounds.
+
+    Raises CapreseError unless the engine ran the variant: method, layers, rank, density, LoRA, the number of tokens
+    and the share of neurons that they keep.
+    """
+
+    from caprese_kernels.reference import griffin_count  # torch
+
+    def refuse(expected: str, found: object) -> None:
+        raise CapreseError(f"variant {variant.id}", expected=expected, found=str(found), fix="report this bug")
+
+    if variant.method is None:
+        if after is not None:
+            refuse("plain vLLM", after)
+        return {}
+    if after is None or after["method"] != variant.method or tuple(after["layers"]) != model.layers(variant):
+        refuse(f"{variant.method} in layers {list(model.layers(variant))}", after)
+    if after["rank"] != model.rank_of(variant):
+        refuse(f"rank {model.rank_of(variant)}", after["rank"])
+    if after["kernel"].startswith("lora") != (variant.correction == "lora"):
+        refuse("LoRA" if variant.correction == "lora" else "no LoRA", after["kernel"])
+    tokens = after["generated_tokens"] - before["generated_tokens"]
+    expected = rounds * case.requests * (case.generated - 1)  # the first token comes from the prompt's pass
+    if tokens < expected:
+        refuse(f"{expected} tokens generated by sparse FF blocks", tokens)
+    read = (
+        after["ff_weights_read"] * after["generated_tokens"]
+        - (before["ff_weights_read"] or 0) * before["generated_tokens"]
+    )
+    kept = kept_share(model, variant, read / tokens)
+    density = model.density_of(variant.method)
+    if abs(after["density"] - density) > 1e-9:
+        refuse(f"density {density:g}", after["density"])
+    goal = griffin_count(density, model.weights.neurons) / model.weights.neurons
+    # CATS' threshold comes from the prompt: generated tokens may keep another share, but not nearly all neurons.
+    if abs(kept - goal) > (1e-6 if variant.method == "griffin" else 0.9 * (1 - goal)):
+        refuse(f"{goal:.0%} of the neurons kept", f"{kept:.1%}")
+    return {"sparse_tokens": tokens, "ff_weights_read": read / tokens, "kept_share": kept, "kernel": after["kernel"]}
+
+
+def kept_share(model: TimedModel, variant: Variant, ff_read: float) -> float:
+    """Share of a sparse layer's neurons that a token keeps, from the share of all FF weights that it needs."""
+    weights, sparse = model.weights, len(model.layers(variant))
+    matrix = weights.neurons * weights.hidden_size
+    block = (ff_read * weights.layers - (weights.layers - sparse)) / sparse * 3 * matrix  # values read of one block
+    block -= 2 * model.rank_of(variant) * weights.hidden_size
+    return block / (3 * matrix) if variant.method == "griffin" else (block - matrix) / (2 * matrix)

@@ -1,0 +1,175 @@
+"""What Caprese keeps for one engine in one process: the requests' slots and selections, the current step, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caprese_kernels.backend import Backend
+from caprese_kernels.config import Method
+
+from .ff import SparseFF, StepView
+from .pages import COMMANDS, Commands
+from .requests import RequestTable, Scheduled, Step
+from .statistics import ChunkPlan
+
+STATE = "caprese"  # our key in vLLM's per-engine forward context
+
+
+def state_of(vllm_config: Any) -> State | None:
+    """The engine's state; None where Caprese is off, while another engine of this process may have it on."""
+    return vllm_config.compilation_config.static_forward_context.get(STATE)
+
+
+@dataclass
+class State:
+    """Everything that Caprese knows about one engine in this process.
+
+    All of its tables have their size and address from start-up on, so that CUDA graphs can read them.
+    """
+
+    method: Method
+    requests: RequestTable
+    num_layers: int
+    kernels: Backend
+    weights: str | None = None  # the adapter file
+    tensor_parallel_size: int = 1
+    graph_rows: int = 0  # the most rows of a full CUDA graph
+    blocks: list[SparseFF] = field(default_factory=list)
+    commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's, for the next step
+    view: StepView | None = None  # of the current step; None: profiling or a dummy batch, all rows dense
+    scheduled: int = 0  # generated tokens that the scheduler sent to sparse blocks
+
+    def __post_init__(self) -> None:
+        # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
+        self.table = torch.empty(0)
+        self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
+        # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
+        self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
+        # Generated tokens that the first block computed sparse. The device counts them, inside of CUDA graphs too: a
+        # graph that replays dense blocks counts none.
+        self.computed = torch.zeros((), dtype=torch.int64, device=self.requests.device)
+
+    @property
+    def step(self) -> Step | None:
+        """The current step; None outside of a real or captured batch."""
+        return None if self.view is None else self.view.step
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that ran sparse; in a pipeline stage without a sparse block, those that ran sparse in another one."""
+        return int(self.computed) if self.blocks else self.scheduled
+
+    def allocate(self) -> None:
+        """Make the slot table once all blocks are there; each block gets its layer's view."""
+        griffin, slots = self.method.name == "griffin", self.requests.num_slots
+        neurons = max((block.num_neurons for block in self.blocks), default=0)  # a pipeline stage may have no block
+        assert all(block.num_neurons == neurons for block in self.blocks), "FF blocks of one size"
+        shape = (len(self.blocks), slots, neurons) if griffin else (len(self.blocks), slots)
+        dtype = torch.bool if griffin else torch.float32
+        self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
+        for index, (block, selections) in enumerate(zip(self.blocks, self.table, strict=True)):
+            block.index, block.selections = index, selections
+
+    def begin(self, scheduled: Iterable[Scheduled]) -> None:
+        """Before the forward pass of a real batch, eager or replayed: everything that the step changes outside of it.
+
+        The batch's rows are the given requests' tokens, one request after another.
+        """
+        step = self.requests.begin(scheduled, self.commands)
+        for key, slot in step.parked:
+            self.parked[key] = self.table[:, slot].clone()
+        for key, slot in step.restored:
+            self.table[:, slot] = self.parked.pop(key)
+        self.scheduled += len(step.sparse_rows)
+        self._set_view(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
+        if self.can_replay(step):
+            self.decode_slots[: step.num_rows] = step.sparse_slots
+            self.decode_slots[step.num_rows :] = -1
+
+    def can_replay(self, step: Step) -> bool:
+        """Whether a full CUDA graph computes this step: it has generated tokens only."""
+        return step.decode and step.num_rows <= self.graph_rows
+
+    def begin_dummy_decode(self, num_rows: int) -> None:
+        """Make the step that full CUDA graphs capture, and that a dummy batch replays: decoding, every row padding.
+
+        It runs the kernels that decoding runs, on the buffer that `begin` will refill, and touches no slot.
+        """
+        if num_rows > self.graph_rows:
+            raise RuntimeError(f"a full CUDA graph of {num_rows} rows, but room for {self.graph_rows} only")
+        self.decode_slots.fill_(-1)
+        none = self.decode_slots[:0]
+        rows = torch.arange(num_rows, device=self.requests.device)
+        self._set_view(Step(num_rows, [], rows, self.decode_slots[:num_rows], none, none), None)
+
+    def end_step(self) -> None:
+        """What runs until the next `begin` is profiling or a dummy batch: all of its rows are dense."""
+        self.view = None
+
+    def _set_view(self, step: Step, chunks: ChunkPlan | None) -> None:
+        self.view = StepView(step, chunks, self.kernels, self.table, self.computed)
+
+    def finish_request(self, request_id: str) -> None:
+        """Free what a finished request holds: its slot, its parked selection, its statistics."""
+        key = self.requests.finish(request_id)
+        if key is not None:
+            self.parked.pop(key, None)
+            for block in self.blocks:
+                block.statistics.forget(key)
+
+    def report(self) -> dict[str, Any]:
+        """This process's part of what GET /caprese shows (`merge`).
+
+        The share is of all FF weights of the model: blocks not replaced, or of other pipeline stages, count as read.
+        """
+        tokens = self.generated_tokens
+        untouched = self.num_layers - len(self.blocks)
+        read = (
+            sum(block.weights_read(tokens) / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
+        )
+        return {
+            "enabled": True,
+            "method": self.method.name,
+            "density": self.method.density,
+            "rank": self.method.rank,
+            "layers": list(self.method.layers),
+            "kernel": self.kernels.NAME,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "live_requests": len(self.requests),
+            "generated_tokens": tokens,
+            "ff_weights_read": (untouched + read) / self.num_layers if tokens else None,
+        }
+
+
+def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of the whole model from those of every rank, which saw the same requests.
+
+    The ranks of one pipeline stage hold equal parts of its layers, so their savings are averaged; stages add theirs.
+    """
+    whole = dict(reports[0])
+    whole["generated_tokens"] = min(report["generated_tokens"] for report in reports)
+    if whole["generated_tokens"]:
+        spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
+        whole["ff_weights_read"] = 1 - spared
+    return whole
+
+
+def run_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap a runner's method that runs one step: hand over the scheduler's commands, and end the step in any case.
+
+    What runs between two steps is a dummy batch.
+    """
+    state = state_of(self.vllm_config)
+    if state is None:
+        return original(self, *args, **kwargs)
+    scheduler_output = args[0] if args else kwargs.get("scheduler_output")
+    state.commands = getattr(scheduler_output, COMMANDS, {})
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        state.end_step()

@@ -1,0 +1,291 @@
+"""A distillation from its settings to the adapter file: data, model, plan, stages, result.
+
+from caprese_distill import DistillConfig, distill
+
+result = distill(DistillConfig(model="Qwen/Qwen2.5-1.5B-Instruct", data="openai/gsm8k:main", rank=128))
+print(result.adapter, result.held_out_errors)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import platform
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from caprese_kernels.config import BaseModelInfo, Method
+from caprese_kernels.errors import CapreseError
+
+from .blocks import find_blocks, resolve_method
+from .card import write_card
+from .config import DistillConfig
+from .data.generate import Generated, Generation, generate_samples
+from .data.samples import Sample, encode
+from .data.sources import Source, read_source
+from .end_to_end.train import Recipe, default_learning_rate
+from .layer_wise.adam import AdamSettings
+from .loading import (
+    find_device,
+    load_model,
+    load_model_on,
+    load_skeleton,
+    load_small_parts,
+    max_sample_tokens,
+    stored_dtype,
+)
+from .memory import check_disk, check_memory, estimate_memory
+from .plan import DistillationPlan, Estimate
+from .progress import progress_bar
+from .result import Result
+from .scale.cluster import Cluster, connect
+from .scale.ray_training import Workers
+from .stages import clean_up, held_bytes, remaining_work, run_stages, save, scratch_path
+from .timing import estimate_seconds
+from .work import Work
+
+
+def distill(config: DistillConfig, console: Console | None = None) -> Result:
+    """Make the adapter file that `config` describes, and its model card; what `caprese distill` does.
+
+    `console` gets remarks and progress bars. A killed or failed run continues where it stopped when it is called again
+    with the same settings. CapreseError for what cannot work: data, model or settings that do not fit, too little
+    memory or disk.
+    """
+    return Job(config, console).run()
+
+
+class Job:
+    """One distillation. `run` does all of it; `plan` and `estimate` are its first steps, and write nothing.
+
+    (With `generate`, the plan needs the responses: it makes them, and keeps them beside the output.)
+    """
+
+    def __init__(self, config: DistillConfig, console: Console | None = None):
+        self.config, self.console = config, console or Console(quiet=True)
+        self._plan: DistillationPlan | None = None
+        self._estimate: Estimate | None = None
+        self._model: Any = None  # a transformers causal LM, or the Cluster whose workers have it
+        self._provenance: dict[str, Any] = {}
+        self._generated: Generated | None = None
+
+    @property
+    def _on_one_device(self) -> bool:
+        """Memory and time of several devices, or several processes that resume, are not estimated."""
+        return self.config.num_workers == 1 and self.config.device_map is None
+
+    @property
+    def _device(self) -> torch.device:
+        """The device that the model runs on; Ray's workers may have GPUs that this machine lacks."""
+        return find_device("auto" if self.config.num_workers > 1 else self.config.device)
+
+    def plan(self) -> DistillationPlan:
+        """Read the data, make the samples and check the model's shapes; reads no weights."""
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    def estimate(self) -> Estimate | None:
+        """Check memory and disk, load the model, and time a few batches; None for several devices or processes."""
+        plan, config = self.plan(), self.config
+        if self._model is not None:
+            return self._estimate
+        check_disk(plan.memory, config.output, held_bytes(config.output))
+        if self._on_one_device and (warning := check_memory(plan.memory, self._device)):
+            self._note(warning)
+        with _device_memory():
+            self._model = self._load_model()
+            if self._on_one_device:
+                remaining = remaining_work(self._model, plan.work, config.output)
+                seconds = estimate_seconds(self._model, plan.work, remaining)
+                self._estimate = Estimate(plan.memory, seconds, remaining.resumed, self._device)
+        return self._estimate
+
+    def run(self) -> Result:
+        """Run the stages that an earlier run has not finished; write the adapter, then its card."""
+        config, plan, estimate = self.config, self.plan(), self.estimate()
+        output = config.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with _device_memory():
+                adapters = run_stages(self._model, plan.work, output, self.console, config.tensorboard)
+        except KeyboardInterrupt:
+            self._note("interrupted; the same command continues from the last checkpoint")
+            raise
+        adapters.config.training |= {
+            "data": self._provenance,
+            "command": shlex.join(config.command()),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+            | {"python": platform.python_version()},
+            "resources": asdict(estimate.usage()) if estimate else None,
+        }
+        save(adapters, output)
+        responses = self._generated.keep() if self._generated else None  # before a killed run's files are removed
+        clean_up(output)
+        return Result(output, write_card(adapters, output), responses, adapters)
+
+    def _make_plan(self) -> DistillationPlan:
+        config = self.config
+        if config.tensorboard is not None:
+            _check_tensorboard(config.tensorboard)
+        source = self._read_source()
+        _check_writable(config.output)
+        device = self._device  # checked before the tokenizer is loaded
+        self._note(str(source))
+        model_config, tokenizer = load_small_parts(config.model)
+        info, method = resolve_method(
+            model_config, config.model, config.method, config.density, config.rank, config.layers
+        )
+        skeleton = load_skeleton(config.model, model_config, config.dtype)
+        find_blocks(skeleton, info, method.layers)
+        if tokenizer.chat_template is None:
+            self._note("the tokenizer has no chat template: prompts are used as plain text")
+        samples = self._make_samples(source, model_config, tokenizer)
+        fed = sum(s.num_rows for s in samples)
+        if fed < info.hidden_size:
+            self._note(f"only {fed} response tokens for hidden size {info.hidden_size}: give more samples")
+        work = self._make_work(samples, info, method)
+        memory = estimate_memory(skeleton, work, device, stored_dtype(model_config))
+        return DistillationPlan(work, sum(p.numel() for p in skeleton.parameters()), len(source.rows), memory)
+
+    def _read_source(self) -> Source:
+        config = self.config
+        source = read_source(
+            config.data,
+            config.samples,
+            config.seed,
+            prompt_column=config.prompt_column,
+            response_column=config.response_column,
+            responses=not config.generate,
+            instruction=config.instruction,
+        )
+        self._provenance = dict(source.provenance)
+        return source
+
+    def _make_samples(self, source: Source, model_config: Any, tokenizer: Any) -> list[Sample]:
+        """Token ids of the data's responses, or of those that the model generates."""
+        config = self.config
+        if config.generate:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            settings = Generation(
+                config.temperature, config.max_new_tokens, config.seed, config.dtype, config.engine or {}
+            )
+            self._generated = generate_samples(
+                source.rows,
+                tokenizer,
+                config.model,
+                model_config,
+                config.output,
+                settings,
+                config.max_length,
+                self.console,
+            )
+            self._provenance["generated"] = self._generated.provenance
+            samples, skipped = self._generated.samples, self._generated.skipped
+        else:
+            with progress_bar(self.console, "rows/s") as bar:
+                line = bar.add_task("tokens", total=len(source.rows))
+                limit = max_sample_tokens(model_config, config.max_length)
+                samples, skipped = encode(tokenizer, source.rows, limit, lambda: bar.advance(line))
+        self._check_samples(samples, skipped, len(source.rows))
+        return samples
+
+    def _check_samples(self, samples: list[Sample], skipped: Counter[str], rows: int) -> None:
+        """CapreseError for too few samples; a remark on those that were skipped."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        if len(samples) < 2:
+            raise CapreseError(
+                f"samples of {self.config.data}",
+                expected="2 or more usable (one is held out)",
+                found=f"{len(samples)} of {rows}" + (f" ({reasons})" if reasons else ""),
+                fix="give more data, or a higher --max-length",
+            )
+        if skipped:
+            self._note(f"skipped {skipped.total()} of {rows} samples: {reasons}")
+
+    def _make_work(self, samples: list[Sample], info: BaseModelInfo, method: Method) -> Work:
+        config = self.config
+        recipe, adam = None, None
+        if config.stage == "end-to-end":
+            recipe = Recipe(
+                config.learning_rate or default_learning_rate(info.hidden_size),
+                config.batch,
+                config.epochs,
+                seed=config.seed,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        if config.solver == "adam":
+            adam = AdamSettings(
+                config.layer_wise_learning_rate, config.layer_wise_batch, config.layer_wise_epochs, seed=config.seed
+            )
+        return Work(samples, info, method, recipe, adam, config.weighting == "gradient")
+
+    def _load_model(self) -> Any:
+        """The model in this process, or the Cluster whose workers load it."""
+        config = self.config
+        if config.device_map is not None:
+            return load_model(config.model, config.dtype, config.device_map)
+        if config.num_workers == 1:
+            return load_model_on(config.model, config.dtype, self._device)
+        device, resources = connect(config.num_workers, config.device)
+        # Workers have working directories of their own.
+        name = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
+        load = partial(load_model_on, name, config.dtype, device)
+        return Cluster(Workers(load, config.num_workers, resources, scratch_path(config.output)))
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def _device_memory() -> Iterator[None]:
+    """Raise a device's lack of memory as a CapreseError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CapreseError(
+            "device memory",
+            expected="enough for the model and a sample",
+            found=str(error),
+            fix="use a lower --max-length, or --stage layer-wise",
+        ) from None
+
+
+def _check_writable(output: Path) -> None:
+    """CapreseError before the work, not after it."""
+    if output.is_dir():
+        raise _unwritable(output, "a directory")
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in output.absolute().parents if p.exists())):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error.strerror or str(error)) from None
+
+
+def _unwritable(output: Path, found: str) -> CapreseError:
+    return CapreseError(
+        f"output {output}", expected="a file that can be written", found=found, fix="give another --output"
+    )
+
+
+def _check_tensorboard(logs: Path) -> None:
+    """CapreseError before the layer-wise stage, not after it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise CapreseError(
+            "--tensorboard",
+            expected="the package tensorboard",
+            found="none",
+            fix='pip install "caprese-vllm[distill]"',
+        )
+    if any(path.exists() and not path.is_dir() for path in (logs, *logs.parents)):
+        raise CapreseError("--tensorboard", expected="a directory", found=f"a file at {logs}", fix="give another path")
