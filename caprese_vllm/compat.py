@@ -81,6 +81,20 @@ PROCESS_WEIGHTS = Seam(
     "copies L, R and proves the replacement once the weights are in place",
     "vLLM offers a hook after loading a model",
 )
+V1_RELOAD_WEIGHTS = Seam(
+    "vllm.v1.worker.gpu_model_runner",
+    "reload_weights",
+    ("vllm_config", "model"),
+    "puts a core's neurons back where checkpoints have them while weights are loaded again (V1 runner)",
+    "vLLM offers hooks around loading weights again",
+)
+V2_RELOAD_WEIGHTS = Seam(
+    "vllm.v1.worker.gpu.model_runner",
+    "reload_weights",
+    ("vllm_config", "model"),
+    "puts a core's neurons back where checkpoints have them while weights are loaded again (V2 runner)",
+    "vLLM offers hooks around loading weights again",
+)
 PREPARE_WEIGHTS = Seam(
     "vllm.model_executor.model_loader.default_loader",
     "DefaultModelLoader._prepare_weights",

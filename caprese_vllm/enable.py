@@ -78,8 +78,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
 def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, served: BaseModelInfo) -> int:
     """The number of pages for statistics of cached prefixes; switches prefix caching off where no page fits."""
     cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
-    if not cache.enable_prefix_caching:
-        return 0
+    if not cache.enable_prefix_caching or not method.needs_statistic:
+        return 0  # without statistics vLLM's own prefix caching changes no result
     neurons = served.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
     nbytes = page_nbytes(method, neurons, model.max_model_len, model.dtype)
     given = config.statistics_mib

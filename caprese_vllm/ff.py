@@ -11,8 +11,9 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.backend import Backend, RowPlan
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.packed import PackedFF
-from caprese_kernels.reference import griffin_count
+from caprese_kernels.packed import CoreFF, PackedFF
+from caprese_kernels.reference import down_norms, griffin_count
+from caprese_kernels.selection import LayerSelector
 
 from .architectures import Block
 from .ranks import Ranks
@@ -57,6 +58,10 @@ class SparseFF:
         self.packed, self.ranks, self.statistics = packed, ranks, statistics
         self.num_neurons = self.packed.num_neurons
         self.num_weights = packed.num_matrices * self.num_neurons * self.packed.hidden_size
+        # Once weights are loaded (`fill_adapter`): where a core is, its neurons come last.
+        self.core: CoreFF | None = None
+        self.tail: PackedFF | None = packed  # None: every request keeps the core, and nothing else
+        self._order: Tensor | None = None  # the neuron of a checkpoint that is in each place; None: the same
         self.index = 0  # among this process's blocks; `State.allocate` sets it,
         self.selections = torch.empty(0)  # and this layer's part of State.table: row s is slot s
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
@@ -88,6 +93,8 @@ class SparseFF:
         if chunks is not None:
             selections = self.statistics.observe(chunks, z, gate_up)
             if selections is not None:
+                if self.core is not None:  # which no kernel gathers
+                    selections[:, self.num_neurons - self.core.num_neurons :] = False
                 self.selections[chunks.slots] = selections
         return y
 
@@ -95,8 +102,13 @@ class SparseFF:
         view.begin_sparse(self.index)
         slots = view.step.sparse_slots
         if self.method.name == "griffin":
+            shared = None if self.core is None else view.kernels.core_ff(x, self.core, slots)
+            if self.tail is None:
+                assert shared is not None
+                return shared
             plan = view.row_plan(self.index)
-            return view.kernels.griffin_ff(x, self.packed, self.selections, slots, row_plan=plan)
+            own = view.kernels.griffin_ff(x, self.tail, self.selections, slots, row_plan=plan)
+            return own if shared is None else own.add_(shared)
         y, kept = view.kernels.cats_ff(x, self.packed, self.selections, slots)
         self._neurons_kept += kept.sum()
         return y
@@ -133,12 +145,36 @@ class SparseFF:
                     found="weights that the loader moved",
                     fix="use the default --load-format",
                 )
-        if adapters is not None:
+        if adapters is not None and adapters.config.rank:
             left, right = adapters.left[self.layer], adapters.right[self.layer]
             for packed, whole in ((self.packed.up_plus, left.t()), (self.packed.down_plus, right)):
                 share = self.ranks.share(whole, self.packed.rank)
                 rows = packed[self.num_neurons :].zero_()  # r may not divide by the ranks: rows of zeros add nothing
                 rows[: len(share)].copy_(share)
+        self._arrange(None if adapters is None else adapters.prior.get(self.layer))
+
+    def restore_order(self) -> None:
+        """Put the neurons where checkpoints have them, before weights are loaded again; `fill_adapter` follows."""
+        if self._order is not None:
+            self.packed.permute(torch.argsort(self._order))
+            self._order = None
+
+    def _arrange(self, prior: Tensor | None) -> None:
+        """Put the core's neurons last, in place, and divide the block into core and tail. `prior` [F] of all ranks."""
+        method, packed = self.method, self.packed
+        if prior is not None:
+            prior = self.ranks.share(prior, self.num_neurons).to(packed.up_plus.device)
+        scale = down_norms(packed) if method.weighted else None
+        selector = LayerSelector(method, self.num_neurons, scale, prior if method.needs_prior else None)
+        if selector.core_size:
+            self._order = selector.order()
+            packed.permute(self._order)
+            selector = selector.permuted(self._order)
+            self.core = packed.core(selector.core_size)
+            self.tail = packed.without_low_rank() if selector.core_size < selector.kept else None
+        if method.name == "cats":
+            packed.scale, packed.native = selector.scale, None
+        self.statistics.selector = selector
 
 
 def _rows(step: Step, rows: Tensor) -> Tensor | slice:

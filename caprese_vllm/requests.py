@@ -83,11 +83,13 @@ class RequestTable:
 
     A request takes a slot when its prompt ends and keeps it, preempted or not, until it is finished or another request
     needs the slot: then the selection of one that is not in the batch is parked, and restored when its request is
-    scheduled again. So `num_slots` requests a batch suffice, however many are alive.
+    scheduled again. So `num_slots` requests a batch suffice, however many are alive. Where no request selects, all are
+    in slot 0, which holds nothing.
     """
 
     device: torch.device
     num_slots: int
+    selects: bool = True  # False: no request has a selection of its own, and no prompt is followed
     _requests: dict[str, _Request] = field(default_factory=dict)
     _holders: dict[int, str] = field(default_factory=dict)  # slot -> request, in the order in which they took it
     _created: int = 0
@@ -118,6 +120,11 @@ class RequestTable:
             dense_rows.extend(range(row, boundary))
             if dense:
                 off_rows.extend(range(boundary, row + count))
+                row += count
+                continue
+            if not self.selects:
+                sparse_rows.extend(range(boundary, row + count))
+                sparse_slots.extend([0] * (row + count - boundary))
                 row += count
                 continue
             request = self._requests.get(request_id) or self._add(request_id)

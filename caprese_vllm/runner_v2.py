@@ -11,13 +11,14 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from . import compat
 from .requests import Scheduled
 from .settings import switched_off
-from .state import State, run_step, state_of
+from .state import State, reload_weights, run_step, state_of
 
 
 def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
     """The model's own ModelState class, with Caprese's bookkeeping."""
     compat.wrap(compat.V2_EXECUTE_MODEL, run_step)
     compat.wrap(compat.V2_CAPTURE_MODEL, run_step)
+    compat.wrap(compat.V2_RELOAD_WEIGHTS, reload_weights)
     compat.wrap(compat.V2_FINISH_REQUESTS, _finish_requests)
     compat.wrap(compat.V2_GATHER_BATCH, _gather_batch)
     base: Any = resolve_model_state_cls(vllm_config, model)

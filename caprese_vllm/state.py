@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caprese_kernels.adapters import Adapters
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import Method
 
@@ -69,11 +70,18 @@ class State:
         griffin, slots = self.method.name == "griffin", self.requests.num_slots
         neurons = max((block.num_neurons for block in self.blocks), default=0)  # a pipeline stage may have no block
         assert all(block.num_neurons == neurons for block in self.blocks), "FF blocks of one size"
+        neurons = neurons if self.method.needs_statistic else 0  # nothing is a request's own
         shape = (len(self.blocks), slots, neurons) if griffin else (len(self.blocks), slots)
         dtype = torch.bool if griffin else torch.float32
         self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
         for index, (block, selections) in enumerate(zip(self.blocks, self.table, strict=True)):
             block.index, block.selections = index, selections
+
+    def fill_adapters(self) -> None:
+        """Once weights are loaded: L, R and priors of the adapter file into every block."""
+        adapters = Adapters.load(self.weights) if self.weights else None
+        for block in self.blocks:
+            block.fill_adapter(adapters)
 
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
         """Before the forward pass of a real batch, eager or replayed: everything that the step changes outside of it.
@@ -137,6 +145,9 @@ class State:
             "method": self.method.name,
             "density": self.method.density,
             "rank": self.method.rank,
+            "score": self.method.score,
+            "prior": self.method.prior,
+            "core": self.method.core,
             "layers": list(self.method.layers),
             "kernel": self.kernels.NAME,
             "tensor_parallel_size": self.tensor_parallel_size,
@@ -157,6 +168,19 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
         whole["ff_weights_read"] = 1 - spared
     return whole
+
+
+def reload_weights(original: Callable[..., Any], vllm_config: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap what loads weights again, all or some: it finds them in the order of checkpoints."""
+    state: State | None = getattr(model, "caprese", None)
+    if state is None:
+        return original(vllm_config, model, *args, **kwargs)
+    for block in state.blocks:
+        block.restore_order()
+    try:
+        return original(vllm_config, model, *args, **kwargs)
+    finally:
+        state.fill_adapters()
 
 
 def run_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
-from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic, griffin_count
+from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic
+from caprese_kernels.selection import LayerSelector
 
 from .ranks import Ranks
 from .requests import PromptChunk, index_tensor
@@ -118,6 +119,7 @@ class Statistics:
         self._dtype = torch.float32 if self.griffin else torch.int64
         kept = page_dtype(method, packed.num_neurons, max_tokens)
         self._pages = torch.empty(num_pages, self._width, dtype=kept, device=packed.up_plus.device)
+        self.selector: LayerSelector  # once weights are loaded
         self._rows: dict[int, Tensor] = {}
         self._exact: dict[int, CatsStatistic] = {}
         self._exact_pages: dict[int, list[Tensor]] = {}
@@ -166,12 +168,14 @@ class Statistics:
                 assert before is not None
                 table[row].copy_(before)
         # A rank's collective comes before any round.
-        norms = self.ranks.norms(self.kernels.griffin_norms(values)) if self.griffin and self.ranks.size > 1 else None
+        scale, norms = self.selector.scale, None
+        if self.griffin and self.ranks.size > 1:
+            norms = self.ranks.norms(self.kernels.griffin_norms(values, scale))
         for part in plan.rounds:
             if self.griffin:
-                self.kernels.griffin_observe(values, part.offsets, part.rows, table, norms)
+                self.kernels.griffin_observe(values, part.offsets, part.rows, table, norms, scale)
             else:
-                self.kernels.cats_observe(values, self.packed.activation, part.offsets, part.rows, table)
+                self.kernels.cats_observe(values, self.packed.activation, part.offsets, part.rows, table, scale)
             if len(part.saved_rows):
                 self._pages[part.saved_pages] = table[part.saved_rows].to(self._pages.dtype)
         if plan.unfinished:
@@ -181,7 +185,7 @@ class Statistics:
 
     def _select(self, statistics: Tensor) -> Tensor:
         if self.griffin:
-            return self.kernels.griffin_select(statistics, griffin_count(self.method.density, self.packed.num_neurons))
+            return self.selector.select(statistics, self.kernels)
         return self.kernels.cats_threshold(self.ranks.counts(statistics), self.method.density)
 
     def _exact_threshold(self, statistic: CatsStatistic) -> Tensor:
@@ -193,7 +197,7 @@ class Statistics:
         if chunk.first:
             self._exact.pop(chunk.key, None)
             num_values = chunk.prompt_len * self.packed.num_neurons * self.ranks.size
-            statistic = CatsStatistic(num_values, gate.dtype)
+            statistic = CatsStatistic(num_values, gate.dtype, self.selector.scale)
             if statistic.exact:
                 self._exact[chunk.key] = statistic
                 if chunk.load is not None:

@@ -11,7 +11,7 @@ from vllm.distributed.parallel_state import get_world_group, is_global_first_ran
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 
-from caprese_kernels.adapters import Adapters, is_adapter_file
+from caprese_kernels.adapters import is_adapter_file
 from caprese_kernels.backend import choose
 from caprese_kernels.config import BaseModelInfo, layer_spans
 
@@ -21,7 +21,7 @@ from .ff import SparseFF
 from .lora import load_adapter
 from .requests import RequestTable, Scheduled
 from .settings import EngineSettings, switched_off
-from .state import STATE, State, run_step, state_of
+from .state import STATE, State, reload_weights, run_step, state_of
 from .statistics import Statistics
 
 logger = init_logger("vllm.caprese")
@@ -58,7 +58,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     slots = vllm_config.scheduler_config.max_num_seqs
     state = State(
         method,
-        RequestTable(device, slots),
+        RequestTable(device, slots, method.needs_statistic),
         served.num_hidden_layers,
         kernels,
         weights=settings.weights,
@@ -88,9 +88,7 @@ def _process_weights(
     state: State | None = getattr(model, "caprese", None)
     if state is None:
         return
-    adapters = Adapters.load(state.weights) if state.weights else None
-    for block in state.blocks:
-        block.fill_adapter(adapters)
+    state.fill_adapters()
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)
@@ -157,6 +155,7 @@ def install() -> None:
     """Wrap what a worker needs; every wrap passes through for an engine without Caprese."""
     compat.wrap(compat.INITIALIZE_MODEL, _initialize_model)
     compat.wrap(compat.PROCESS_WEIGHTS, _process_weights)
+    compat.wrap(compat.V1_RELOAD_WEIGHTS, reload_weights)
     compat.wrap(compat.PREPARE_WEIGHTS, _prepare_weights)
     compat.wrap(compat.LOAD_LORA, load_adapter)
     compat.wrap(compat.V1_PREPARE_INPUTS, _v1_prepare_inputs)

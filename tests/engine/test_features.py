@@ -304,6 +304,6 @@ def test_weights_reloaded(model_dir: ModelDir, tmp_path: Path) -> None:
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
             assert llm.reset_prefix_cache()  # as in plain vLLM: what other weights computed
             check(generate(llm, PROMPTS, greedy(NEW_TOKENS)), expected.expected(PROMPTS), "after")
-            for block in model.caprese[1].blocks:
+            for block in model.caprese.blocks:
                 assert block.block.up.weight.data_ptr() == block.packed.gate_up_plus.data_ptr()
                 assert block.block.down.weight.data_ptr() == block.packed.down_plus.data_ptr()

@@ -111,5 +111,5 @@ def test_requests_leave_nothing(llm: LLM) -> None:
 
 def slots(llm: LLM) -> int:
     """Slots ever used."""
-    _, state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.caprese
+    state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.caprese
     return state.requests.num_slots

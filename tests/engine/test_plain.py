@@ -90,7 +90,7 @@ def test_memory_beyond_plain_vllms(model_dir: ModelDir, tmp_path: Path, method: 
         patch.setattr("caprese_vllm.enable.MAX_PAGES", pages)
         with engine(case.model_dir, {**case.caprese, "statistics_mib": 1024}, max_num_seqs=slots) as llm:
             model = model_of(llm)
-            _, state = model.caprese
+            state = model.caprese
             tables = slots * layers * (neurons if method == "griffin" else 4)
             for block in state.blocks:
                 assert block.selections.nbytes == tables // layers

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.hf_reference import Generation, HFReference
+from tests.support.hf_reference import Generation, HFReference, Shared
 from tests.support.models import low_rank, make_adapter
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
@@ -65,6 +65,7 @@ class Case:
     adapter: Path | None = None
     density: float = 0.5
     layers: list[int] | None = None
+    selection: Mapping[str, Any] | None = None  # score, prior, core: the adapter's
 
     @property
     def caprese(self) -> dict[str, Any] | None:
@@ -91,6 +92,10 @@ class Case:
             tensors = load_file(self.adapter) if self.adapter is not None else {}
             left, right = low_rank(tensors, "L"), low_rank(tensors, "R")
             settings = {"density": self.density, "layers": self.layers, "left": left, "right": right} | settings
+            if self.selection is not None:
+                chosen = self.selection
+                shared = Shared(chosen["score"], chosen["prior"], chosen["core"], low_rank(tensors, "prior"))
+                settings = {"shared": shared} | settings
         if settings.get("process") is not None:
             return self.model.generate(prompt, new_tokens, **settings)
         answers = _answers.setdefault(self.model, {})

@@ -184,8 +184,11 @@ def make_adapter(
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
     scale: float = 1.0,
+    selection: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a random adapter file, version 1, for the model in `model_dir`; return `path`.
+    """Write a random adapter file for the model in `model_dir`; return `path`.
+
+    Version 1; with `selection` (score, prior, core) version 2, with random priors; rank 0 leaves L and R out.
 
     x L has entries of about `scale` times x's; x L R is then as large as what the sparse block leaves out.
     """
@@ -196,16 +199,21 @@ def make_adapter(
     depth = first_of(served, "hidden_size", "n_embd")
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
+    neurons = first_of(served, "ffn_dim", "n_inner", "intermediate_size")
     for i in layers:
-        left = scale * torch.randn(depth, rank, generator=generator) * depth**-0.5
-        right = scale * torch.randn(rank, depth, generator=generator) * rank**-0.5
-        tensors |= {f"layers.{i}.L": left.to(dtype), f"layers.{i}.R": right.to(dtype)}
+        if rank:
+            left = scale * torch.randn(depth, rank, generator=generator) * depth**-0.5
+            right = scale * torch.randn(rank, depth, generator=generator) * rank**-0.5
+            tensors |= {f"layers.{i}.L": left.to(dtype), f"layers.{i}.R": right.to(dtype)}
+        if selection is not None:
+            shares = torch.rand(neurons, generator=generator)
+            tensors[f"layers.{i}.prior"] = shares / shares.sum()
     config = {
         "base_model": {
             "name_or_path": str(model_dir),
             "architecture": served["architectures"][0],
             "hidden_size": depth,
-            "intermediate_size": first_of(served, "ffn_dim", "n_inner", "intermediate_size"),
+            "intermediate_size": neurons,
             "num_hidden_layers": num_layers,
             "hidden_act": first_of(served, "hidden_activation", "hidden_act", "activation_function"),
         },
@@ -216,7 +224,8 @@ def make_adapter(
         "training": {"stage": "random", "samples": 0, "solver": "none"},
         "caprese_version": "0.1.0",
     }
-    header = {"format": "caprese", "format_version": "1", "config": json.dumps(config)}
+    version = "1" if selection is None else "2"
+    header = {"format": "caprese", "format_version": version, "config": json.dumps(config | dict(selection or {}))}
     save_file(tensors, path, metadata=header)
     return path
 
@@ -233,5 +242,5 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 
 def low_rank(tensors: Mapping[str, Tensor], part: str) -> dict[int, Tensor]:
-    """The L (or R) of every layer, by its index, in float32."""
+    """The L (or R, or prior) of every layer, by its index, in float32."""
     return {int(name.split(".")[1]): t.float() for name, t in tensors.items() if name.endswith(f".{part}")}

@@ -1,0 +1,128 @@
+"""Selections by score, prior and core: the engine against one request alone, whatever else it is doing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.support.engine import engine, generate, greedy
+from tests.support.equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
+from tests.support.models import make_adapter, random_prompts
+
+SELECTIONS = {
+    "weighted": {"score": "weighted", "prior": 0.0, "core": 0.0},
+    "prior": {"score": "paper", "prior": 0.5, "core": 0.0},
+    "core": {"score": "paper", "prior": 0.0, "core": 0.5},
+    "all": {"score": "weighted", "prior": 0.5, "core": 0.5},
+    "core alone": {"score": "weighted", "prior": 0.5, "core": 1.0},
+    "prior alone": {"score": "paper", "prior": 1.0, "core": 0.25},
+}
+PAPER = {"score": "paper", "prior": 0.0, "core": 0.0}
+# A prefix of two blocks that several prompts share, and prompts that share nothing.
+PREFIX = random_prompts((2 * BLOCK,), seed=7)[0]
+PROMPTS = [*random_prompts(LENGTHS), *(PREFIX + tail for tail in random_prompts((1, 5, BLOCK), seed=8))]
+
+ModelDir = Callable[[str], Path]
+
+
+def without_ties(case: Case) -> list[list[int]]:
+    """The prompts in whose answers no two logits tie in the reference."""
+    prompts = [prompt for prompt in PROMPTS if min(case.one(prompt).margins) > ROUNDING]
+    assert len(prompts) >= len(PROMPTS) - 2
+    return prompts
+
+
+def make_case(model_dir: ModelDir, folder: Path, architecture: str, method: str, name: str, rank: int = 8) -> Case:
+    selection = PAPER if method == "cats" and name == "paper" else SELECTIONS[name]
+    if method == "cats":
+        selection = selection | {"prior": 0.0, "core": 0.0}
+    directory = model_dir(architecture)
+    path = make_adapter(directory, folder / "a.safetensors", method, rank=rank, selection=selection)
+    return Case(directory, method, path, selection=selection)
+
+
+@pytest.mark.parametrize("rank", [8, 0], ids=["adapter", "without L and R"])
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("architecture", ["qwen2", "opt"])
+def test_tokens_equal_the_reference(
+    model_dir: ModelDir, tmp_path: Path, architecture: str, name: str, rank: int
+) -> None:
+    """Chunked prompts in one batch; again in another order, from cached prefixes; preempted; two samples of each."""
+    case = make_case(model_dir, tmp_path, architecture, "griffin", name, rank)
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    assert differing(expected, case.expected(prompts, method=None)) >= len(prompts) // 2
+    assert differing(expected, [case.one(prompt, shared=None) for prompt in prompts]) >= len(prompts) // 3
+    what = f"{architecture}, {name}, rank {rank}"
+    with engine(case.model_dir, case.caprese, max_num_batched_tokens=BUDGET, enable_prefix_caching=True) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, what)
+        check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{what}, cached")
+        two = SamplingParams(n=2, top_k=1, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], two, use_tqdm=False)
+        for sample in range(2):
+            found = [list(output.outputs[sample].token_ids) for output in outputs]
+            check(found, expected, f"{what}, sample {sample}")
+        report = llm.collective_rpc("caprese_report")[0]
+        assert {key: report[key] for key in ("score", "prior", "core")} == SELECTIONS[name]
+    few = {"num_gpu_blocks_override": 14, "max_num_batched_tokens": BUDGET}
+    with engine(case.model_dir, case.caprese, **few) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, f"{what}, preempted")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_scaled_cats(model_dir: ModelDir, tmp_path: Path, architecture: str) -> None:
+    case = make_case(model_dir, tmp_path, architecture, "cats", "weighted")
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    assert differing(expected, [case.one(prompt, shared=None) for prompt in prompts]) >= len(prompts) // 3
+    with engine(case.model_dir, case.caprese, max_num_batched_tokens=BUDGET, enable_prefix_caching=True) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, f"{architecture}, cats weighted")
+        check(
+            generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{architecture}, cats weighted, cached"
+        )
+
+
+def test_a_weighted_score_needs_no_adapter(model_dir: ModelDir) -> None:
+    case = Case(model_dir("llama"), "griffin", selection=SELECTIONS["weighted"])
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    config = {"method": "griffin", "score": "weighted"}
+    with engine(case.model_dir, config) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, "weighted, no adapter")
+
+
+def test_without_statistics_prompts_are_plain(model_dir: ModelDir, tmp_path: Path) -> None:
+    """A core alone: no page, no slot, no scheduler of ours; a cached prefix is used as far as plain vLLM uses it."""
+    case = make_case(model_dir, tmp_path, "llama", "griffin", "core alone")
+    with engine(case.model_dir, case.caprese, enable_prefix_caching=True) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        assert type(core.scheduler).__module__.startswith("vllm.")
+        generate(llm, PROMPTS, greedy(2))
+        cached = llm.generate([{"prompt_token_ids": [*PREFIX, 5]}], SamplingParams(max_tokens=1), use_tqdm=False)
+        assert cached[0].num_cached_tokens == 2 * BLOCK
+        state = core.model_executor.driver_worker.worker.model_runner.model.caprese
+        assert state.table.numel() == 0
+        assert len(state.requests) == 0
+
+
+def test_the_core_is_the_priors(model_dir: ModelDir, tmp_path: Path) -> None:
+    """The permuted weights hold the neurons of largest prior last; reloaded weights are permuted again."""
+    case = make_case(model_dir, tmp_path, "llama", "griffin", "all")
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    with engine(case.model_dir, case.caprese) as llm:
+        model: Any = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+        block = model.caprese.blocks[0]
+        assert block.core.num_neurons == int(0.5 * int(0.5 * block.num_neurons))
+        assert torch.equal(
+            block.core.down_plus[: block.core.num_neurons],
+            block.packed.down_plus[block.num_neurons - block.core.num_neurons : block.num_neurons],
+        )
+        before = block.packed.down_plus.clone()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(case.model_dir)})
+        assert torch.equal(block.packed.down_plus, before)
+        assert llm.reset_prefix_cache()
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, "after a reload")
