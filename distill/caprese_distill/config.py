@@ -1,4 +1,4 @@
-"""The settings of a distillation: the one list of options for the command line, the YAML file and the Python call.
+"""The settings of `caprese distill`: the one list of options for the command line, the YAML file and the Python call.
 
 `DistillConfig` has every option once: its type, range, default, help text and group. `cli.py` makes the flags of
 `caprese distill` from it, `settings_file.py` reads it from YAML, and `DistillConfig.command` is the command that the
@@ -7,95 +7,41 @@ adapter file and its model card record. This module imports neither torch nor tr
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, model_validator
 
 from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice, MethodName
 from caprese_kernels.errors import CapreseError
 
+from .options import (
+    Device,
+    Dtype,
+    Group,
+    Integer,
+    Number,
+    Option,
+    Positive,
+    Settings,
+    flag,
+    parse_json,
+    parse_layers,
+)
+
 INSTRUCTION = "Please reason step by step."  # in every training sample of the paper, section 3.4
 SAMPLES = 20_000  # the paper's number of training samples
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stage = Literal["layer-wise", "end-to-end"]
 Solver = Literal["closed-form", "adam"]
 Weighting = Literal["none", "gradient"]
-Device = Literal["auto", "cpu", "cuda"]
 
 
-class Group(StrEnum):
-    """The groups of options in the help."""
-
-    MODEL = "Model"
-    DATA = "Data"
-    METHOD = "Method"
-    TRAINING = "Training"
-    MACHINES = "Machines"
-    OUTPUT = "Output"
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field needs for the command line besides its type and range."""
-
-    group: Group
-    help: str
-    metavar: str | None = None
-    recorded: bool = True  # whether the recorded command has it; False if it does not change the adapter
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number")
-    return value
-
-
-def _parse_layers(value: Any) -> Any:
-    """ "0,1,2" as a list; ValueError for anything else than that, a list of indices, "first-half", "all" and None."""
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(,\d{1,9})*", value):
-        return [int(index) for index in value.split(",")]
-    indices = isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
-    if value in (None, "first-half", "all") or indices:
-        return value
-    raise ValueError("first-half, all, or indices as 0,1,2")
-
-
-def _parse_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError("a JSON object")
-    return found
-
-
-# Written as text or numbers: YAML reads 2e-4 as text, and true as 1.
-Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0.0)]
-
-
-class DistillConfig(BaseModel):
-    """Settings of a distillation; `caprese_distill.distill` makes the adapter.
-
-    A wrong value, an unknown name and options that exclude each other raise CapreseError.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+class DataSettings(Settings):
+    """Settings of every verb that feeds samples to a model."""
 
     model: Annotated[str, Field(min_length=1), Option(Group.MODEL, "Model directory or Hub id.", "MODEL")]
     dtype: Annotated[Dtype, Option(Group.MODEL, "Dtype of model and adapters; auto: the checkpoint's.")] = "auto"
-
     data: Annotated[
         str,
         Field(min_length=1),
@@ -132,6 +78,14 @@ class DistillConfig(BaseModel):
         Option(Group.DATA, "Most tokens of a sample, at most the model's positions; longer ones are skipped.", "N"),
     ] = 2048
     seed: Annotated[Integer, Option(Group.DATA, "Seed of the drawn rows and of the order of training.", "N")] = 0
+
+
+class DistillConfig(DataSettings):
+    """Settings of a distillation; `caprese_distill.distill` makes the adapter.
+
+    A wrong value, an unknown name and options that exclude each other raise CapreseError.
+    """
+
     generate: Annotated[
         bool, Option(Group.DATA, "Let the model answer the prompts itself, with vLLM; no responses are read.")
     ] = False
@@ -145,7 +99,7 @@ class DistillConfig(BaseModel):
     ] = None
     engine: Annotated[
         dict[str, Any] | None,
-        BeforeValidator(_parse_json),
+        BeforeValidator(parse_json),
         Option(Group.DATA, 'For --generate: arguments of vllm.LLM, as {"tensor_parallel_size": 4}.', "JSON"),
     ] = None
 
@@ -158,7 +112,7 @@ class DistillConfig(BaseModel):
     ] = DEFAULT_RANK
     layers: Annotated[
         LayerChoice | None,
-        BeforeValidator(_parse_layers),
+        BeforeValidator(parse_layers),
         Option(
             Group.METHOD,
             "first-half, all, or indices as 0,1,2. Default: first-half for griffin, all for cats.",
@@ -219,14 +173,6 @@ class DistillConfig(BaseModel):
         Path | None, Option(Group.OUTPUT, "End to end: directory for TensorBoard logs.", "DIR", recorded=False)
     ] = None
 
-    if not TYPE_CHECKING:  # type checkers take the parameters from the fields
-
-        def __init__(self, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise _first_error(error) from None
-
     @model_validator(mode="after")
     def _check_combinations(self) -> DistillConfig:
         """CapreseError for options that exclude each other."""
@@ -248,79 +194,10 @@ class DistillConfig(BaseModel):
 
     def command(self) -> list[str]:
         """The words of a `caprese distill` command that makes the same adapter: every option, defaults included."""
-        words = ["caprese", "distill", self.model]
-        switches = []
-        for name, option in OPTIONS.items():
-            value = getattr(self, name)
-            unused = name.startswith("layer_wise_") and self.solver != "adam"
-            if name == "model" or value is None or unused or not option.recorded:
-                continue
-            if isinstance(value, bool):
-                if value != DistillConfig.model_fields[name].default:
-                    switches.append(flag(name) if value else negative_flag(name))
-            else:
-                words += [flag(name), _as_text(value)]
-        return words + switches
+        layer_wise = {name for name in self.options() if name.startswith("layer_wise_")}
+        unused = frozenset() if self.solver == "adam" else frozenset(layer_wise)
+        return ["caprese", "distill", self.model, *self.words(unused)]
 
 
 def _refuse(name: str, expected: str, found: str) -> None:
     raise CapreseError(name, expected=expected, found=found, fix="leave one of the options out")
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _options() -> dict[str, Option]:
-    return {
-        name: next(each for each in field.metadata if isinstance(each, Option))
-        for name, field in DistillConfig.model_fields.items()
-    }
-
-
-OPTIONS = _options()
-
-
-def flag(name: str) -> str:
-    """The flag of a field: "max_length" -> "--max-length"."""
-    return f"--{name.replace('_', '-')}"
-
-
-def negative_flag(name: str) -> str:
-    """The flag that turns a switch off: "generate" -> "--no-generate"."""
-    return flag(f"no_{name}")
-
-
-def choices(name: str) -> tuple[str, ...]:
-    """The values of a field that has a fixed set of them; else none."""
-    annotation = DistillConfig.model_fields[name].annotation
-    parts = [part for part in (annotation, *get_args(annotation)) if getattr(part, "__origin__", None) is Literal]
-    return tuple(get_args(parts[0])) if parts else ()
-
-
-def _first_error(error: ValidationError) -> CapreseError:
-    """The first error as a CapreseError; `what` is the field's name."""
-    errors = error.errors()
-    first = errors[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, CapreseError):
-        return cause
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        return CapreseError(name, expected=f"one of {', '.join(OPTIONS)}", found="another name", fix="correct it")
-    if first["type"] == "missing":
-        return CapreseError(name, expected=f"a value: {OPTIONS[name].help.rstrip('.')}", found="none", fix="give one")
-    # A union has an error for each of its members.
-    expected = dict.fromkeys(_expected(each) for each in errors if each["loc"][0] == first["loc"][0])
-    return CapreseError(name, expected=" or ".join(expected), found=f"{first['input']!r:.60}", fix="correct it")
-
-
-def _expected(error: ErrorDetails) -> str:
-    if error["type"] == "path_type":
-        return "a path"
-    message = re.sub(r", (unable to|got) .*", "", error["msg"])
-    for start in ("Input should be ", "Value error, "):
-        message = message.removeprefix(start)
-    return message[0].lower() + message[1:]

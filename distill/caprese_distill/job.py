@@ -13,8 +13,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import shlex
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -31,9 +29,10 @@ from .blocks import find_blocks, resolve_method
 from .card import write_card
 from .config import DistillConfig
 from .data.generate import Generated, Generation, generate_samples
-from .data.samples import Sample, encode
-from .data.sources import Source, read_source
+from .data.samples import Sample
+from .data.sources import Source
 from .end_to_end.train import Recipe, default_learning_rate
+from .inputs import check_samples, check_writable, encode_rows, read_rows
 from .layer_wise.adam import AdamSettings
 from .loading import (
     find_device,
@@ -41,12 +40,10 @@ from .loading import (
     load_model_on,
     load_skeleton,
     load_small_parts,
-    max_sample_tokens,
     stored_dtype,
 )
 from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
-from .progress import progress_bar
 from .result import Result
 from .scale.cluster import Cluster, connect
 from .scale.ray_training import Workers
@@ -138,8 +135,9 @@ class Job:
         config = self.config
         if config.tensorboard is not None:
             _check_tensorboard(config.tensorboard)
-        source = self._read_source()
-        _check_writable(config.output)
+        source = read_rows(config, responses=not config.generate)
+        self._provenance = dict(source.provenance)
+        check_writable(config.output)
         device = self._device  # checked before the tokenizer is loaded
         self._note(str(source))
         model_config, tokenizer = load_small_parts(config.model)
@@ -158,60 +156,26 @@ class Job:
         memory = estimate_memory(skeleton, work, device, stored_dtype(model_config))
         return DistillationPlan(work, sum(p.numel() for p in skeleton.parameters()), len(source.rows), memory)
 
-    def _read_source(self) -> Source:
-        config = self.config
-        source = read_source(
-            config.data,
-            config.samples,
-            config.seed,
-            prompt_column=config.prompt_column,
-            response_column=config.response_column,
-            responses=not config.generate,
-            instruction=config.instruction,
-        )
-        self._provenance = dict(source.provenance)
-        return source
-
     def _make_samples(self, source: Source, model_config: Any, tokenizer: Any) -> list[Sample]:
         """Token ids of the data's responses, or of those that the model generates."""
         config = self.config
-        if config.generate:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            settings = Generation(
-                config.temperature, config.max_new_tokens, config.seed, config.dtype, config.engine or {}
-            )
-            self._generated = generate_samples(
-                source.rows,
-                tokenizer,
-                config.model,
-                model_config,
-                config.output,
-                settings,
-                config.max_length,
-                self.console,
-            )
-            self._provenance["generated"] = self._generated.provenance
-            samples, skipped = self._generated.samples, self._generated.skipped
-        else:
-            with progress_bar(self.console, "rows/s") as bar:
-                line = bar.add_task("tokens", total=len(source.rows))
-                limit = max_sample_tokens(model_config, config.max_length)
-                samples, skipped = encode(tokenizer, source.rows, limit, lambda: bar.advance(line))
-        self._check_samples(samples, skipped, len(source.rows))
-        return samples
-
-    def _check_samples(self, samples: list[Sample], skipped: Counter[str], rows: int) -> None:
-        """CapreseError for too few samples; a remark on those that were skipped."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-        if len(samples) < 2:
-            raise CapreseError(
-                f"samples of {self.config.data}",
-                expected="2 or more usable (one is held out)",
-                found=f"{len(samples)} of {rows}" + (f" ({reasons})" if reasons else ""),
-                fix="give more data, or a higher --max-length",
-            )
-        if skipped:
-            self._note(f"skipped {skipped.total()} of {rows} samples: {reasons}")
+        if not config.generate:
+            return encode_rows(config, source, model_config, tokenizer, self.console)
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        settings = Generation(config.temperature, config.max_new_tokens, config.seed, config.dtype, config.engine or {})
+        self._generated = generate_samples(
+            source.rows,
+            tokenizer,
+            config.model,
+            model_config,
+            config.output,
+            settings,
+            config.max_length,
+            self.console,
+        )
+        self._provenance["generated"] = self._generated.provenance
+        check_samples(config, self._generated.samples, self._generated.skipped, len(source.rows), self.console)
+        return self._generated.samples
 
     def _make_work(self, samples: list[Sample], info: BaseModelInfo, method: Method) -> Work:
         config = self.config
@@ -259,23 +223,6 @@ def _device_memory() -> Iterator[None]:
             found=str(error),
             fix="use a lower --max-length, or --stage layer-wise",
         ) from None
-
-
-def _check_writable(output: Path) -> None:
-    """CapreseError before the work, not after it."""
-    if output.is_dir():
-        raise _unwritable(output, "a directory")
-    try:
-        with tempfile.TemporaryFile(dir=next(p for p in output.absolute().parents if p.exists())):
-            pass
-    except OSError as error:
-        raise _unwritable(output, error.strerror or str(error)) from None
-
-
-def _unwritable(output: Path, found: str) -> CapreseError:
-    return CapreseError(
-        f"output {output}", expected="a file that can be written", found=found, fix="give another --output"
-    )
 
 
 def _check_tensorboard(logs: Path) -> None:

@@ -1,6 +1,6 @@
 """Settings from a YAML file, which flags override: `caprese distill --config distill.yaml --rank 64`.
 
-The file is a mapping whose keys are the fields of `DistillConfig`, the flags' names with underscores:
+The file is a mapping whose keys are the fields of the verb's settings, the flags' names with underscores:
 
     model: Qwen/Qwen2.5-1.5B-Instruct
     data: openai/gsm8k:main
@@ -13,30 +13,32 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from caprese_kernels.errors import CapreseError
 
-from .config import OPTIONS, DistillConfig, flag
+from .options import Settings, flag
 
+Chosen = TypeVar("Chosen", bound=Settings)
 MAX_BYTES = 1 << 16  # of a file
 MAX_DEPTH = 8  # of nested values
 
 
-def load_config(flags: Mapping[str, Any], file: Path | None = None) -> DistillConfig:
+def load_config(settings: type[Chosen], flags: Mapping[str, Any], file: Path | None = None) -> Chosen:
     """The settings of `file` (YAML), which `flags` override; both by the fields' names.
 
     CapreseError for the first wrong value; it names the flag, or the file and its key.
     """
     values = read_settings(file) if file is not None else {}
     try:
-        return DistillConfig(**(values | dict(flags)))
+        return settings(**(values | dict(flags)))
     except CapreseError as error:
         name, fix = error.what, error.fix
         where = f"{file}, key {name!r}"
         if name in flags or name not in values:
             where = "MODEL" if name == "model" else flag(name)
-        if name not in OPTIONS and (near := difflib.get_close_matches(name, OPTIONS, n=1)):
+        known = settings.options()
+        if name not in known and (near := difflib.get_close_matches(name, known, n=1)):
             fix = f"did you mean {near[0]!r}?"
         raise CapreseError(where, expected=error.expected, found=error.found, fix=fix) from None
 

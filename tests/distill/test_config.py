@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from caprese_distill import DistillConfig, Result, cli, distill
-from caprese_distill.config import OPTIONS, Group, flag, negative_flag
+from caprese_distill.command_line import given_options
+from caprese_distill.options import Group, flag, negative_flag
 from caprese_distill.settings_file import load_config, read_settings
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.terminal import Verbosity, set_verbosity, verb
@@ -54,7 +55,7 @@ def write(tmp_path: Path) -> Any:
 
 
 def test_a_yaml_file_has_every_option(write: Any) -> None:
-    config = load_config({}, write(EXAMPLE))
+    config = load_config(DistillConfig, {}, write(EXAMPLE))
     assert config == DistillConfig(
         model="Qwen/Qwen2.5-1.5B-Instruct",
         data="openai/gsm8k:main",
@@ -69,15 +70,15 @@ def test_a_yaml_file_has_every_option(write: Any) -> None:
         gradient_checkpointing=False,
         dtype="bfloat16",
     )
-    every = {name: getattr(config, name) for name in OPTIONS}
-    assert load_config({}, write(json.dumps(every, default=str))) == config
+    every = {name: getattr(config, name) for name in DistillConfig.options()}
+    assert load_config(DistillConfig, {}, write(json.dumps(every, default=str))) == config
 
 
 def test_flags_override_the_file(write: Any) -> None:
-    config = load_config({"rank": 8, "gradient_checkpointing": True, "layers": "3,4"}, write(EXAMPLE))
+    config = load_config(DistillConfig, {"rank": 8, "gradient_checkpointing": True, "layers": "3,4"}, write(EXAMPLE))
     assert (config.rank, config.gradient_checkpointing, config.layers) == (8, True, [3, 4])
     assert config.samples == 5000
-    assert load_config(GIVEN) == DistillConfig(**GIVEN)
+    assert load_config(DistillConfig, GIVEN) == DistillConfig(**GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_flags_override_the_file(write: Any) -> None:
 )
 def test_a_wrong_file_is_refused_in_one_line(write: Any, text: str | bytes, message: str) -> None:
     with pytest.raises(CapreseError, match=message) as error:
-        load_config(GIVEN, write(text))
+        load_config(DistillConfig, GIVEN, write(text))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
 
@@ -132,9 +133,9 @@ def test_aliases_of_aliases_do_not_grow(write: Any) -> None:
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CapreseError, match=r"settings .*none.yaml: expected a readable YAML file; found No such file"):
-        load_config(GIVEN, tmp_path / "none.yaml")
+        load_config(DistillConfig, GIVEN, tmp_path / "none.yaml")
     with pytest.raises(CapreseError, match="expected a readable YAML file; found Is a directory"):
-        load_config(GIVEN, tmp_path)
+        load_config(DistillConfig, GIVEN, tmp_path)
 
 
 def test_wrong_flags_are_named_as_flags(write: Any) -> None:
@@ -148,9 +149,9 @@ def test_wrong_flags_are_named_as_flags(write: Any) -> None:
         ),
     ):
         with pytest.raises(CapreseError, match=f"^{message}"):
-            load_config(GIVEN | flags, write("rank: 8"))
+            load_config(DistillConfig, GIVEN | flags, write("rank: 8"))
     with pytest.raises(CapreseError, match=r"^MODEL: expected a value: Model directory or Hub id; found none"):
-        load_config({}, write("data: d"))
+        load_config(DistillConfig, {}, write("data: d"))
 
 
 def test_a_config_cannot_change() -> None:
@@ -159,7 +160,7 @@ def test_a_config_cannot_change() -> None:
 
 
 def test_the_recorded_command_makes_the_same_config(write: Any) -> None:
-    config = load_config({}, write(EXAMPLE))
+    config = load_config(DistillConfig, {}, write(EXAMPLE))
     words = config.command()
     assert words[:3] == ["caprese", "distill", "Qwen/Qwen2.5-1.5B-Instruct"]
     assert "--no-gradient-checkpointing" in words
@@ -175,7 +176,7 @@ def parsed(*words: str) -> DistillConfig:
     found = []
 
     def watch(context: typer.Context, config: Path | None, dry_run: bool, as_json: bool, **_: Any) -> None:
-        found.append(load_config(cli._given(context), config))
+        found.append(load_config(DistillConfig, given_options(context, DistillConfig), config))
 
     watch.__signature__ = cli.distill.__signature__  # type: ignore[attr-defined]
     watch.__annotations__ = cli.distill.__annotations__
@@ -188,7 +189,7 @@ def parsed(*words: str) -> DistillConfig:
 
 def test_every_option_is_a_flag_that_overrides_the_file(write: Any) -> None:
     file = str(write(EXAMPLE))
-    assert parsed("--config", file) == load_config({}, Path(file))
+    assert parsed("--config", file) == load_config(DistillConfig, {}, Path(file))
     changed = parsed("other", "--config", file, "--gradient-checkpointing", "--rank", "8", "--layers", "all")
     assert (changed.model, changed.gradient_checkpointing, changed.rank, changed.layers) == ("other", True, 8, "all")
     assert changed.samples == 5000
@@ -207,7 +208,7 @@ def test_the_help_has_every_flag_whole_at_80_columns(monkeypatch: pytest.MonkeyP
     code, shown, _ = run_command("--help")
     assert code == 0
     words = set(re.findall(r"--[\w-]+", shown))
-    expected = {flag(name) for name in OPTIONS if name != "model"} | {"--config", "--dry-run", "--json"}
+    expected = {flag(name) for name in DistillConfig.options() if name != "model"} | {"--config", "--dry-run", "--json"}
     assert expected | {"--no-gradient-checkpointing", "--verbose", "--quiet"} <= words
     assert "--no-generate" not in words
     assert "…" not in shown

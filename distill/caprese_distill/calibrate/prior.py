@@ -34,8 +34,8 @@ class PriorSums:
         self.scales = {i: neuron_norms(block) if score == "weighted" else None for i, block in blocks.items()}
         self.sums: dict[int, Tensor] = {}
         for i, block in blocks.items():
-            neurons = block.down_proj.in_features  # type: ignore[union-attr]
-            self.sums[i] = torch.zeros(neurons, dtype=torch.float64, device=device_of(block))
+            linear: Any = block.down_proj
+            self.sums[i] = torch.zeros(linear.in_features, dtype=torch.float64, device=device_of(block))
         self.tokens = 0
 
     @contextlib.contextmanager
