@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters, find_adapter
-from caprese_kernels.config import BaseModelInfo, layer_spans
+from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.selection import LayerSelector
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
@@ -35,10 +36,15 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
         "method": config.method,
         "density": config.density,
         "rank": config.rank,
+        "file_version": adapters.version,
+        "score": config.score,
+        "prior": config.prior,
+        "core": config.core,
         "layers": sorted(config.layers),
-        "dtype": str(adapters.dtype).removeprefix("torch."),
+        "dtype": str(adapters.dtype).removeprefix("torch.") if adapters.dtype else None,
         "parameters": adapters.num_parameters,
         "share_of_ff_parameters": adapters.num_parameters / ff_parameters,
+        "core_prior_mass": {str(i): _core_mass(config, adapters.prior[i]) for i in adapters.prior},
         "norms": {str(i): _product_norm(adapters.left[i], adapters.right[i]) for i in adapters.left},
         "training": config.training,
         "caprese_version": config.caprese_version,
@@ -74,17 +80,29 @@ def render(report: dict[str, Any]) -> Group:
     facts.add_row("", f"{sizes}, {base['hidden_act']}")
     facts.add_row("method", f"{report['method']}, density {report['density']:g}, rank {report['rank']}")
     facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {layer_spans(report['layers'])}")
-    facts.add_row("dtype", report["dtype"])
+    if report["file_version"] == "2":
+        facts.add_row("selection", f"score {report['score']}, prior {report['prior']:g}, core {report['core']:g}")
+    facts.add_row("dtype", report["dtype"] or "no L and R")
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
     facts.add_row("training", ", ".join(f"{k} {v}" for k, v in report["training"].items()) or "not recorded")
     facts.add_row("written by", f"caprese {report['caprese_version'] or 'unknown'}")
     if report["fits_model"] is not None:
         facts.add_row("fits", f"{report['fits_model']}: yes")
-    norms = Table("layer", "norm of L R", box=None, pad_edge=False)
-    for layer, norm in report["norms"].items():
-        norms.add_row(layer, f"{norm:.4g}")
-    return Group(facts, "", norms)
+    layers = Table("layer", box=None, pad_edge=False)
+    columns = {"norm of L R": (report["norms"], ".4g"), "prior inside the core": (report["core_prior_mass"], ".1%")}
+    shown = {title: column for title, column in columns.items() if column[0]}
+    for title in shown:
+        layers.add_column(title, justify="right")
+    for layer in map(str, report["layers"]):
+        layers.add_row(layer, *(format(values[layer], spec) for values, spec in shown.values()))
+    return Group(facts, "", layers)
+
+
+def _core_mass(config: AdapterConfig, prior: Tensor) -> float:
+    """The share of the prior that is in the core: how much of the data's statistic every request keeps."""
+    method = Method(config.method, config.density, tuple(config.layers), 0, "paper", config.prior, config.core)
+    return float(prior[LayerSelector(method, len(prior), None, prior).core].sum())
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
