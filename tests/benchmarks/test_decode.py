@@ -142,7 +142,7 @@ def test_a_wrong_variant_is_refused(name: str) -> None:
 
     with torch.inference_mode():
         model = DecodeModel(DecodeDimensions.of("tiny"), 8, 16, 2, "cpu", torch.bfloat16)
-        backend: Any = SimpleNamespace(NAME="cpu", griffin_ff=wrong, cats_ff=wrong)
+        backend: Any = SimpleNamespace(NAME="cpu", griffin_ff=wrong, cats_ff=wrong, plan_layers=cpu.plan_layers)
         blocks = DecodeBlocks(model, backend, 0.5, lambda layer, x: reference.dense_ff(x, model.plain(layer)))
         variant = decode.VARIANTS[name]
         ff = blocks.feed_forward(variant)

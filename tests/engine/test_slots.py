@@ -65,7 +65,11 @@ def test_the_tables_are_part_of_the_model_and_their_size_is_logged(
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(logging.getLogger("vllm.caprese"), "handlers", [handler])
+    logger = logging.getLogger("vllm.caprese")
+    # Other tests of the process may have configured logging anew.
+    for name, value in {"handlers": [handler], "level": logging.INFO, "disabled": False}.items():
+        monkeypatch.setattr(logger, name, value)
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
     loaded = []
     load_model = BaseModelLoader.load_model
 

@@ -29,6 +29,7 @@ from caprese_vllm.architectures import ARCHITECTURES, Names, _is_chain, activati
 from caprese_vllm.blocks import _repack
 from caprese_vllm.ranks import Ranks
 from tests.support import equality, models
+from tests.support.engine import transformers_kept
 
 # Text models that do not name experts in vLLM's source, and are not supported.
 LEFT_OUT = {
@@ -126,7 +127,7 @@ def build(architecture: str, directory: Path, **settings: Any) -> tuple[nn.Modul
     vllm_config = EngineArgs(
         model=str(directory), dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True
     ).create_engine_config()
-    with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.float32):
+    with transformers_kept(), set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.float32):
         ensure_model_parallel_initialized(1, 1)
         model = initialize_model(vllm_config).eval()
     served = BaseModelInfo.from_hf(vllm_config.model_config.hf_text_config, str(directory))

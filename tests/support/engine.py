@@ -32,7 +32,7 @@ def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: An
     """`LLM(model_dir)`, with `caprese` as the plugin's configuration; None: installed, not enabled."""
     if caprese is not None:
         options["additional_config"] = {"caprese": caprese}
-    with quick_start(), _transformers_kept():
+    with quick_start(), transformers_kept():
         llm = LLM(str(model_dir), **(DEFAULTS | options))
         try:
             yield llm
@@ -43,7 +43,7 @@ def engine(model_dir: Path, caprese: dict[str, Any] | None = None, **options: An
 
 
 @contextmanager
-def _transformers_kept() -> Iterator[None]:
+def transformers_kept() -> Iterator[None]:
     """Undo what vLLM's compiler does, in place, to transformers' classes: the next test's reference is made of them."""
     before: dict[type, tuple[tuple[type, ...], dict[str, Any]]] = {}
     decorate = Base._decorate_cls_for_torch_compile
@@ -99,7 +99,7 @@ def scheduler(llm: LLM) -> Any:
 
 def leaks(llm: LLM) -> dict[str, int]:
     """What is left of requests when none is live, by name; empty if nothing is."""
-    _, state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.caprese
+    state = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.caprese
     inner = scheduler(llm)
     blocks = inner.kv_cache_manager.block_pool
     left = {

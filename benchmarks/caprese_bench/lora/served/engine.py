@@ -4,7 +4,7 @@ LoRA is the paper's comparison, not a feature: its weights stay unmerged, as the
 and B are plain matrix products around the product's own sparse kernels (kernels.py).
 
     caprese = {"method": "griffin", "kernel_extension": EXTENSION}
-    Engine(log, variables(folder, rank=256), model=..., caprese=caprese, engine=...)
+    Engine(log, EngineSettings(model, caprese, options, variables(folder, rank=256)))
 
 The engine then reports its kernel as "lora over ...", which proves what ran.
 """
@@ -16,21 +16,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from caprese_kernels.backend import Backend, RowPlan
-from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
 
 from . import kernels
 
-VARIABLE = (
-    "CAPRESE_SERVED_LORA"  # JSON: {"rank": r of the L and R to match, "weights": a file, or null for random ones}
-)
+if TYPE_CHECKING:  # config needs pydantic, `caprese bench decode` only torch
+    from caprese_kernels.config import Method
+
+# JSON: {"rank": r of the L and R to match, "weights": a file, or null for random ones}
+VARIABLE = "CAPRESE_SERVED_LORA"
 EXTENSION = "lora"  # the name of these kernels
 
 
