@@ -63,13 +63,14 @@ def test_the_tables_are_part_of_the_model_and_their_size_is_logged(
 
     case = new_case(model_dir, tmp_path, "llama", "griffin", True)
     lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("vllm.caprese")
-    # Other tests of the process may have configured logging anew.
-    for name, value in {"handlers": [handler], "level": logging.INFO, "disabled": False}.items():
-        monkeypatch.setattr(logger, name, value)
-    logger.manager._clear_cache()  # type: ignore[attr-defined]
+    handle = logging.Logger.handle
+
+    def watch(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if logger.name == "vllm.caprese":
+            lines.append(record.getMessage())
+        handle(logger, record)
+
+    monkeypatch.setattr(logging.Logger, "handle", watch)  # the first engine of a process takes handlers away
     loaded = []
     load_model = BaseModelLoader.load_model
 
