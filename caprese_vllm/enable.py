@@ -24,8 +24,13 @@ from .statistics import keeps_values, page_nbytes
 logger = init_logger("vllm.caprese")
 
 WORKER_EXTENSION = "caprese_vllm.worker.WorkerExtension"
-SCHEDULER = "caprese_vllm.scheduler.CapreseScheduler"
-ASYNC_SCHEDULER = "caprese_vllm.scheduler.CapreseAsyncScheduler"
+# By whether requests select for themselves, and whether scheduling is asynchronous.
+SCHEDULERS = {
+    (True, False): "caprese_vllm.scheduler.CapreseScheduler",
+    (True, True): "caprese_vllm.scheduler.CapreseAsyncScheduler",
+    (False, False): "caprese_vllm.scheduler.CoreScheduler",
+    (False, True): "caprese_vllm.scheduler.CoreAsyncScheduler",
+}
 MAX_PAGES = 4096  # of 512 tokens each, two million tokens: more than a KV cache holds
 FF_OP = "caprese::ff"
 
@@ -78,8 +83,12 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
 def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, served: BaseModelInfo) -> int:
     """The number of pages for statistics of cached prefixes; switches prefix caching off where no page fits."""
     cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
-    if not cache.enable_prefix_caching or not method.needs_statistic:
-        return 0  # without statistics vLLM's own prefix caching changes no result
+    if not cache.enable_prefix_caching:
+        return 0
+    chosen = SCHEDULERS[method.needs_statistic, bool(scheduler.async_scheduling)]
+    if not method.needs_statistic:
+        scheduler.scheduler_cls = chosen
+        return 0
     neurons = served.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
     nbytes = page_nbytes(method, neurons, model.max_model_len, model.dtype)
     given = config.statistics_mib
@@ -99,7 +108,7 @@ def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, ser
         )
         cache.enable_prefix_caching = False
         return 0
-    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    scheduler.scheduler_cls = chosen
     return min(budget // nbytes, MAX_PAGES)
 
 

@@ -1,12 +1,14 @@
-"""Prefix caching that changes no result: vLLM's schedulers, which reuse a prefix only as far as its statistics reach.
+"""Prefix caching that changes no result: vLLM's schedulers, which reuse only what a prompt would compute itself.
 
-A request needs the statistics of its whole prompt, also of tokens that it finds in the KV cache. They are kept as pages
-(`pages.PageIndex`) of prefixes that end
+KV entries of tokens that ran sparse are never published, and a request that goes on generating after a preemption
+reuses blocks of its prompt only: the same tokens in another request's prompt have other KV entries.
+
+Where requests select for themselves, a prefix is reused only as far as its statistics reach: a request needs those of
+its whole prompt, also of tokens that it finds in the KV cache. They are kept as pages (`pages.PageIndex`) of prefixes
+that end
 - at multiples of `statistics_page` tokens,
 - at a prompt's last full block, where the next turn of a conversation, or another sample of the prompt, goes on,
 - where a later prompt left the known one: plain vLLM would have reused blocks up to there, so the next one will too.
-KV entries of tokens that ran sparse are never published, and a request that goes on generating after a preemption
-reuses blocks of its prompt only: the same tokens in another request's prompt have other KV entries.
 """
 
 from __future__ import annotations
@@ -49,17 +51,13 @@ class _Leader:
         return self.request.status == RequestStatus.RUNNING and self.request.num_computed_tokens < self.position
 
 
-class _StatisticsScheduler(Scheduler):
-    """vLLM's scheduler with pages of statistics; a base of the two classes below."""
+class _PromptScheduler(Scheduler):
+    """vLLM's scheduler that publishes and reuses blocks of prompts alone: enough where no request has a statistic."""
+
+    exact_tokens = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        settings = EngineSettings.read(self.vllm_config)
-        assert settings is not None, "`enable` chooses this class, and writes the settings"
-        self.pages = PageIndex(settings.num_pages)
-        self.page_tokens = -(-settings.page_tokens // self.block_size) * self.block_size
-        self.exact_tokens = settings.exact_tokens
-        self.leaders: dict[Hashable, _Leader] = {}
         coordinator = self.kv_cache_manager.coordinator
         publish = coordinator.cache_blocks
 
@@ -74,6 +72,41 @@ class _StatisticsScheduler(Scheduler):
         length = request.num_prompt_tokens
         request.caprese = _Prompt(switched_off(request.sampling_params), length, length <= self.exact_tokens)
         super().add_request(request)
+
+    def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
+        """vLLM's hit, within the limits that vLLM 0.33 may pass, cut to the prompt of a request that was preempted."""
+        found = super()._get_local_prefix_cache_hit(request, *limits, **named_limits)
+        prompt: _Prompt = request.caprese
+        if prompt.off or not prompt.selected or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return found
+        _, hit, boundary, diverged = found
+        return self._cut(request, min(hit, prompt.length), boundary, diverged)
+
+    def _cut(self, request: Any, position: int, boundary: int, diverged: bool) -> tuple[Any, int, int, bool]:
+        """A hit of at most `position` tokens."""
+        manager = self.kv_cache_manager
+        groups, length, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, position)
+        return manager.create_kv_cache_blocks(groups), length, boundary, diverged
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            prompt: _Prompt = request.caprese
+            prompt.selected |= request.num_computed_tokens + count >= request.num_prompt_tokens
+        super()._update_after_schedule(scheduler_output)
+
+
+class _StatisticsScheduler(_PromptScheduler):
+    """With pages of statistics: for requests that select for themselves."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        settings = EngineSettings.read(self.vllm_config)
+        assert settings is not None, "`enable` chooses this class, and writes the settings"
+        self.pages = PageIndex(settings.num_pages)
+        self.page_tokens = -(-settings.page_tokens // self.block_size) * self.block_size
+        self.exact_tokens = settings.exact_tokens
+        self.leaders: dict[Hashable, _Leader] = {}
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self.pages.begin_step()
@@ -99,14 +132,13 @@ class _StatisticsScheduler(Scheduler):
         return False
 
     def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
-        """vLLM's hit, within the limits that vLLM 0.33 may pass, cut to the deepest page of this request's prefix."""
+        """The hit, cut to the deepest page of this request's prefix."""
         prompt: _Prompt = request.caprese
         found = super()._get_local_prefix_cache_hit(request, *limits, **named_limits)
-        _, hit, boundary, diverged = found
-        if prompt.off or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+        # A request that was preempted while it generated keeps its selection.
+        if prompt.off or prompt.selected or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return found
-        if prompt.selected:  # preempted while it generated; the selection is kept
-            return self._cut(request, min(hit, prompt.length), boundary, diverged)
+        _, hit, boundary, diverged = found
         prompt.page, prompt.junction = None, hit // self.hash_block_size * self.hash_block_size
         for position in self._known(request, hit):
             cut = self._cut(request, position, boundary, diverged)
@@ -119,12 +151,6 @@ class _StatisticsScheduler(Scheduler):
             self._key(request, end): _Leader(request, end) for end in self._ends(request) if end > position
         }
         return cut
-
-    def _cut(self, request: Any, position: int, boundary: int, diverged: bool) -> tuple[Any, int, int, bool]:
-        """A hit of at most `position` tokens."""
-        manager = self.kv_cache_manager
-        groups, length, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, position)
-        return manager.create_kv_cache_blocks(groups), length, boundary, diverged
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         commands = {}
@@ -143,7 +169,6 @@ class _StatisticsScheduler(Scheduler):
             if prompt.page is not None or saves:
                 commands[request_id] = Commands(prompt.page, tuple(saves))
             prompt.page = None
-            prompt.selected = end >= request.num_prompt_tokens
         setattr(scheduler_output, COMMANDS, commands)
         super()._update_after_schedule(scheduler_output)
         self.leaders = {key: leader for key, leader in self.leaders.items() if leader.on_its_way}
@@ -178,9 +203,17 @@ class _StatisticsScheduler(Scheduler):
         return request.caprese.exact_values, request.block_hashes[position // self.hash_block_size - 1]
 
 
+class CoreScheduler(_PromptScheduler):
+    """For selections that all requests share, and synchronous scheduling."""
+
+
+class CoreAsyncScheduler(_PromptScheduler, AsyncScheduler):
+    """For selections that all requests share, and asynchronous scheduling."""
+
+
 class CapreseScheduler(_StatisticsScheduler):
-    """For synchronous scheduling."""
+    """For requests' own selections, and synchronous scheduling."""
 
 
 class CapreseAsyncScheduler(_StatisticsScheduler, AsyncScheduler):
-    """For asynchronous scheduling."""
+    """For requests' own selections, and asynchronous scheduling."""

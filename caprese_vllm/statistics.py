@@ -119,7 +119,8 @@ class Statistics:
         self._dtype = torch.float32 if self.griffin else torch.int64
         kept = page_dtype(method, packed.num_neurons, max_tokens)
         self._pages = torch.empty(num_pages, self._width, dtype=kept, device=packed.up_plus.device)
-        self.selector: LayerSelector  # once weights are loaded
+        # Scales and priors come with the weights (`SparseFF.fill_adapter`).
+        self.selector = LayerSelector(Method(method.name, method.density, method.layers, 0), packed.num_neurons)
         self._rows: dict[int, Tensor] = {}
         self._exact: dict[int, CatsStatistic] = {}
         self._exact_pages: dict[int, list[Tensor]] = {}

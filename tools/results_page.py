@@ -64,8 +64,8 @@ def _contents() -> str:
         shown = (", ".join(sorted(places[its])) or (NOT if item.command else "") for its in (True, False))
         command = f"`caprese bench {item.command}`" if item.command else ""
         lines.append(f"| {item.title} | {command} | {' | '.join(shown)} |")
-    told = f"Measured on GPUs: {', '.join(sorted(gpus))}." if gpus else "Nothing here was measured on a GPU yet."
-    return "\n".join([*lines, "", told]) + "\n"
+    coverage = f"Measured on GPUs: {', '.join(sorted(gpus))}." if gpus else "Nothing here was measured on a GPU yet."
+    return "\n".join([*lines, "", coverage]) + "\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -81,11 +81,11 @@ def says(name: str) -> list[str]:
 def source(path: Path, result: Result) -> list[str]:
     """Where the figures above come from."""
     provenance = result.provenance
-    told = f"Measured by `{provenance['command']}` on {circumstances(provenance)}: "
-    told += f"[{path.name}](../{path.relative_to(ROOT)})."
+    measured = f"Measured by `{provenance['command']}` on {circumstances(provenance)}: "
+    measured += f"[{path.name}](../{path.relative_to(ROOT)})."
     note = [f"Note: {provenance['note']}.", ""] if "note" in provenance else []
     partial = ["The run was stopped before its end.", ""] if result.partial else []
-    return [*note, *partial, told, ""]
+    return [*note, *partial, measured, ""]
 
 
 def _gpus(result: Result) -> list[str]:
@@ -278,8 +278,8 @@ def figure_3() -> list[str]:
     for path, result in results("coverage"):
         for section, rows in result.sections().items():
             some = [row for row in rows if row["k"] in (1, 2, 5, 10, 20, 50, 100)]
-            told = f"{rows[0]['problems']} problems, mean ± standard deviation over {rows[0]['pools']} pools"
-            lines += [f"**{section}**, Pass@K in percent, {told}:", ""]
+            counts = f"{rows[0]['problems']} problems, mean ± standard deviation over {rows[0]['pools']} pools"
+            lines += [f"**{section}**, Pass@K in percent, {counts}:", ""]
             lines += _grid("", some, "variant", "k", lambda k: f"K = {k}", _coverage)
             active = {row["variant"]: f"{row['variant']} {row['activated']:.1%}" for row in rows}
             lines += [f"Parameters that a token needs: {', '.join(active.values())}.", ""]

@@ -37,8 +37,8 @@ Solver = Literal["closed-form", "adam"]
 Weighting = Literal["none", "gradient"]
 
 
-class DataSettings(Settings):
-    """Settings of every verb that feeds samples to a model."""
+class AdapterSettings(Settings):
+    """Settings of every verb that makes an adapter file from a model and data."""
 
     model: Annotated[str, Field(min_length=1), Option(Group.MODEL, "Model directory or Hub id.", "MODEL")]
     dtype: Annotated[Dtype, Option(Group.MODEL, "Dtype of model and adapters; auto: the checkpoint's.")] = "auto"
@@ -79,8 +79,26 @@ class DataSettings(Settings):
     ] = 2048
     seed: Annotated[Integer, Option(Group.DATA, "Seed of the drawn rows and of the order of training.", "N")] = 0
 
+    method: Annotated[MethodName, Option(Group.METHOD, "Sparse method.")] = "griffin"
+    density: Annotated[
+        Positive, Field(le=1.0), Option(Group.METHOD, "Share of neurons that a generated token keeps.", "X")
+    ] = DEFAULT_DENSITY
+    layers: Annotated[
+        LayerChoice | None,
+        BeforeValidator(parse_layers),
+        Option(
+            Group.METHOD,
+            "first-half, all, or indices as 0,1,2. Default: first-half for griffin, all for cats.",
+            "LAYERS",
+        ),
+    ] = None
+    device: Annotated[
+        Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
+    ] = "auto"
+    output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
 
-class DistillConfig(DataSettings):
+
+class DistillConfig(AdapterSettings):
     """Settings of a distillation; `caprese_distill.distill` makes the adapter.
 
     A wrong value, an unknown name and options that exclude each other raise CapreseError.
@@ -103,22 +121,9 @@ class DistillConfig(DataSettings):
         Option(Group.DATA, 'For --generate: arguments of vllm.LLM, as {"tensor_parallel_size": 4}.', "JSON"),
     ] = None
 
-    method: Annotated[MethodName, Option(Group.METHOD, "Sparse method.")] = "griffin"
-    density: Annotated[
-        Positive, Field(le=1.0), Option(Group.METHOD, "Share of neurons that a generated token keeps.", "X")
-    ] = DEFAULT_DENSITY
     rank: Annotated[
         Integer, Field(ge=1), Option(Group.METHOD, "Rank r of the low-rank layers; at most the hidden size.", "N")
     ] = DEFAULT_RANK
-    layers: Annotated[
-        LayerChoice | None,
-        BeforeValidator(parse_layers),
-        Option(
-            Group.METHOD,
-            "first-half, all, or indices as 0,1,2. Default: first-half for griffin, all for cats.",
-            "LAYERS",
-        ),
-    ] = None
     stage: Annotated[
         Stage,
         Option(Group.METHOD, "The last stage: end-to-end follows layer-wise, and takes several times as long."),
@@ -152,9 +157,6 @@ class DistillConfig(DataSettings):
         Integer, Field(ge=1), Option(Group.TRAINING, "For --solver adam: passes over the samples.", "N")
     ] = 20
 
-    device: Annotated[
-        Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
-    ] = "auto"
     device_map: Annotated[
         Literal["auto"] | None,
         Option(
@@ -168,7 +170,6 @@ class DistillConfig(DataSettings):
         Option(Group.MACHINES, "Processes that share the data, with Ray; on cuda each has a GPU. 1: without Ray.", "N"),
     ] = 1
 
-    output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
     tensorboard: Annotated[
         Path | None, Option(Group.OUTPUT, "End to end: directory for TensorBoard logs.", "DIR", recorded=False)
     ] = None

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from caprese_kernels.errors import CapreseError
 
-from .config import DataSettings
+from .config import AdapterSettings
 from .data.samples import Sample, encode
 from .data.sources import Source, read_source
 from .loading import max_sample_tokens
 from .progress import progress_bar
 
 
-def read_rows(config: DataSettings, responses: bool = True) -> Source:
+def read_rows(config: AdapterSettings, responses: bool = True) -> Source:
     """The rows that the settings name; `responses` False: prompts alone."""
     return read_source(
         config.data,
@@ -32,7 +32,7 @@ def read_rows(config: DataSettings, responses: bool = True) -> Source:
 
 
 def encode_rows(
-    config: DataSettings, source: Source, model_config: Any, tokenizer: Any, console: Console
+    config: AdapterSettings, source: Source, model_config: Any, tokenizer: Any, console: Console
 ) -> list[Sample]:
     """The rows as samples, with a remark on those that are skipped. CapreseError for fewer than two samples."""
     with progress_bar(console, "rows/s") as bar:
@@ -44,7 +44,7 @@ def encode_rows(
 
 
 def check_samples(
-    config: DataSettings, samples: list[Sample], skipped: Counter[str], rows: int, console: Console
+    config: AdapterSettings, samples: list[Sample], skipped: Counter[str], rows: int, console: Console
 ) -> None:
     """CapreseError for too few samples; a remark on those that were skipped."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())

@@ -112,10 +112,13 @@ class Settings(BaseModel):
 
 @cache
 def _options(settings: type[Settings]) -> dict[str, Option]:
-    return {
+    """In the order of the groups, as the help shows them."""
+    found = {
         name: next(each for each in field.metadata if isinstance(each, Option))
         for name, field in settings.model_fields.items()
     }
+    groups = list(Group)
+    return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
 
 
 def flag(name: str) -> str:

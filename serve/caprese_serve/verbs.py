@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,12 +84,12 @@ class Verb:
         )
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(TyperGroup, ABC):
     """A group whose commands `verbs` lists: `typer.Typer(cls=...)` takes a subclass that defines it."""
 
+    @abstractmethod
     def verbs(self) -> Mapping[str, Verb]:
         """The commands by name, in the order of --help."""
-        raise NotImplementedError
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -23,7 +23,7 @@ SELECTIONS = {
 PAPER = {"score": "paper", "prior": 0.0, "core": 0.0}
 # A prefix of two blocks that several prompts share, and prompts that share nothing.
 PREFIX = random_prompts((2 * BLOCK,), seed=7)[0]
-PROMPTS = [*random_prompts(LENGTHS), *(PREFIX + tail for tail in random_prompts((1, 5, BLOCK), seed=8))]
+PROMPTS = [*random_prompts((*LENGTHS, 20)), *(PREFIX + tail for tail in random_prompts((1, 5, BLOCK), seed=8))]
 
 ModelDir = Callable[[str], Path]
 
@@ -50,7 +50,7 @@ def make_case(model_dir: ModelDir, folder: Path, architecture: str, method: str,
 def test_tokens_equal_the_reference(
     model_dir: ModelDir, tmp_path: Path, architecture: str, name: str, rank: int
 ) -> None:
-    """Chunked prompts in one batch; again in another order, from cached prefixes; preempted; two samples of each."""
+    """Chunked prompts in one batch; again from cached prefixes; their next turns; two samples of each; preempted."""
     case = make_case(model_dir, tmp_path, architecture, "griffin", name, rank)
     prompts = without_ties(case)
     expected = case.expected(prompts)
@@ -60,6 +60,12 @@ def test_tokens_equal_the_reference(
     with engine(case.model_dir, case.caprese, max_num_batched_tokens=BUDGET, enable_prefix_caching=True) as llm:
         check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, what)
         check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{what}, cached")
+        turns = [[*prompt, *answer.tokens, 9] for prompt, answer in zip(prompts, expected, strict=True)]
+        answers = {tuple(turn): case.one(turn) for turn in turns}
+        clear = [list(turn) for turn, answer in answers.items() if min(answer.margins) > ROUNDING]
+        assert len(clear) >= len(turns) - 2
+        found = generate(llm, clear, greedy(NEW_TOKENS))
+        check(found, [answers[tuple(turn)] for turn in clear], f"{what}, the next turn")
         two = SamplingParams(n=2, top_k=1, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], two, use_tqdm=False)
         for sample in range(2):
@@ -95,11 +101,11 @@ def test_a_weighted_score_needs_no_adapter(model_dir: ModelDir) -> None:
 
 
 def test_without_statistics_prompts_are_plain(model_dir: ModelDir, tmp_path: Path) -> None:
-    """A core alone: no page, no slot, no scheduler of ours; a cached prefix is used as far as plain vLLM uses it."""
+    """A core alone: no page and no slot; a cached prompt is used as far as plain vLLM uses it, a response is not."""
     case = make_case(model_dir, tmp_path, "llama", "griffin", "core alone")
     with engine(case.model_dir, case.caprese, enable_prefix_caching=True) as llm:
         core = llm.llm_engine.engine_core.engine_core
-        assert type(core.scheduler).__module__.startswith("vllm.")
+        assert type(core.scheduler).__name__ == "CoreScheduler"
         generate(llm, PROMPTS, greedy(2))
         cached = llm.generate([{"prompt_token_ids": [*PREFIX, 5]}], SamplingParams(max_tokens=1), use_tqdm=False)
         assert cached[0].num_cached_tokens == 2 * BLOCK

@@ -74,3 +74,6 @@ _TENSORS = ("gate_up_plus", "down_plus", "gate_up_bias", "down_bias", "scale")
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.cpu()
+
+
+CHECKS = (check_scaled_statistic, check_scaled_histogram, check_scaled_cats)

@@ -47,3 +47,6 @@ def check_core_padding(backend: Backend, device: torch.device, case: Case) -> No
     y = backend.core_ff(spoilt, core, p.slots)
     assert not y[padding].any()
     assert_same_bits(y, backend.core_ff(clean, core, p.slots), "core y beside padding")
+
+
+CHECKS = (check_core, check_core_padding)

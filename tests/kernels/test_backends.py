@@ -31,11 +31,8 @@ CASE_CHECKS = (
     observation.check_shards,
     observation.check_cats_observe,
     observation.check_segment_stands_alone,
-    scaled.check_scaled_statistic,
-    scaled.check_scaled_histogram,
-    scaled.check_scaled_cats,
-    shared_core.check_core,
-    shared_core.check_core_padding,
+    *scaled.CHECKS,
+    *shared_core.CHECKS,
 )
 
 
@@ -70,8 +67,8 @@ class Target:
         if self.name == "cpu":
             library = module.library(self.march)
             monkeypatch.setattr(module, "library", lambda: library)
-            monkeypatch.setattr(module, "GATHER_UP_TO", self.gathers_below - 1)
-            monkeypatch.setattr(module, "CORE_GATHER_UP_TO", self.gathers_below - 1)
+            for name in ("GATHER_UP_TO", "CORE_GATHER_UP_TO"):
+                monkeypatch.setattr(module, name, self.gathers_below - 1)
             monkeypatch.setattr(module, "SHARED_UNION", module.SHARED_UNION if self.gathers_below else -1)
         return module
 

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from caprese_kernels.config import DEFAULT_DENSITY, LayerChoice, MethodName, Score
+from caprese_kernels.config import Score
 from caprese_kernels.errors import CapreseError
 
-from ..config import DataSettings
-from ..options import Device, Group, Integer, Number, Option, Positive, flag, parse_layers
+from ..config import AdapterSettings
+from ..options import Group, Integer, Number, Option, flag
 
 SAMPLES = 128
 PRIOR, CORE = 0.5, 1.0  # of GRIFFIN, unless given
 
 
-class CalibrateConfig(DataSettings):
+class CalibrateConfig(AdapterSettings):
     """Settings of a calibration; `caprese_distill.calibrate.job.calibrate` makes the file.
 
     A wrong value, an unknown name and options that exclude each other raise CapreseError.
     """
 
     samples: Annotated[Integer, Field(ge=2), Option(Group.DATA, "Most rows to use, drawn with --seed.", "N")] = SAMPLES
-    method: Annotated[MethodName, Option(Group.METHOD, "Sparse method.")] = "griffin"
-    density: Annotated[
-        Positive, Field(le=1.0), Option(Group.METHOD, "Share of neurons that a generated token keeps.", "X")
-    ] = DEFAULT_DENSITY
-    layers: Annotated[
-        LayerChoice | None,
-        BeforeValidator(parse_layers),
-        Option(
-            Group.METHOD,
-            "first-half, all, or indices as 0,1,2. Default: first-half for griffin, all for cats.",
-            "LAYERS",
-        ),
-    ] = None
     score: Annotated[
         Score,
         Option(Group.METHOD, "What ranks neurons: their part of the output (weighted), or |z| alone (paper)."),
@@ -53,10 +39,6 @@ class CalibrateConfig(DataSettings):
             "X",
         ),
     ] = None
-    device: Annotated[
-        Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
-    ] = "auto"
-    output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
 
     @model_validator(mode="before")
     @classmethod
