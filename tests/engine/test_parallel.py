@@ -11,7 +11,7 @@ from caprese_kernels.reference import NUM_MAGNITUDES
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.state import merge
 from tests.support.engine import engine, generate, greedy
-from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, Case, check, differing
+from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -87,6 +87,22 @@ def test_tensor_parallel(
         assert share == pytest.approx(1 / 3 + 2 / 3 * 0.5 + low_rank, abs=0.1)
         assert reports[0]["ff_weights_read"] != reports[1]["ff_weights_read"]
         assert share == pytest.approx(sum(report["ff_weights_read"] for report in reports) / RANKS)
+
+
+@pytest.mark.parametrize("core", [0.5, 1.0])
+def test_tensor_parallel_with_a_core(model_dir: ModelDir, tmp_path: Path, core: float) -> None:
+    """Each rank permutes and selects among its own neurons, by its part of the prior; the score's norms are of both."""
+    selection = {"score": "weighted", "prior": 0.5, "core": core}
+    directory = model_dir("llama-bias")
+    adapter = make_adapter(directory, tmp_path / "a.safetensors", "griffin", rank=7, selection=selection)
+    case = Case(directory, "griffin", adapter, selection=selection)
+    prompts = [p for p in random_prompts(LENGTHS, seed=31) if min(case.one(p, tp=RANKS).margins) > ROUNDING]
+    assert len(prompts) >= len(LENGTHS) - 2
+    expected = case.expected(prompts, tp=RANKS)
+    assert differing(expected, case.expected(prompts)) > len(prompts) // 2, "the split must change the selection"
+    with engine(directory, case.caprese, **TENSOR_PARALLEL) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, f"core {core}, {RANKS} ranks")
+        check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"core {core}, {RANKS} ranks, again")
 
 
 def test_tensor_parallel_without_caprese(model_dir: ModelDir) -> None:
