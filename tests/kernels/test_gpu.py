@@ -66,6 +66,7 @@ def backend_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
     return {
         "dense_ff": (p.x, p.ff),
         "griffin_ff": (p.x, p.ff, p.keep, p.slots),
+        "core_ff": (p.x, p.ff.core(p.case.neurons // 2), p.slots),
         "plan_layers": (p.keep[None], p.slots),
         "cats_ff": (p.x, p.ff, p.tau, p.slots),
         "griffin_norms": (z,),

@@ -100,6 +100,7 @@ def test_the_plugin_is_found_where_it_is_not_installed(tmp_path: Path, monkeypat
     assert (plugin.name, plugin.value) == ("caprese", "caprese_vllm.plugin:register")
     assert found.entry_points.select(group="caprese.commands").names == {
         "bench",
+        "calibrate",
         "collect-env",
         "demo",
         "distill",
