@@ -61,7 +61,7 @@ SLOW := tests/engine tests/e2e \
 # tests together, as they share engines, until a process has nothing left to do. Waiting threads sleep: cores are shared.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
-check: setup  ## Lint, types and the quick tests: under two minutes on two cores
+check: setup  ## Lint, types and the quick tests
 	@status=0; $(MAKE) --no-print-directory lint || status=1; echo "== pytest, quick tests"; \
 	$(PYTEST) -q $(foreach test,$(SLOW),$(if $(findstring ::,$(test)),--deselect,--ignore)=$(test)) || status=1; \
 	echo "== left to make test:"; printf '   %s\n' $(SLOW); exit $$status
