@@ -50,7 +50,14 @@ SLOW := tests/engine tests/e2e \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
   tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
+  tests/examples tests/packaging tests/docs/test_commands.py::test_vllm_knows_its_flags \
   tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
+  tests/kernels/test_choice.py::test_a_compiler_may_have_options \
+  tests/plugin/test_flags.py::test_an_overridden_architecture_is_refused \
+  tests/plugin/test_flags.py::test_what_does_not_fit_is_refused_by_name \
+  tests/plugin/test_flags.py::test_experts_beside_an_ff_block_are_refused \
+  tests/plugin/test_flags.py::test_drafting_models_are_refused \
+  tests/plugin/test_flags.py::test_a_density_that_leaves_a_rank_no_neuron \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
   tests/serve/test_demo.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py \
