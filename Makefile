@@ -45,7 +45,8 @@ SLOW := tests/engine tests/e2e \
   tests/benchmarks/test_ablation.py tests/benchmarks/test_decode.py tests/benchmarks/test_evaluation_asking.py \
   tests/benchmarks/test_evaluation_tasks.py tests/benchmarks/test_hf_decode.py tests/benchmarks/test_kernels_bench.py \
   tests/benchmarks/test_lora.py tests/benchmarks/test_parameters.py tests/benchmarks/test_prefix_bench.py \
-  tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_served_lora.py \
+  tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_selection.py \
+  tests/benchmarks/test_served_lora.py \
   tests/distill/test_adam.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
   tests/distill/test_weighted.py \

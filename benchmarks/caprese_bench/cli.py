@@ -25,6 +25,7 @@ VERBS = {
         ("recovery", "recovery.recovery", "recovery"),
         ("ablation", "recovery.ablation", "ablation"),
         ("residual", "recovery.residual", "residual"),
+        ("selection", "recovery.selection", "selection"),
         ("parameters", "recovery.parameters", "parameters"),
         ("all", "all", "all_benchmarks"),
         ("compare", "results.compare", "compare"),

@@ -40,6 +40,25 @@ class Residual(Row):
     error_worst_layer: Amount
 
 
+class Selection(Row):
+    """What a selection costs without L, R, teacher-forced: KL(original || sparse) in nats and the share of tokens whose
+    most likely successor stays the same, means over samples with their standard errors."""
+
+    section: str
+    density: Share
+    score: Literal["paper", "weighted"]
+    prior: Share = Field(description="lambda, the prior's weight")
+    core: Share = Field(description="kappa, the share of a selection that all requests have in common")
+    prior_data: str | None = Field(description="the domain whose responses made the prior; mixture: the mean of all")
+    data: str = Field(description="the domain of the measured samples")
+    kl: Amount
+    kl_stderr: Amount
+    agreement: Share
+    agreement_stderr: Amount
+    tokens: PositiveCount
+    samples: PositiveCount
+
+
 class Ablation(Row):
     """Figure 5: accuracy with one standard error, and mean tokens of a response; rank 0 is the plain method."""
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from caprese_kernels.errors import CapreseError
 
 from ..parsing import parse
-from .analysis import Ablation, Parameters, Recovery, Residual
+from .analysis import Ablation, Parameters, Recovery, Residual, Selection
 from .answers import Accuracy, Coverage, Exactness, Length
 from .fields import Amount, Row
 from .speed import Decode, DistillSpeed, Kernels, Latency, Prefix
@@ -39,6 +39,7 @@ ROWS: dict[str, type[Row]] = {
     "prefix": Prefix,
     "parameters": Parameters,
     "residual": Residual,
+    "selection": Selection,
     "ablation": Ablation,
     "recovery": Recovery,
     "accuracy": Accuracy,
