@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from . import histogram as shared
 from . import tuning
 from .arithmetic import activate
 
@@ -198,13 +199,19 @@ def cats_observe(
 ) -> None:
     """As reference.cats_observe; gate's rows may be strided.
 
-    One integer atomic in L2 for each magnitude should limit it, rather than bytes (not measured). Triton's histogram in
-    registers is for a few hundred bins, and its shared memory has no atomics.
+    Counted in shared memory where CUDA C++ can be compiled (`histogram`). Elsewhere by one integer atomic in L2 a
+    magnitude: Triton's histogram in registers is for a few hundred bins, and its shared memory has no atomics.
     """
     tokens, neurons = gate.shape
     segments = len(slots)
     if not tokens or not segments:
         return
+    if gate.is_cuda:
+        variant = shared.Variant.of(gate, activation, scale, shared.bins_that_fit(gate.device))
+        launch = shared.kernel(variant, gate.device)
+        if launch is not None:
+            shared.count(launch, variant, gate, offsets, slots, histogram, scale)
+            return
     _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
         *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
         ACT=activation,
