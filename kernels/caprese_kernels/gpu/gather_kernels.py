@@ -40,6 +40,14 @@ def _union(keep, slots, neurons, T, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _clear(arrived, down_programs, ARRIVED: tl.constexpr):
+    """The first program sets the counters of `down` to zero."""
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        program = tl.arange(0, ARRIVED)
+        tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
+
+
+@triton.jit
 def griffin_up(
     x,
     weights,
@@ -65,10 +73,8 @@ def griffin_up(
     STAGES: tl.constexpr,
 ):
     """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
+    _clear(arrived, down_programs, ARRIVED)
     first = tl.program_id(0) * ROWS
-    if first + tl.program_id(1) == 0:
-        program = tl.arange(0, ARRIVED)
-        tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
     listed = tl.load(count)
     end = tl.where(listed >= 0, listed + R, 0)
     if first >= end:
@@ -109,24 +115,29 @@ def cats_up(
     z,
     kept_count,
     scale,
+    arrived,
+    down_programs,
     T,
     D,
     F,
     R,
+    ARRIVED: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     SCALED: tl.constexpr,
+    TOTAL: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """z[t, j] of neurons with |g| >= tau[slot] (SCALED: |g_j| scale_j), else zero, and of the rows of L^T; and how many
-    neurons a token keeps.
+    """z[t, j] of neurons with |g| >= tau[slot] (SCALED: |g_j| scale_j), else zero, and of the rows of L^T.
 
-    A tile's gate comes first, whole; of W_1 it then reads the rows that some token keeps.
+    How many neurons a token keeps is added to kept_count[t]; TOTAL: of all tokens to kept_count[0]. A tile's gate comes
+    first, whole; of W_1 it then reads the rows that some token keeps.
     """
+    _clear(arrived, down_programs, ARRIVED)
     DTYPE: tl.constexpr = x.dtype.element_ty
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + tokens, mask=tokens < T, other=-1)
@@ -153,7 +164,11 @@ def cats_up(
             value = product(g, rounded(up, bias, j + F, neuron, BIASED, DTYPE))
         value = tl.where(kept, value, 0.0)
         # Integers: their sum has one value in any order.
-        tl.atomic_add(kept_count + tokens, tl.sum(kept.to(tl.int64), axis=1), mask=tokens < T, sem="relaxed")
+        counts = tl.sum(kept.to(tl.int64), axis=1)
+        if TOTAL:
+            tl.atomic_add(kept_count, tl.sum(counts), sem="relaxed")
+        else:
+            tl.atomic_add(kept_count + tokens, counts, mask=tokens < T, sem="relaxed")
         tl.store(z + tokens[:, None] * (F + R) + j[None, :], value, mask=(tokens < T)[:, None] & neuron[None, :])
     else:
         i = F + (tile - neuron_tiles) * ROWS + tl.arange(0, ROWS)
