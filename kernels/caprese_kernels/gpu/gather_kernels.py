@@ -241,7 +241,6 @@ def down(
             weights + row.to(tl.int64)[:, None] * D + d[None, :],
             mask=live[:, None] & (d < D)[None, :],
             other=0.0,
-            eviction_policy="evict_first",
         )
         if TOKENS == 1:
             sums += some_z.to(tl.float32)[:, None] * some_w.to(tl.float32)
