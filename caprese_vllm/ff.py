@@ -18,7 +18,7 @@ from caprese_kernels.selection import LayerSelector
 
 from .architectures import Block
 from .ranks import Ranks
-from .requests import Step
+from .requests import PromptChunk, Step
 from .statistics import ChunkPlan, Statistics
 
 
@@ -96,6 +96,14 @@ class SparseFF:
                     selections[:, self.num_neurons - self.core.num_neurons :] = False
                 self.selections[chunks.slots] = selections
         return y
+
+    def warm_up(self) -> None:
+        """Observe a prompt of one token of zeros, and select by it; nothing is left behind."""
+        packed = self.packed
+        gate_up = packed.down_plus.new_zeros(1, len(packed.gate_up_plus) - packed.rank)
+        chunk = PromptChunk(key=-1, slot=0, prompt_len=1, begin=0, end=1, first=True, last=True)
+        plan = ChunkPlan.of([chunk], gate_up.device)
+        self.statistics.observe(plan, gate_up[:, : self.num_neurons].contiguous(), gate_up)
 
     def _sparse(self, x: Tensor, view: StepView, out: Tensor | None) -> Tensor:
         view.begin_sparse(self.index)

@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs
-"""The kernels behind `gather`. z [T, F + r] holds the neurons in the order of a plan, or all of them, then x L."""
+"""The kernels behind `gather`. z [T, F + r] holds the neurons in the order of a plan, or all of them, then x L.
+
+Numbers that change from step to step are not specialized: Triton would compile anew for 1 and for multiples of 16.
+"""
 
 import triton
 import triton.language as tl
@@ -7,7 +10,7 @@ import triton.language as tl
 from .arithmetic import product, project, rounded, rounded_activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def plan_rows(keep, slots, rows, count, T, S, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Program (layer, block) lists the block's neurons behind those of the blocks before, which it counts itself."""
     layer, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -47,7 +50,7 @@ def _clear(arrived, down_programs, ARRIVED: tl.constexpr):
         tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "down_programs"])
 def griffin_up(
     x,
     weights,
@@ -105,7 +108,7 @@ def griffin_up(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "down_programs"])
 def cats_up(
     x,
     weights,
@@ -182,7 +185,7 @@ def cats_up(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down(
     z,
     weights,

@@ -78,7 +78,7 @@ def griffin_observe(
     # A segment's last block may be short: at most one block more for each.
     blocks = triton.cdiv(tokens, tuning.OBSERVED_TOKENS) + segments
     partial = torch.empty(blocks, neurons, dtype=torch.float32, device=z.device)
-    options = {"SEGMENTS": triton.next_power_of_2(segments), "TOKENS": tuning.OBSERVED_TOKENS}
+    options = {"SEGMENTS": tuning.segments_tile(segments), "TOKENS": tuning.OBSERVED_TOKENS}
     block = triton.next_power_of_2(neurons)
     _partial_statistics[(blocks,)](
         *(z, offsets, slots, norms, scale, partial, z.stride(0), segments, neurons),
@@ -107,7 +107,7 @@ def _blocks(offsets, segments, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr):
     return segment, begin, end, tl.cumsum(tl.cdiv(end - begin, TOKENS), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _partial_statistics(
     z,
     offsets,
@@ -162,7 +162,7 @@ def _partial_statistics(
     tl.store(partial + block.to(tl.int64) * F + j, total, mask=j < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _add_statistics(
     offsets,
     slots,
@@ -216,13 +216,13 @@ def cats_observe(
         *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
         ACT=activation,
         SCALED=scale is not None,
-        BORDERS=triton.next_power_of_2(segments + 1),
+        BORDERS=tuning.segments_tile(segments + 1),
         BLOCK=tuning.COUNT_BLOCK,
         num_warps=8,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _count(
     gate,
     offsets,
