@@ -1,8 +1,9 @@
-"""Every vLLM symbol that the plugin touches. vLLM 0.32.
+"""Every vLLM symbol that the plugin touches. vLLM 0.32 and 0.33.
 
 SEAMS are wrapped: each with why, and when the wrap can go. `wrap` is the only place where vLLM is changed; it is
 idempotent and checks what it finds. USES are only imported, called, overridden or read. tests/plugin/test_compat.py
-checks both lists against the installed vLLM, and that no import escapes them.
+checks both lists against the installed vLLM, and that no import escapes them; test_contract.py against the source of
+another release.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from caprese_kernels.errors import CapreseError
 
-SUPPORTED_VLLM = "0.32"
+PROVEN_VLLM = "0.32"  # all tests run on it
+READ_VLLM = ("0.33",)  # its source was compared with the proven one's, symbol by symbol (docs/compatibility.md)
 
 
 @dataclass(frozen=True)
@@ -279,9 +281,9 @@ def check(symbol: Symbol) -> None:
         found = f"no {', '.join(missing)}"
     raise CapreseError(
         f"vLLM's {symbol.path}",
-        expected=f"it as in vLLM {SUPPORTED_VLLM}",
+        expected=f"it as in vLLM {PROVEN_VLLM}",
         found=found,
-        fix=f"install vllm=={SUPPORTED_VLLM}.*",
+        fix=f"install vllm=={PROVEN_VLLM}.*",
     )
 
 
@@ -298,19 +300,21 @@ def _has(symbol: Any, name: str) -> bool:
 
 
 def check_version(version: str) -> str | None:
-    """A warning, if CAPRESE_ANY_VLLM=1 lets Caprese run with a vLLM that it is not proven with.
+    """A warning, if Caprese is not proven with this vLLM; None if it is.
 
-    Raises CapreseError for such a vLLM otherwise, and then too when it lacks a symbol that we touch.
+    A release whose source was read runs with the warning. Any other does so with CAPRESE_ANY_VLLM=1 alone.
+    Raises CapreseError otherwise, and whenever a release that is not proven lacks a symbol that we touch.
     """
-    if version.startswith(f"{SUPPORTED_VLLM}."):
+    release = ".".join(version.split(".")[:2])
+    if release == PROVEN_VLLM:
         return None
-    if os.environ.get("CAPRESE_ANY_VLLM") != "1":
+    if release not in READ_VLLM and os.environ.get("CAPRESE_ANY_VLLM") != "1":
         raise CapreseError(
             "vLLM",
-            expected=f"version {SUPPORTED_VLLM}, the one that Caprese is proven with",
+            expected=f"version {PROVEN_VLLM}, the one that Caprese is proven with, or {', '.join(READ_VLLM)}",
             found=version,
-            fix=f"install vllm=={SUPPORTED_VLLM}.*, or set CAPRESE_ANY_VLLM=1 and compare outputs yourself",
+            fix=f"install vllm=={PROVEN_VLLM}.*, or set CAPRESE_ANY_VLLM=1 and compare outputs yourself",
         )
     for symbol in (*SEAMS, *USES):
         check(symbol)
-    return f"vLLM {version} has every symbol that Caprese touches, but Caprese is proven with {SUPPORTED_VLLM} only"
+    return f"vLLM {version} has every symbol that Caprese touches, but Caprese is proven with {PROVEN_VLLM} only"

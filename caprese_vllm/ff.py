@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from caprese_kernels.selection import LayerSelector
 
 from .architectures import Block
 from .ranks import Ranks
-from .requests import Step
+from .requests import PromptChunk, Step
 from .statistics import ChunkPlan, Statistics
 
 
@@ -82,11 +83,9 @@ class SparseFF:
             rows = _rows(step, step.dense_rows)
             out[rows] = self._prompt(x[rows], view.chunks)
         if len(step.off_rows):
-            rows = _rows(step, step.off_rows)
-            out[rows] = view.kernels.dense_ff(x[rows], self.packed)
+            _write(out, step, step.off_rows, lambda rows, y: view.kernels.dense_ff(x[rows], self.packed, out=y))
         if len(step.sparse_rows):
-            rows = _rows(step, step.sparse_rows)
-            out[rows] = self._sparse(x[rows], view)
+            _write(out, step, step.sparse_rows, lambda rows, y: self._sparse(x[rows], view, y))
 
     def _prompt(self, x: Tensor, chunks: ChunkPlan | None) -> Tensor:
         y, z, gate_up = self.block.run(x)
@@ -98,20 +97,25 @@ class SparseFF:
                 self.selections[chunks.slots] = selections
         return y
 
-    def _sparse(self, x: Tensor, view: StepView) -> Tensor:
+    def warm_up(self) -> None:
+        """Observe a prompt of one token of zeros, and select by it; nothing is left behind."""
+        packed = self.packed
+        gate_up = packed.down_plus.new_zeros(1, len(packed.gate_up_plus) - packed.rank)
+        chunk = PromptChunk(key=-1, slot=0, prompt_len=1, begin=0, end=1, first=True, last=True)
+        plan = ChunkPlan.of([chunk], gate_up.device)
+        self.statistics.observe(plan, gate_up[:, : self.num_neurons].contiguous(), gate_up)
+
+    def _sparse(self, x: Tensor, view: StepView, out: Tensor | None) -> Tensor:
         view.begin_sparse(self.index)
         slots = view.step.sparse_slots
         if self.method.name == "griffin":
-            shared = None if self.core is None else view.kernels.core_ff(x, self.core, slots)
             if self.tail is None:
-                assert shared is not None
-                return shared
+                assert self.core is not None
+                return view.kernels.core_ff(x, self.core, slots, out=out)
             plan = view.row_plan(self.index)
-            own = view.kernels.griffin_ff(x, self.tail, self.selections, slots, row_plan=plan)
-            return own if shared is None else own.add_(shared)
-        y, kept = view.kernels.cats_ff(x, self.packed, self.selections, slots)
-        self._neurons_kept += kept.sum()
-        return y
+            own = view.kernels.griffin_ff(x, self.tail, self.selections, slots, row_plan=plan, out=out)
+            return own if self.core is None else own.add_(view.kernels.core_ff(x, self.core, slots))
+        return view.kernels.cats_ff(x, self.packed, self.selections, slots, out=out, kept=self._neurons_kept)[0]
 
     def weights_read(self, tokens: int) -> int:
         """FF weights that the `tokens` generated so far needed: those of kept neurons, and L and R, once a token.
@@ -175,6 +179,15 @@ class SparseFF:
         if method.name == "cats":
             packed.scale, packed.native = selector.scale, None
         self.statistics.selector = selector
+
+
+def _write(out: Tensor, step: Step, rows: Tensor, compute: Callable[[Tensor | slice, Tensor | None], Tensor]) -> None:
+    """out[rows] = compute(rows, its place), which is None where the rows are scattered: then they are copied there."""
+    where = _rows(step, rows)
+    if isinstance(where, slice):
+        compute(where, out[where])
+    else:
+        out[where] = compute(where, None)
 
 
 def _rows(step: Step, rows: Tensor) -> Tensor | slice:

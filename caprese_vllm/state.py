@@ -83,6 +83,11 @@ class State:
         for block in self.blocks:
             block.fill_adapter(adapters)
 
+    def warm_up(self) -> None:
+        """Compile what takes a prompt's statistic: no dummy batch runs it, so the first user's prompt would wait."""
+        if self.blocks and self.method.needs_statistic:
+            self.blocks[0].warm_up()  # blocks of one size: the same kernels
+
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
         """Before the forward pass of a real batch, eager or replayed: everything that the step changes outside of it.
 

@@ -89,6 +89,7 @@ def _process_weights(
     if state is None:
         return
     state.fill_adapters()
+    state.warm_up()
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)

@@ -30,17 +30,33 @@ class Backend(Protocol):
     Rows are tokens. `slots` int64 names each token's (or segment's) row of a table, -1 for padding. Tables are
     `keep` [S, F] bool and `tau` [S] float32 of selections, `statistic` [S, F] float32 and `histogram`
     [S, NUM_MAGNITUDES] int64 of prompts in progress. Same inputs give the same bits; nothing is synchronized.
+
+    `out` [T, D] contiguous takes y, which is then `out` itself; None: a new tensor.
     """
 
     NAME: str
 
-    def dense_ff(self, x: Tensor, ff: PackedFF) -> Tensor: ...
+    def dense_ff(self, x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor: ...
     def griffin_ff(
-        self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+        self,
+        x: Tensor,
+        ff: PackedFF,
+        keep: Tensor,
+        slots: Tensor,
+        row_plan: RowPlan | None = None,
+        out: Tensor | None = None,
     ) -> Tensor: ...
     def plan_layers(self, keep: Tensor, slots: Tensor) -> RowPlan | None: ...
-    def core_ff(self, x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor: ...
-    def cats_ff(self, x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]: ...
+    def core_ff(self, x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def cats_ff(
+        self,
+        x: Tensor,
+        ff: PackedFF,
+        tau: Tensor,
+        slots: Tensor,
+        out: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
     def griffin_norms(self, z: Tensor, scale: Tensor | None = None) -> Tensor: ...
     def griffin_observe(
         self,

@@ -33,11 +33,15 @@ def activations(x: Tensor, ff: PackedFF) -> tuple[Tensor, Tensor]:
     return g, g * up
 
 
-def dense_ff(x: Tensor, ff: PackedFF) -> Tensor:
+def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """The original block, FF(x) = z W_2 (eq. 1-2): [T, D] -> [T, D]. L and R take no part."""
     _, z = activations(x, ff)
     y = z @ ff.down_plus[: ff.num_neurons]
-    return y if ff.down_bias is None else y + ff.down_bias
+    return _into(out, y if ff.down_bias is None else y + ff.down_bias)
+
+
+def _into(out: Tensor | None, y: Tensor) -> Tensor:
+    return y if out is None else out.copy_(y)
 
 
 def sparse_ff(x: Tensor, ff: PackedFF, keep: Tensor) -> Tensor:
@@ -50,14 +54,16 @@ def sparse_ff(x: Tensor, ff: PackedFF, keep: Tensor) -> Tensor:
     return _down_plus(x, torch.where(keep, z, 0), ff)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None) -> Tensor:
+def griffin_ff(
+    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None, out: Tensor | None = None
+) -> Tensor:
     """GRIFFIN for T generated tokens: token t keeps the neurons keep[slots[t]].
 
     `keep` [S, F] bool, one selection a slot; `slots` [T] int64. A slot of -1 is padding: y is zero there.
     `row_plan` is this layer's of `plan_layers`, or None; it changes no result.
     """
     y = sparse_ff(x, ff, keep[slots])
-    return torch.where(slots[:, None] >= 0, y, 0)
+    return _into(out, torch.where(slots[:, None] >= 0, y, 0))
 
 
 def plan_layers(keep: Tensor, slots: Tensor) -> None:
@@ -67,7 +73,7 @@ def plan_layers(keep: Tensor, slots: Tensor) -> None:
     """
 
 
-def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
+def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> Tensor:
     """The part of y (eq. 9-10) that all generated tokens share: core neurons, L and R, bias. [T, D] -> [T, D].
 
     y = [act(x W_g) * (x W_1), x L] [W_2; R] over the core's neurons. `slots` [T] int64: -1 is padding, y is zero there.
@@ -81,20 +87,29 @@ def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
     else:
         neurons.mul_(ff.act(F.linear(x, ff.gate, ff.gate_bias)))
     y = z @ ff.down_plus
-    return torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0)
+    return _into(out, torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0))
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def cats_ff(
+    x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, out: Tensor | None = None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """CATS for T generated tokens: token t keeps the neurons with |g| >= tau[slots[t]] (eq. 5-6), compared in float32.
 
     Where the block has a scale, |g_j| scale_j is compared instead.
     `tau` [S] float32, one threshold a slot; `slots` [T] int64, -1 for padding, where y is zero and nothing is kept.
-    Returns y [T, D] and the number of neurons kept [T] int64.
+    Returns y [T, D] and the number of neurons kept: int64 [T]. A `kept` that is given is added to, and returned: [T],
+    or [] for the sum over all tokens.
     """
     g, z = activations(x, ff)
     valid = slots[:, None] >= 0
     keep = (magnitudes(g, ff.scale) >= tau[slots, None]) & valid
-    return torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0), keep.sum(dim=1)
+    y = _into(out, torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0))
+    return y, add_kept(kept, keep.sum(dim=1))
+
+
+def add_kept(kept: Tensor | None, counts: Tensor) -> Tensor:
+    """`counts` int64 [T] added to `kept` [T] or [] (their sum); `counts` itself without one."""
+    return counts if kept is None else kept.add_(counts if kept.dim() else counts.sum())
 
 
 def _down_plus(x: Tensor, z: Tensor, ff: PackedFF) -> Tensor:

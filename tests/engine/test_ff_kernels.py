@@ -27,10 +27,10 @@ class Doubled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.below, name)
 
-    def griffin_ff(self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: Any = None) -> Tensor:
+    def griffin_ff(self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, **more: Any) -> Tensor:
         (layer,) = (layer for layer, packed in self.blocks.items() if packed is ff)
         self.calls.append((layer, len(x)))
-        return 2 * self.below.griffin_ff(x, ff, keep, slots, row_plan=row_plan)
+        return self.below.griffin_ff(x, ff, keep, slots, **more).mul_(2)
 
 
 def test_the_engine_runs_them(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ are; each launch is compiled for its arguments instead of being run. `test_gpu.p
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,6 +35,9 @@ TYPES = {
 class Compiler:
     """In place of a kernel: compiles it as a launch would, and keeps the result."""
 
+    compiles = True
+    variants: ClassVar[set[tuple[str, ...]]] = set()  # what was asked for, each once
+
     def __init__(self, kernel: Any, compiled: dict[str, Any]):
         self.kernel, self.compiled = kernel, compiled
 
@@ -51,15 +54,18 @@ class Compiler:
         for i, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
             # What Triton does at a launch: None and 1 are constants, and multiples of 16 are known as such.
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[(i,)] = "constexpr", value
                 continue
             number = value.data_ptr() if isinstance(value, Tensor) else value
             signature[parameter.name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if number % 16 == 0:
+            if special and number % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        self.compiled[self.kernel.__name__] = triton.compile(source, target=H200, options=options)
+        self.variants.add((self.kernel.__name__, *map(str, (signature, constants, attributes, options))))
+        if self.compiles:
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            self.compiled[self.kernel.__name__] = triton.compile(source, target=H200, options=options)
 
 
 @pytest.fixture
@@ -147,3 +153,32 @@ def test_statistics(compiled: dict[str, Any], tokens: int, neurons: int, segment
     gpu.cats_observe(z, "silu", offsets, slots, torch.zeros(2, reference.NUM_MAGNITUDES, dtype=torch.int64))
     gpu.griffin_select(torch.zeros(segments, neurons), 1)
     assert set(compiled) == {"_norms", "_partial_statistics", "_add_statistics", "_count", "_select"}
+
+
+def test_steps_of_any_size_take_the_same_kernels(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user waits for a compiler because the number of prompts or of requests is new."""
+    monkeypatch.setattr(Compiler, "compiles", False)
+    z, ff = torch.zeros(40, 64, dtype=torch.bfloat16), block(48, 64, 4, torch.bfloat16, "silu", True, False)
+    keep, tau = torch.zeros(4, 64, dtype=torch.bool), torch.zeros(4)
+
+    def variants(sizes: range, call: Callable[[int], object]) -> dict[str, int]:
+        monkeypatch.setattr(Compiler, "variants", set())
+        for size in sizes:
+            call(size)
+        names = [name for name, *_ in Compiler.variants]
+        return {name: names.count(name) for name in names}
+
+    def observe(prompts: int) -> None:
+        offsets, slots = torch.zeros(2 * prompts + 1, dtype=torch.int64), torch.zeros(2 * prompts, dtype=torch.int64)
+        gpu.griffin_observe(z, offsets, slots, torch.zeros(4, 64))
+        gpu.cats_observe(z, "silu", offsets, slots, torch.zeros(4, reference.NUM_MAGNITUDES, dtype=torch.int64))
+
+    def decode(tokens: int) -> None:
+        x, slots = torch.zeros(tokens, 48, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.int64)
+        gpu.griffin_ff(x, ff, keep, slots, path="gather")
+        gpu.cats_ff(x, ff, tau, slots, path="gather")
+
+    assert variants(range(1, 32), observe) == {"_partial_statistics": 1, "_add_statistics": 1, "_count": 1}
+    found = variants(range(2, 17), decode)
+    assert found.pop("plan_rows") == 4, "for 2, 4, 8 and 16 tokens"
+    assert found == {"griffin_up": 1, "cats_up": 1, "down": 2}

@@ -54,6 +54,31 @@ def check_cats(backend: Backend, device: torch.device, case: Case) -> None:
     )
 
 
+def check_out(backend: Backend, device: torch.device, case: Case) -> None:
+    """y goes into the rows of a larger tensor, with the same bits; what is counted is added to what was there."""
+    p = problem(case, device)
+    core = p.ff.core(case.neurons // 2)
+    calls: dict[str, Callable[[Tensor | None], Tensor]] = {
+        "dense": lambda out: backend.dense_ff(p.x, p.ff, out=out),
+        "griffin": lambda out: backend.griffin_ff(p.x, p.ff, p.keep, p.slots, out=out),
+        "core": lambda out: backend.core_ff(p.x, core, p.slots, out=out),
+        "cats": lambda out: backend.cats_ff(p.x, p.ff, p.tau, p.slots, out=out)[0],
+    }
+    for name, call in calls.items():
+        wide = torch.full((case.tokens + 2, case.depth), math.nan, dtype=case.dtype, device=device)
+        out = wide[1:-1]
+        y = call(out)
+        assert y.data_ptr() == out.data_ptr(), f"{name}: y is out"
+        assert_same_bits(out, call(None), f"{name} y in out")
+        assert bool(wide[[0, -1]].isnan().all()), f"{name}: rows beside out"
+    counts = backend.cats_ff(p.x, p.ff, p.tau, p.slots)[1]
+    for start in (torch.arange(case.tokens, device=device), torch.tensor(7, device=device)):
+        kept = start.clone()
+        found = backend.cats_ff(p.x, p.ff, p.tau, p.slots, kept=kept)[1]
+        assert found.data_ptr() == kept.data_ptr(), "the counts are in kept"
+        assert_same_bits(kept, start + (counts if kept.dim() else counts.sum()), "counts added")
+
+
 def check_padding(backend: Backend, device: torch.device, case: Case) -> None:
     """A row with slot -1 gives zeros, whatever is in x, and changes no other row."""
     p = problem(case, device)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caprese_kernels import gpu, reference
 from caprese_kernels.gpu import crossover, gather, gather_kernels, masked, statistics, tuning
@@ -81,6 +82,7 @@ def each(checks: tuple[Callable[..., None], ...], cases: list[Case], paths: tupl
         *each(FF_CHECKS, CASES, ("gather",)),
         *each(FF_CHECKS, CASES[::2], ("masked",)),
         *each((conformance.check_padding,), CASES[::4], PATHS),
+        *each((conformance.check_out,), CASES[::7], PATHS),
         *each((conformance.check_dropped_weights_do_not_matter,), CASES[::3], ("gather",)),
         *each(ONCE_CHECKS, CASES[::5], ("gather",)),
         *each((*SLOW_CHECKS, stands_alone), CASES[::8], ("gather",)),
@@ -294,6 +296,40 @@ def test_path_follows_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu.cats_ff(p.x, p.ff, p.tau, p.slots)
         assert seen == (["cats_up", "down"] if tokens <= 2 else ["_activate_and_mask"])
     crossover.most_gathered.cache_clear()
+
+
+def test_a_layer_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides, torch only allocates: nothing is cleared, copied or added up outside of the kernels."""
+    p, seen = tiny(1), []
+    out, kept, plan = (
+        torch.empty_like(p.x),
+        torch.zeros((), dtype=torch.int64, device=DEVICE),
+        gpu.plan_rows(p.keep, p.slots),
+    )
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function).split(".")[1])
+            return function(*args, **kwargs or {})
+
+    class Launch:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: seen.append(self.name)
+
+    for name in ("plan_rows", "griffin_up", "cats_up", "down"):
+        monkeypatch.setattr(gather_kernels, name, Launch(name))
+    for kernels, call in (
+        (["griffin_up", "down"], lambda: gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, row_plan=plan, out=out)),
+        (["cats_up", "down"], lambda: gpu.cats_ff(p.x, p.ff, p.tau, p.slots, out=out, kept=kept)),
+    ):
+        seen.clear()
+        with Operations():
+            call()
+        memory = {"empty", "new_empty", "empty_like", "view", "detach"}  # allocations and views: no launch
+        assert [name for name in seen if name not in memory] == kernels
 
 
 def test_measured_crossovers_come_first(monkeypatch: pytest.MonkeyPatch) -> None:

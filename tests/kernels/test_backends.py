@@ -25,6 +25,7 @@ CASE_CHECKS = (
     conformance.check_dense,
     conformance.check_griffin,
     conformance.check_cats,
+    conformance.check_out,
     conformance.check_padding,
     conformance.check_same_bits_twice,
     observation.check_griffin_observe,
@@ -167,6 +168,7 @@ dense = over(conformance.check_dense)
 griffin = over(conformance.check_griffin)
 cats = over(conformance.check_cats)
 padding = over(conformance.check_padding)
+out = over(conformance.check_out)
 alone = over(conformance.check_request_stands_alone, same_bits=True)
 about_alone = over(conformance.check_request_stands_alone, same_bits=False)
 twice = over(conformance.check_same_bits_twice)
@@ -248,6 +250,17 @@ def drops_low_rank(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tens
 @broken("griffin_ff", griffin)
 def ignores_padding(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
     return reference.griffin_ff(x, ff, keep, slots.clamp(min=0))
+
+
+@broken("griffin_ff", out)
+def _a_new_tensor_in_place_of_out(*arguments, **more):
+    return reference.griffin_ff(*arguments)
+
+
+@broken("cats_ff", out)
+def _counts_that_replace_what_was_there(x, ff, tau, slots, out=None, kept=None):
+    y, counts = reference.cats_ff(x, ff, tau, slots, out)
+    return y, counts if kept is None else kept.copy_(counts if kept.dim() else counts.sum())
 
 
 @broken("griffin_ff", padding)

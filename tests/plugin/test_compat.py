@@ -61,15 +61,17 @@ def test_no_import_escapes_the_table() -> None:
 def test_another_version_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.check_version("0.32.0+cpu") is None
     monkeypatch.delenv("CAPRESE_ANY_VLLM", raising=False)
-    for version in ("0.33.0", "0.3.2", "0.320.1", "dev"):
+    for version in ("0.34.0", "0.3.2", "0.320.1", "0.3.3", "1.32.0", "dev"):
         with pytest.raises(CapreseError, match=rf"vLLM: expected version 0\.32.*found {version}"):
             compat.check_version(version)
+    assert "vLLM 0.33.0 has every symbol" in str(compat.check_version("0.33.0"))
     monkeypatch.setenv("CAPRESE_ANY_VLLM", "1")
-    assert "0.33.0" in str(compat.check_version("0.33.0"))
+    assert "vLLM 0.34.0 has every symbol" in str(compat.check_version("0.34.0"))
     gone = compat.Symbol("vllm.v1.request", "Request", ("gone",))
     monkeypatch.setattr(compat, "USES", (*compat.USES, gone))
-    with pytest.raises(CapreseError, match=r"vllm\.v1\.request\.Request.*gone"):
-        compat.check_version("0.33.0")
+    for version in ("0.33.1", "0.34.0"):
+        with pytest.raises(CapreseError, match=r"vllm\.v1\.request\.Request.*gone"):
+            compat.check_version(version)
 
 
 def test_wrapping_twice_wraps_once(monkeypatch: pytest.MonkeyPatch) -> None:

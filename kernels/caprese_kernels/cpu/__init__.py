@@ -54,32 +54,39 @@ class _Batch(ctypes.Structure):
     ]
 
 
-def dense_ff(x: Tensor, ff: PackedFF) -> Tensor:
+def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
-    return _gather(x, ff, None) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff)
+    return _gather(x, ff, None, out) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff, out)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None) -> Tensor:
+def griffin_ff(
+    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: object = None, out: Tensor | None = None
+) -> Tensor:
     """As reference.griffin_ff; each call finds the rows it needs itself."""
-    return _sparse(x, ff, slots, keep=keep)
+    return _sparse(x, ff, slots, out, keep=keep)
 
 
-def core_ff(x: Tensor, ff: CoreFF, slots: Tensor) -> Tensor:
+def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> Tensor:
     """As reference.core_ff."""
-    return _gather(x, ff, slots) if len(x) <= CORE_GATHER_UP_TO else reference.core_ff(x, ff, slots)
+    return _gather(x, ff, slots, out) if len(x) <= CORE_GATHER_UP_TO else reference.core_ff(x, ff, slots, out)
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def cats_ff(
+    x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, out: Tensor | None = None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As reference.cats_ff."""
-    kept = slots.new_zeros(len(x))
-    return _sparse(x, ff, slots, tau=tau, kept=kept), kept
+    counts = slots.new_zeros(len(x))
+    y = _sparse(x, ff, slots, out, tau=tau, kept=counts)
+    return y, reference.add_kept(kept, counts)
 
 
-def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
+def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
     if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
-        return _gather(x, ff, slots, **selections)
-    y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
-    return torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0)
+        return _gather(x, ff, slots, out, **selections)
+    y = torch.mm(_masked_z(x, ff, slots, **selections), ff.down_plus, out=out)
+    if ff.down_bias is not None:
+        y += ff.down_bias
+    return y.masked_fill_(slots[:, None] < 0, 0)
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
@@ -90,9 +97,11 @@ def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
     return int(union) <= SHARED_UNION * ff.num_neurons
 
 
-def _gather(x: Tensor, ff: PackedFF | CoreFF, slots: Tensor | None, **selections: Tensor) -> Tensor:
+def _gather(
+    x: Tensor, ff: PackedFF | CoreFF, slots: Tensor | None, out: Tensor | None = None, **selections: Tensor
+) -> Tensor:
     """y, reading only the rows that are needed. Without slots: every neuron, no low-rank rows."""
-    x, y = _rows(x), x.new_zeros(x.shape)
+    x, y = _rows(x), x.new_zeros(x.shape) if out is None else out.zero_()
     library().caprese_ff(*described(x, ff, y, slots, **selections), torch.get_num_threads())
     return y
 

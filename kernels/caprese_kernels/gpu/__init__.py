@@ -36,7 +36,13 @@ NAME = "triton"
 
 
 def griffin_ff(
-    x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None, path: Path | None = None
+    x: Tensor,
+    ff: PackedFF,
+    keep: Tensor,
+    slots: Tensor,
+    row_plan: RowPlan | None = None,
+    out: Tensor | None = None,
+    path: Path | None = None,
 ) -> Tensor:
     """As reference.griffin_ff.
 
@@ -44,11 +50,11 @@ def griffin_ff(
     None is the faster one for this many tokens, as far as measured (`crossover`).
     """
     if not len(x):
-        return x.new_empty(x.shape)
+        return x.new_empty(x.shape) if out is None else out
     x = x.contiguous()
     if (path or crossover.choose("griffin", len(x), x.device)) == "masked":
-        return masked.griffin_ff(x, ff, keep, slots)
-    return gather.griffin_ff(x, ff, keep, slots, row_plan or plan_rows(keep, slots))
+        return masked.griffin_ff(x, ff, keep, slots, out)
+    return gather.griffin_ff(x, ff, keep, slots, row_plan or plan_rows(keep, slots), out)
 
 
 def plan_layers(keep: Tensor, slots: Tensor) -> RowPlan | None:
@@ -56,11 +62,20 @@ def plan_layers(keep: Tensor, slots: Tensor) -> RowPlan | None:
     return plan_rows(keep, slots) if crossover.choose("griffin", len(slots), keep.device) == "gather" else None
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, path: Path | None = None) -> tuple[Tensor, Tensor]:
-    """As reference.cats_ff; `path` as in `griffin_ff`."""
+def cats_ff(
+    x: Tensor,
+    ff: PackedFF,
+    tau: Tensor,
+    slots: Tensor,
+    out: Tensor | None = None,
+    kept: Tensor | None = None,
+    path: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As reference.cats_ff; `path` as in `griffin_ff`. Without `kept` one more launch sets it to zero."""
+    kept = slots.new_zeros(len(x)) if kept is None else kept
     if not len(x):
-        return x.new_empty(x.shape), slots.new_empty(0)
+        return x.new_empty(x.shape) if out is None else out, kept
     x = x.contiguous()
     if (path or crossover.choose("cats", len(x), x.device)) == "masked":
-        return masked.cats_ff(x, ff, tau, slots)
-    return gather.cats_ff(x, ff, tau, slots)
+        return masked.cats_ff(x, ff, tau, slots, out, kept), kept
+    return gather.cats_ff(x, ff, tau, slots, out, kept), kept

@@ -64,9 +64,7 @@ def project(
     weights += rows.to(tl.int64)[:, None] * D
     for start in tl.range(0, D, COLUMNS, num_stages=STAGES):
         d = start + tl.arange(0, COLUMNS)
-        some_w = tl.load(
-            weights + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
-        )
+        some_w = tl.load(weights + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
         if TOKENS == 1:
             some_x = tl.load(x + d, mask=d < D, other=0.0)
             total += some_x.to(tl.float32)[None, :] * some_w.to(tl.float32)

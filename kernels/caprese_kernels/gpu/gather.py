@@ -45,10 +45,9 @@ def plan_rows(keep: Tensor, slots: Tensor) -> RowPlan:
     return RowPlan(rows, count)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan) -> Tensor:
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan, out: Tensor | None) -> Tensor:
     """As reference.griffin_ff, for T > 0 tokens."""
     call = Call(x, ff, slots)
-    arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # `griffin_up` sets it to zero
     grid = (triton.cdiv(call.width, call.up.rows), call.token_tiles)
     kernels.griffin_up[grid](
         *(
@@ -60,25 +59,24 @@ def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: R
             row_plan.rows,
             row_plan.count,
         ),
-        *(call.z, arrived, call.down_programs, *call.sizes),
-        ARRIVED=triton.next_power_of_2(call.down_programs),
+        *(call.z, call.arrived, call.down_programs, *call.sizes),
         **call.up_options,
     )
-    return call.down(arrived, row_plan)
+    return call.down(out, row_plan)
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """As reference.cats_ff, for T > 0 tokens."""
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, out: Tensor | None, kept: Tensor) -> Tensor:
+    """y of reference.cats_ff, for T > 0 tokens; counts are added to `kept`."""
     call = Call(x, ff, slots)
-    zeros = torch.zeros(len(x) + call.down_programs, dtype=torch.int64, device=x.device)  # both counts in one launch
-    kept, arrived = zeros[: len(x)], zeros[len(x) :].view(torch.int32)
     tiles = triton.cdiv(ff.num_neurons, call.up.rows) + triton.cdiv(ff.rank, call.up.rows)
     kernels.cats_up[(tiles, call.token_tiles)](
-        *(x, ff.gate_up_plus, ff.gate_up_bias, tau, slots, call.z, kept, ff.scale, *call.sizes),
+        *(x, ff.gate_up_plus, ff.gate_up_bias, tau, slots, call.z, kept, ff.scale),
+        *(call.arrived, call.down_programs, *call.sizes),
         SCALED=ff.scale is not None,
+        TOTAL=not kept.dim(),
         **call.up_options,
     )
-    return call.down(arrived), kept
+    return call.down(out)
 
 
 class Call:
@@ -95,7 +93,10 @@ class Call:
         self.shrink = x.element_size() // 2
         self.down_programs = triton.cdiv(depth, self.down_tile.columns // self.shrink) * self.token_tiles
         self.z = x.new_empty(tokens, self.width)
+        # How many parts of each sum `down` has finished; the kernel before it, of gate and up, sets it to zero.
+        self.arrived = torch.empty(self.down_programs, dtype=torch.int32, device=x.device)
         self.up_options = {
+            "ARRIVED": triton.next_power_of_2(self.down_programs),
             "ACT": ff.activation,
             "GATED": ff.gate is not None,
             "BIASED": ff.gate_up_bias is not None,
@@ -111,15 +112,17 @@ class Call:
             "num_warps": tile.warps,
         }
 
-    def down(self, arrived: Tensor, row_plan: RowPlan | None = None) -> Tensor:
-        """y [T, D]; `arrived` int32 zeros, one for each of down_programs."""
+    def down(self, out: Tensor | None, row_plan: RowPlan | None = None) -> Tensor:
+        """y [T, D], in `out` if there is one."""
         tokens, depth = self.x.shape
         splits = tuning.splits(self.down_programs, self.width, self.down_tile, self.x.device)
         partial = torch.empty(splits, tokens, depth, dtype=torch.float32, device=self.x.device)
-        y = torch.empty_like(self.x)
+        y = torch.empty_like(self.x) if out is None else out
+        assert y.is_contiguous(), "out is contiguous"
         rows, count = (None, None) if row_plan is None else (row_plan.rows, row_plan.count)
         kernels.down[(self.down_programs // self.token_tiles, splits, self.token_tiles)](
-            *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, arrived, y, *self.sizes),
+            *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, self.arrived, y),
+            *self.sizes,
             LISTED=row_plan is not None,
             BIASED=self.ff.down_bias is not None,
             **self._options(self.down_tile),

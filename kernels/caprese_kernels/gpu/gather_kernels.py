@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs
-"""The kernels behind `gather`. z [T, F + r] holds the neurons in the order of a plan, or all of them, then x L."""
+"""The kernels behind `gather`. z [T, F + r] holds the neurons in the order of a plan, or all of them, then x L.
+
+Numbers that change from step to step are not specialized: Triton would compile anew for 1 and for multiples of 16.
+"""
 
 import triton
 import triton.language as tl
@@ -7,7 +10,7 @@ import triton.language as tl
 from .arithmetic import product, project, rounded, rounded_activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def plan_rows(keep, slots, rows, count, T, S, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Program (layer, block) lists the block's neurons behind those of the blocks before, which it counts itself."""
     layer, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -40,6 +43,14 @@ def _union(keep, slots, neurons, T, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _clear(arrived, down_programs, ARRIVED: tl.constexpr):
+    """The first program sets the counters of `down` to zero."""
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        program = tl.arange(0, ARRIVED)
+        tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
+
+
+@triton.jit(do_not_specialize=["T", "down_programs"])
 def griffin_up(
     x,
     weights,
@@ -65,10 +76,8 @@ def griffin_up(
     STAGES: tl.constexpr,
 ):
     """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
+    _clear(arrived, down_programs, ARRIVED)
     first = tl.program_id(0) * ROWS
-    if first + tl.program_id(1) == 0:
-        program = tl.arange(0, ARRIVED)
-        tl.store(arrived + program, tl.zeros([ARRIVED], tl.int32), mask=program < down_programs)
     listed = tl.load(count)
     end = tl.where(listed >= 0, listed + R, 0)
     if first >= end:
@@ -99,7 +108,7 @@ def griffin_up(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "down_programs"])
 def cats_up(
     x,
     weights,
@@ -109,24 +118,29 @@ def cats_up(
     z,
     kept_count,
     scale,
+    arrived,
+    down_programs,
     T,
     D,
     F,
     R,
+    ARRIVED: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
     SCALED: tl.constexpr,
+    TOTAL: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """z[t, j] of neurons with |g| >= tau[slot] (SCALED: |g_j| scale_j), else zero, and of the rows of L^T; and how many
-    neurons a token keeps.
+    """z[t, j] of neurons with |g| >= tau[slot] (SCALED: |g_j| scale_j), else zero, and of the rows of L^T.
 
-    A tile's gate comes first, whole; of W_1 it then reads the rows that some token keeps.
+    How many neurons a token keeps is added to kept_count[t]; TOTAL: of all tokens to kept_count[0]. A tile's gate comes
+    first, whole; of W_1 it then reads the rows that some token keeps.
     """
+    _clear(arrived, down_programs, ARRIVED)
     DTYPE: tl.constexpr = x.dtype.element_ty
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + tokens, mask=tokens < T, other=-1)
@@ -153,7 +167,11 @@ def cats_up(
             value = product(g, rounded(up, bias, j + F, neuron, BIASED, DTYPE))
         value = tl.where(kept, value, 0.0)
         # Integers: their sum has one value in any order.
-        tl.atomic_add(kept_count + tokens, tl.sum(kept.to(tl.int64), axis=1), mask=tokens < T, sem="relaxed")
+        counts = tl.sum(kept.to(tl.int64), axis=1)
+        if TOTAL:
+            tl.atomic_add(kept_count, tl.sum(counts), sem="relaxed")
+        else:
+            tl.atomic_add(kept_count + tokens, counts, mask=tokens < T, sem="relaxed")
         tl.store(z + tokens[:, None] * (F + R) + j[None, :], value, mask=(tokens < T)[:, None] & neuron[None, :])
     else:
         i = F + (tile - neuron_tiles) * ROWS + tl.arange(0, ROWS)
@@ -167,7 +185,7 @@ def cats_up(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down(
     z,
     weights,
@@ -226,7 +244,6 @@ def down(
             weights + row.to(tl.int64)[:, None] * D + d[None, :],
             mask=live[:, None] & (d < D)[None, :],
             other=0.0,
-            eviction_policy="evict_first",
         )
         if TOKENS == 1:
             sums += some_z.to(tl.float32)[:, None] * some_w.to(tl.float32)

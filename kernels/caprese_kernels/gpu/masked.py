@@ -14,25 +14,24 @@ from . import tuning
 from .arithmetic import activate, product
 
 
-def dense_ff(x: Tensor, ff: PackedFF) -> Tensor:
+def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
     inputs = ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank]
     h = F.linear(x, inputs, ff.gate_up_bias)
     z = _combine(h, None, ff, "dense")
-    return _down(z, ff.down_plus[: ff.num_neurons], ff.down_bias)
+    return _down(z, ff.down_plus[: ff.num_neurons], ff.down_bias, out)
 
 
-def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor) -> Tensor:
+def griffin_ff(x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, out: Tensor | None) -> Tensor:
     """As reference.griffin_ff, for T > 0 tokens."""
     z = _combine(*_up(x, ff), ff, "griffin", keep.contiguous().view(torch.uint8), slots)
-    return _without_padding(_down(z, ff.down_plus, ff.down_bias), ff, slots)
+    return _without_padding(_down(z, ff.down_plus, ff.down_bias, out), ff, slots)
 
 
-def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """As reference.cats_ff, for T > 0 tokens."""
-    kept = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+def cats_ff(x: Tensor, ff: PackedFF, tau: Tensor, slots: Tensor, out: Tensor | None, kept: Tensor) -> Tensor:
+    """y of reference.cats_ff, for T > 0 tokens; counts are added to `kept`."""
     z = _combine(*_up(x, ff), ff, "cats", tau, slots, kept)
-    return _without_padding(_down(z, ff.down_plus, ff.down_bias), ff, slots), kept
+    return _without_padding(_down(z, ff.down_plus, ff.down_bias, out), ff, slots)
 
 
 def _up(x: Tensor, ff: PackedFF) -> tuple[Tensor, Tensor]:
@@ -45,13 +44,13 @@ def _up(x: Tensor, ff: PackedFF) -> tuple[Tensor, Tensor]:
     return F.linear(x, ff.gate_up_plus[:inputs], ff.gate_up_bias), F.linear(x, ff.gate_up_plus[inputs:])
 
 
-def _down(z: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    return z @ weights if bias is None else torch.addmm(bias, z, weights)
+def _down(z: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    return torch.mm(z, weights, out=out) if bias is None else torch.addmm(bias, z, weights, out=out)
 
 
 def _without_padding(y: Tensor, ff: PackedFF, slots: Tensor) -> Tensor:
     """z of padding is zero, hence y is but for the bias."""
-    return y if ff.down_bias is None else torch.where(slots[:, None] >= 0, y, 0)
+    return y if ff.down_bias is None else y.masked_fill_(slots[:, None] < 0, 0)
 
 
 def _combine(
@@ -72,6 +71,7 @@ def _combine(
             *(h, low_rank, table, slots, z, kept, ff.scale),
             *(h.stride(0), 0 if low_rank is None else low_rank.stride(0), ff.num_neurons, rank),
             METHOD=method,
+            TOTAL=kept is not None and not kept.dim(),
             SCALED=ff.scale is not None,
             ACT=ff.activation,
             GATED=ff.gate is not None,
@@ -95,6 +95,7 @@ def _activate_and_mask(
     F,
     R,
     METHOD: tl.constexpr,
+    TOTAL: tl.constexpr,
     SCALED: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
@@ -120,7 +121,7 @@ def _activate_and_mask(
                 magnitude *= tl.load(scale + j, mask=neuron, other=0.0)
             kept &= magnitude >= tl.load(table + slot, mask=slot >= 0, other=float("inf"))
             # Integers: their sum has one value in any order.
-            tl.atomic_add(kept_count + t, tl.sum(kept.to(tl.int64)), sem="relaxed")
+            tl.atomic_add(kept_count + (0 if TOTAL else t), tl.sum(kept.to(tl.int64)), sem="relaxed")
         value = tl.where(kept, value, 0.0)
         if R > 0:
             mask = (j >= F) & (j < tl.where(slot >= 0, F + R, 0))

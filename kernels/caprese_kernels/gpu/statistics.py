@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from . import histogram as shared
 from . import tuning
 from .arithmetic import activate
 
@@ -77,7 +78,7 @@ def griffin_observe(
     # A segment's last block may be short: at most one block more for each.
     blocks = triton.cdiv(tokens, tuning.OBSERVED_TOKENS) + segments
     partial = torch.empty(blocks, neurons, dtype=torch.float32, device=z.device)
-    options = {"SEGMENTS": triton.next_power_of_2(segments), "TOKENS": tuning.OBSERVED_TOKENS}
+    options = {"SEGMENTS": tuning.segments_tile(segments), "TOKENS": tuning.OBSERVED_TOKENS}
     block = triton.next_power_of_2(neurons)
     _partial_statistics[(blocks,)](
         *(z, offsets, slots, norms, scale, partial, z.stride(0), segments, neurons),
@@ -106,7 +107,7 @@ def _blocks(offsets, segments, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr):
     return segment, begin, end, tl.cumsum(tl.cdiv(end - begin, TOKENS), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _partial_statistics(
     z,
     offsets,
@@ -161,7 +162,7 @@ def _partial_statistics(
     tl.store(partial + block.to(tl.int64) * F + j, total, mask=j < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _add_statistics(
     offsets,
     slots,
@@ -198,24 +199,30 @@ def cats_observe(
 ) -> None:
     """As reference.cats_observe; gate's rows may be strided.
 
-    One integer atomic in L2 for each magnitude should limit it, rather than bytes (not measured). Triton's histogram in
-    registers is for a few hundred bins, and its shared memory has no atomics.
+    Counted in shared memory where CUDA C++ can be compiled (`histogram`). Elsewhere by one integer atomic in L2 a
+    magnitude: Triton's histogram in registers is for a few hundred bins, and its shared memory has no atomics.
     """
     tokens, neurons = gate.shape
     segments = len(slots)
     if not tokens or not segments:
         return
+    if gate.is_cuda:
+        variant = shared.Variant.of(gate, activation, scale, shared.bins_that_fit(gate.device))
+        launch = shared.kernel(variant, gate.device)
+        if launch is not None:
+            shared.count(launch, variant, gate, offsets, slots, histogram, scale)
+            return
     _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
         *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
         ACT=activation,
         SCALED=scale is not None,
-        BORDERS=triton.next_power_of_2(segments + 1),
+        BORDERS=tuning.segments_tile(segments + 1),
         BLOCK=tuning.COUNT_BLOCK,
         num_warps=8,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _count(
     gate,
     offsets,

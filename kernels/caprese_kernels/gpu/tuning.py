@@ -57,6 +57,11 @@ def tokens_tile(tokens: int) -> int:
     return 1 if tokens == 1 else min(max(1 << (tokens - 1).bit_length(), 16), MAX_TOKENS)
 
 
+def segments_tile(segments: int) -> int:
+    """Room for the segments of a call: one kernel serves up to 31 prompts a step (2 n + 1 borders), not each number."""
+    return max(64, 1 << (segments - 1).bit_length())
+
+
 def up_tile(tokens: int) -> Tile:
     return UP_ONE if tokens == 1 else UP_DOT
 

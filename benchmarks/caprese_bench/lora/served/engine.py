@@ -85,14 +85,20 @@ class Lora:
     b_down: Tensor  # [r', D]
 
     def forward(
-        self, backend: Backend, x: Tensor, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+        self,
+        backend: Backend,
+        x: Tensor,
+        keep: Tensor,
+        slots: Tensor,
+        row_plan: RowPlan | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Eq. 11, y [T, D] of x [T, D]: two products before the sparse halves, two after them."""
         rank = self.a_down.shape[1]
         inner = (x @ self.a_in).view(len(x), 2, rank).transpose(0, 1)
         z, given = kernels.up(backend, x, torch.bmm(inner, self.b_in), self.ff, keep, slots, row_plan)
         y = kernels.down(backend, given, self.ff, keep, slots)
-        return torch.addmm(y, z @ self.a_down, self.b_down)
+        return torch.addmm(y, z @ self.a_down, self.b_down, out=out)
 
 
 class LoraKernels:
@@ -106,10 +112,16 @@ class LoraKernels:
         return getattr(self.below, name)
 
     def griffin_ff(
-        self, x: Tensor, ff: PackedFF, keep: Tensor, slots: Tensor, row_plan: RowPlan | None = None
+        self,
+        x: Tensor,
+        ff: PackedFF,
+        keep: Tensor,
+        slots: Tensor,
+        row_plan: RowPlan | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Eq. 11 with the block's own A and B."""
-        return self.of[id(ff)].forward(self.below, x, keep, slots, row_plan)
+        return self.of[id(ff)].forward(self.below, x, keep, slots, row_plan, out)
 
 
 def draw(blocks: Mapping[int, PackedFF], rank: int) -> dict[int, Lora]:

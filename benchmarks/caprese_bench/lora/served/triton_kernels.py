@@ -24,7 +24,6 @@ def up(
     """z, and for `down` its kept part in the order of the plan."""
     row_plan = row_plan or gather.plan_rows(keep, slots)
     call = gather.Call(x.contiguous(), ff, slots)
-    arrived = torch.empty(call.down_programs, dtype=torch.int32, device=x.device)  # the kernel sets it to zero
     z, neurons = x.new_empty(len(x), ff.num_neurons), ff.num_neurons
     block = max(CELLS // call.tile, 16)
     tiles = triton.cdiv(neurons, call.up.rows)
@@ -39,18 +38,17 @@ def up(
             row_plan.rows,
             row_plan.count,
         ),
-        *(z, call.z, arrived, call.down_programs, *call.sizes[:3]),
-        ARRIVED=triton.next_power_of_2(call.down_programs),
+        *(z, call.z, call.arrived, call.down_programs, *call.sizes[:3]),
         BLOCK=block,
         **options,
     )
-    return z, (call, arrived, row_plan)
+    return z, (call, row_plan)
 
 
 def down(listed: Any, ff: PackedFF, keep: Tensor, slots: Tensor, **_: Any) -> Tensor:
     """y of what `up` left."""
-    call, arrived, row_plan = listed
-    return call.down(arrived, row_plan)
+    call, row_plan = listed
+    return call.down(None, row_plan)
 
 
 @triton.jit
