@@ -12,6 +12,7 @@ import typer
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
+from ..configured import ConfigOption
 from ..results.settings import OutputSettings
 from .tasks import GROUPS, Sampling, Task, chosen, names
 
@@ -44,14 +45,7 @@ class EvaluationSettings(OutputSettings):
     weights: Annotated[
         list[str] | None, typer.Option(help="Adapter; may be repeated. The demo's model has its own.")
     ] = None
-    configs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--config",
-            metavar="NAME=JSON",
-            help="One more variant, served with this --caprese-config; may be repeated.",
-        ),
-    ] = None
+    configs: ConfigOption = None
     variants: Annotated[
         str | None,
         typer.Option(

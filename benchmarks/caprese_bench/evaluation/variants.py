@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ from rich.markup import escape
 from caprese_kernels import terminal
 from caprese_kernels.adapters import find_adapter, read_config
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
-from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import run as demo
 from caprese_serve.demo.results import Served
 from caprese_serve.environment import versions
 from caprese_serve.provenance import hardware_slug, source_digest
 from caprese_serve.server import VllmServer, get_json
 
+from ..configured import check_new, parse_config
 from ..paper.families import model_config
 from ..results.lists import names
 
@@ -170,8 +169,7 @@ def _variants(model: str, weights: Sequence[str], configs: Sequence[str]) -> lis
         found += _of_methods([Path(find_adapter(path)) for path in weights], info)
     for text in configs:
         variant = _of_config(text, info)
-        if variant.id in [other.id for other in found]:
-            raise CapreseError("--config", expected="a new name", found=repr(variant.id), fix="rename it")
+        check_new(variant.id, [other.id for other in found])
         found.append(variant)
     return found
 
@@ -199,21 +197,11 @@ def _of_methods(adapters: Sequence[Path], info: BaseModelInfo) -> list[ServedVar
 
 
 def _of_config(text: str, info: BaseModelInfo) -> ServedVariant:
-    """The variant of a NAME=JSON, JSON as for --caprese-config. Raises CapreseError for text that is not one."""
-    name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w.-]+", name):
-        raise CapreseError(
-            "--config",
-            expected="NAME=JSON, a name of letters, digits, '.', '-' and '_'",
-            found=repr(text[:60]),
-            fix='write for example --config \'tail={"weights": "adapters.safetensors", "core": 0.8}\'',
-        )
-    config = CapreseConfig.parse(value, f"--config {name}")
-    adapter = None if config.weights is None else Path(find_adapter(config.weights))
-    method, _ = resolve(config, None if adapter is None else read_config(adapter), info)
-    settings = config.model_dump(exclude_unset=True, exclude={"weights"})
-    stage = None if adapter is None else str(read_config(adapter).training.get("stage"))
-    return ServedVariant(name, name, method, adapter, stage, json.dumps(settings) if settings else "")
+    """The variant of a NAME=JSON."""
+    given = parse_config(text, info)
+    stage = None if given.adapter_config is None else str(given.adapter_config.training.get("stage"))
+    settings = json.dumps(given.settings) if given.settings else ""
+    return ServedVariant(given.name, given.name, given.method, given.adapter, stage, settings)
 
 
 def _remote(url: str, model: str | None, weights: Sequence[str]) -> ServedModel:
