@@ -65,6 +65,9 @@ class SparseFF:
         self._order: Tensor | None = None  # the neuron of a checkpoint that is in each place; None: the same
         self.index = 0  # among this process's blocks; `State.allocate` sets it,
         self.selections = torch.empty(0)  # and this layer's part of State.table: row s is slot s
+        # float64 [2], in the block that measures how well the prior fits (`State.fill_adapters`): the mass of the
+        # prompts' activations outside of the core, and all of it. A token's is 1 over all ranks.
+        self.prompt_mass: Tensor | None = None
         self._neurons_kept = torch.zeros((), dtype=torch.int64, device=packed.up_plus.device)
 
     def run(self, x: Tensor, out: Tensor, view: StepView | None) -> None:
@@ -89,6 +92,9 @@ class SparseFF:
 
     def _prompt(self, x: Tensor, chunks: ChunkPlan | None) -> Tensor:
         y, z, gate_up = self.block.run(x)
+        if self.prompt_mass is not None and self.core is not None:
+            mass = self.statistics.mass(z)
+            self.prompt_mass += torch.stack([mass[: self.num_neurons - self.core.num_neurons].sum(), mass.sum()])
         if chunks is not None:
             selections = self.statistics.observe(chunks, z, gate_up)
             if selections is not None:
@@ -155,7 +161,7 @@ class SparseFF:
                 share = self.ranks.share(whole, self.packed.rank)
                 rows = packed[self.num_neurons :].zero_()  # r may not divide by the ranks: rows of zeros add nothing
                 rows[: len(share)].copy_(share)
-        self._arrange(None if adapters is None else adapters.prior.get(self.layer))
+        self.arrange(None if adapters is None else adapters.prior.get(self.layer))
 
     def restore_order(self) -> None:
         """Put the neurons where checkpoints have them, before weights are loaded again; `fill_adapter` follows."""
@@ -163,7 +169,7 @@ class SparseFF:
             self.packed.permute(torch.argsort(self._order))
             self._order = None
 
-    def _arrange(self, prior: Tensor | None) -> None:
+    def arrange(self, prior: Tensor | None) -> None:
         """Put the core's neurons last, in place, and divide the block into core and tail. `prior` [F] of all ranks."""
         method, packed = self.method, self.packed
         if prior is not None:

@@ -16,7 +16,8 @@ once: `backend` is the implementation that the key `kernel` names, `method` the 
 sparse layer of this process to its packed weights, whose storage is in place but not filled yet. What the factory
 allocates counts as memory of the model. The backend that it returns computes the generated tokens and the statistics
 of every sparse FF block from then on; its NAME is what the start-up line and GET /caprese report. Most wrap the given
-one and replace only `griffin_ff` or `cats_ff`. `caprese_bench.lora.served` is an example.
+one and replace only `griffin_ff` or `cats_ff`. `caprese_bench.lora.served` is an example. Where a selection has a core,
+`core_ff` computes it, L and R from a view of the block, and `griffin_ff` the tails, from another view.
 """
 
 from __future__ import annotations
@@ -73,5 +74,18 @@ def find(name: str) -> Extension:
 
 
 def make(name: str | None, backend: Backend, method: Method, blocks: Mapping[int, PackedFF]) -> Backend:
-    """The kernels that the engine runs: `backend` itself, or what the extension of that name makes of it."""
-    return backend if name is None else find(name).factory(backend, method, blocks)
+    """The kernels that the engine runs: `backend` itself, or what the extension of that name makes of it.
+
+    Raises CapreseError for kernels of an extension that cannot compute the method's core.
+    """
+    if name is None:
+        return backend
+    made = find(name).factory(backend, method, blocks)
+    if method.has_core and not hasattr(made, "core_ff"):
+        raise CapreseError(
+            f"FF kernels {name!r}",
+            expected="a function core_ff, for the core of a selection",
+            found="none",
+            fix="add it (caprese_kernels.reference.core_ff defines it), or serve without a core",
+        )
+    return made

@@ -1,4 +1,4 @@
-"""GET /caprese: what is enabled, and what it has done so far."""
+"""GET /caprese: what is enabled, and what it has done so far; and its part of GET /metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
+from .metrics import RefreshedMetrics, gauges
+from .settings import EngineSettings
 from .state import merge
 
 
@@ -21,9 +23,25 @@ class CapreseRoute:
         async def report(request: Request) -> dict[str, Any]:
             """Method, density, rank, layers, kernel, tokens that ran sparse, and the share of FF weights they needed.
 
-            The tokens include rejected drafts, and those that were computed again after a preemption.
+            The tokens include rejected drafts, and those that were computed again after a preemption. With a core, the
+            share of the prompts' activation mass outside of it, in the middle one of the sparse layers.
             """
-            return merge(await request.app.state.caprese_engine.collective_rpc("caprese_report"))
+            return await _report(request.app.state)
+
+        async def refresh() -> None:
+            if app.state.caprese_core:
+                for gauge, value in zip(gauges(), (await _report(app.state))["prompt_mass"], strict=True):
+                    gauge.set(value)
+
+        app.add_middleware(RefreshedMetrics, refresh=refresh)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        settings = EngineSettings.read(engine_client.vllm_config)
         state.caprese_engine = engine_client
+        state.caprese_core = settings is not None and settings.method.has_core
+        if state.caprese_core:
+            gauges()  # there from the first scrape on
+
+
+async def _report(state: Any) -> dict[str, Any]:
+    return merge(await state.caprese_engine.collective_rpc("caprese_report"))

@@ -61,6 +61,11 @@ class State:
         return None if self.view is None else self.view.step
 
     @property
+    def measured_layer(self) -> int:
+        """The middle one of the sparse layers: there the prompts' activation mass outside of the core is measured."""
+        return self.method.layers[len(self.method.layers) // 2]
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens that ran sparse; in a pipeline stage without a sparse block, those that ran sparse in another one."""
         return int(self.computed) if self.blocks else self.scheduled
@@ -82,6 +87,8 @@ class State:
         adapters = Adapters.load(self.weights) if self.weights else None
         for block in self.blocks:
             block.fill_adapter(adapters)
+            if block.core is not None and block.layer == self.measured_layer and block.prompt_mass is None:
+                block.prompt_mass = torch.zeros(2, dtype=torch.float64, device=self.requests.device)
 
     def warm_up(self) -> None:
         """Compile what takes a prompt's statistic: no dummy batch runs it, so the first user's prompt would wait."""
@@ -142,6 +149,7 @@ class State:
         """
         tokens = self.generated_tokens
         untouched = self.num_layers - len(self.blocks)
+        masses = [block.prompt_mass for block in self.blocks if block.prompt_mass is not None]
         read = (
             sum(block.weights_read(tokens) / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
         )
@@ -159,6 +167,7 @@ class State:
             "live_requests": len(self.requests),
             "generated_tokens": tokens,
             "ff_weights_read": (untouched + read) / self.num_layers if tokens else None,
+            "prompt_mass": masses[0].tolist() if masses else [0.0, 0.0],  # this rank's part: outside of the core, all
         }
 
 
@@ -172,6 +181,9 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
     if whole["generated_tokens"]:
         spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
         whole["ff_weights_read"] = 1 - spared
+    outside, total = (sum(masses) for masses in zip(*(report["prompt_mass"] for report in reports), strict=True))
+    whole["prompt_mass"] = [outside, total]
+    whole["prompt_mass_outside_core"] = outside / total if total else None
     return whole
 
 

@@ -168,10 +168,7 @@ class Statistics:
             if not chunk.first:
                 assert before is not None
                 table[row].copy_(before)
-        # A rank's collective comes before any round.
-        scale, norms = self.selector.scale, None
-        if self.griffin and self.ranks.size > 1:
-            norms = self.ranks.norms(self.kernels.griffin_norms(values, scale))
+        scale, norms = self.selector.scale, self._norms(values)  # a rank's collective comes before any round
         for part in plan.rounds:
             if self.griffin:
                 self.kernels.griffin_observe(values, part.offsets, part.rows, table, norms, scale)
@@ -183,6 +180,19 @@ class Statistics:
             # A copy: views of the whole table would keep it alive.
             self._rows |= zip(plan.unfinished, table[plan.unfinished_rows], strict=True)
         return self._select(table[plan.last_rows]) if len(plan.last_rows) else None
+
+    def mass(self, z: Tensor) -> Tensor:
+        """s^2 [F] float32 of all tokens of z [P, F] together, of which nothing is kept. A collective, as `observe`."""
+        total = torch.zeros(1, self._width, device=z.device)
+        offsets, rows = (index_tensor(values, z.device) for values in ([0, len(z)], [0]))
+        self.kernels.griffin_observe(z, offsets, rows, total, self._norms(z), self.selector.scale)
+        return total[0]
+
+    def _norms(self, z: Tensor) -> Tensor | None:
+        """Each token's norm over all ranks, where this rank's z are not all."""
+        if not self.griffin or self.ranks.size == 1:
+            return None
+        return self.ranks.norms(self.kernels.griffin_norms(z, self.selector.scale))
 
     def _select(self, statistics: Tensor) -> Tensor:
         if self.griffin:

@@ -4,27 +4,26 @@ This is the method written out in torch, for analysis: it masks neurons instead 
 """
 
 import sys
+from dataclasses import replace
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caprese_bench.hugging_face.decoding import SparseFF, decode, score
+from caprese_bench.hugging_face.decoding import adapter_blocks, adapter_method, decode, score
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import problems
 
 
 def main(model_path: str = str(MODEL), adapter: str = str(ADAPTERS["griffin"])) -> None:
     adapters = Adapters.load(adapter)
-    config = adapters.config
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=adapters.dtype)  # that of L and R
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    method = Method(config.method, config.density, tuple(config.layers), config.rank)
+    method = adapter_method(adapters.config)
     asked = list(problems("math", "test", 40))
 
-    plain = {i: SparseFF(method) for i in method.layers}
-    repaired = {i: SparseFF(method, adapters.left[i], adapters.right[i]) for i in method.layers}
-    for title, ff in (("full model", None), (f"{config.method} alone", plain), ("with the adapter", repaired)):
+    plain = adapter_blocks(replace(adapters, left={}, right={}))
+    repaired = adapter_blocks(adapters)
+    for title, ff in (("full model", None), (f"{method.name} alone", plain), ("with the adapter", repaired)):
         answers = decode(model, tokenizer, asked, ff)
         print(f"{title}: {score(tokenizer, asked, answers)} of {len(asked)} problems solved")
 

@@ -228,6 +228,11 @@ class Method:
         return self.prior > 0 or self.core > 0
 
     @property
+    def has_core(self) -> bool:
+        """Whether all requests share neurons, up to rounding: floor(kappa k) may be 0."""
+        return self.core > 0 or self.prior == 1.0
+
+    @property
     def needs_statistic(self) -> bool:
         """Whether a prompt's own activations take part in its selection."""
         return not (self.name == "griffin" and (self.core == 1.0 or self.prior == 1.0))

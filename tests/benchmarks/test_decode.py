@@ -112,7 +112,8 @@ def test_the_step_is_transformers(monkeypatch: pytest.MonkeyPatch, biased: bool)
 
 
 def test_every_variant_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    decode.decode(arch="tiny", context=16, batch="1,3", rank=8, repeats=3, out=tmp_path)
+    every = ",".join(decode.VARIANTS)
+    decode.decode(arch="tiny", context=16, batch="1,3", rank=8, repeats=3, variants=every, out=tmp_path)
     assert schemas.check(tmp_path / "decode.json") == 2 * len(decode.VARIANTS)
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     sizes = DecodeDimensions.of("tiny").weights()
@@ -129,20 +130,30 @@ def test_every_variant_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFix
     # Three requests of their own selections need more of the same layers.
     assert of[3, "Full"] - of[3, "GRIFFIN"] < 0.4 * (of[1, "Full"] - of[1, "GRIFFIN"])
     assert "caprese" not in capsys.readouterr().err
-    decode.decode(arch="tiny", context=16, batch="1,3", rank=8, repeats=3, out=tmp_path, resume=True)
+    # A core is the same for all requests, and a tail of a fifth is their own.
+    assert of[1, "Core"] == of[1, "Core and tail"] == of[1, "GRIFFIN"]
+    assert of[1, "Caprese (core, all layers)"] == of[1, "Caprese (GRIFFIN, all layers)"]
+    assert of[3, "Full"] - of[3, "Core"] == pytest.approx(of[1, "Full"] - of[1, "Core"])
+    assert of[3, "Core"] < of[3, "Core and tail"] < of[3, "GRIFFIN"]
+    decode.decode(arch="tiny", context=16, batch="1,3", rank=8, repeats=3, variants=every, out=tmp_path, resume=True)
     again = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert again == rows
 
 
-@pytest.mark.parametrize("name", ["griffin", "caprese", "cats", "lora"])
+@pytest.mark.parametrize("name", ["griffin", "caprese", "cats", "lora", "core", "core-tail", "caprese-core"])
 def test_a_wrong_variant_is_refused(name: str) -> None:
+    def wrong_core(*arguments: Any) -> Any:
+        return cpu.core_ff(*arguments) * 1.1
+
     def wrong(*arguments: Any, **more: Any) -> Any:
         y = getattr(cpu, "cats_ff" if name == "cats" else "griffin_ff")(*arguments, **more)
         return (y[0] * 1.1, y[1]) if name == "cats" else y * 1.1
 
     with torch.inference_mode():
         model = DecodeModel(DecodeDimensions.of("tiny"), 8, 16, 2, "cpu", torch.bfloat16)
-        backend: Any = SimpleNamespace(NAME="cpu", griffin_ff=wrong, cats_ff=wrong, plan_layers=cpu.plan_layers)
+        backend: Any = SimpleNamespace(
+            NAME="cpu", griffin_ff=wrong, cats_ff=wrong, core_ff=wrong_core, plan_layers=cpu.plan_layers
+        )
         blocks = DecodeBlocks(model, backend, 0.5, lambda layer, x: reference.dense_ff(x, model.plain(layer)))
         variant = decode.VARIANTS[name]
         ff = blocks.feed_forward(variant)

@@ -26,6 +26,7 @@ from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import problems
 from caprese_serve.demo.results import Served
 from tests.support.fake_openai import FakeServer, running
+from tests.support.models import make_adapter
 
 MATH = {each.prompt: each for each in problems("math", "test", 50)}
 CAPRESE = "import sys; sys.argv[0] = 'caprese'; from caprese_serve.cli import main; main()"
@@ -80,7 +81,8 @@ def test_what_is_stored(fake: FakeServer, tmp_path: Path) -> None:
     identity = first["identity"]
     assert identity["model"] == "tests/fake"
     assert identity["options"] == {"temperature": 0, "top_p": 1, "max_tokens": 160}
-    assert {"method", "density", "layers", "rank", "adapter"} == set(identity["caprese"])
+    keys = {"method", "density", "layers", "rank", "score", "prior", "core", "adapter"}
+    assert keys == set(identity["caprese"])
     assert len(identity["caprese"]["adapter"]) == len(identity["prompt"]["sha256"]) == 64
     assert lines(tmp_path, "full")[0]["identity"]["caprese"] == "off"
 
@@ -165,7 +167,7 @@ def test_another_configuration_than_was_asked_for(fake: FakeServer, tmp_path: Pa
     model = load_served_model(None, [str(ADAPTERS["griffin"])], fake.url, "", None)
     fake.served["rank"] = 0
     now = Served.model_validate(fake.served | {"generated_tokens": 0, "ff_weights_read": None})
-    with pytest.raises(CapreseError, match=r"variant caprese-griffin: expected .*, rank 48; found .*, rank 0"):
+    with pytest.raises(CapreseError, match=r"variant caprese-griffin: expected .*, rank 48, .*; found .*, rank 0, "):
         CounterCheck(model.chosen[1], now)
 
 
@@ -271,7 +273,8 @@ def test_a_damaged_store_is_reported(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"variants": "full,griffin"}, "--variants: expected some of full, caprese-griffin; found 'griffin'"),
-        ({"serve_args": "--seed 1"}, "--url: expected no flags for a running server"),
+        ({"serve_args": "--seed 1"}, "--url: expected no settings for a running server; found --serve-args"),
+        ({"configs": ['a={"method": "griffin"}']}, "no settings for a running server; found --config"),
         ({"data": ["demo-math"]}, "--data: expected TASK=FILE, with one of demo-math"),
         ({"data": ["gsm8k=x"]}, "--data: expected TASK=FILE"),
         ({"url": "http://127.0.0.1:9"}, "GET http://127.0.0.1:9/caprese: expected status 200; found ConnectError"),
@@ -307,3 +310,34 @@ def test_variants_and_servers() -> None:
     assert len(set(identities)) == 5
     twice = load_served_model(None, [str(ADAPTERS["cats"])] * 2, None, "", None)
     assert [each.id for each in twice.chosen] == ["full", "cats", "caprese-cats-1", "caprese-cats-2"]
+
+
+def test_variants_by_configuration(tmp_path: Path) -> None:
+    """Two calibrated files of one method are named for their files; --config adds more, with keys of its own."""
+    selection = {"score": "weighted", "prior": 0.5, "core": 1.0}
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    files = [make_adapter(MODEL, path, "griffin", rank=0, selection=selection) for path in paths]
+    model = load_served_model(None, list(map(str, files)), None, "", None)
+    assert [each.id for each in model.chosen] == ["full", "griffin", "caprese-griffin-a", "caprese-griffin-b"]
+    assert {each.published for each in model.chosen} == {"full", "griffin", None}
+    tail = json.dumps({"weights": str(files[0]), "core": 0.8})
+    configs = ['plain={"method": "griffin", "score": "weighted"}', f"tail={tail}"]
+    model = load_served_model(None, [], None, "", None, configs)
+    assert [each.id for each in model.chosen][-2:] == ["plain", "tail"]
+    plain, tailed = model.chosen[-2:]
+    assert plain.method == Method("griffin", 0.5, (0, 1), 0, "weighted")
+    assert json.loads(plain.flags()[1])["score"] == "weighted"
+    assert tailed.method == Method("griffin", 0.5, (0, 1), 0, "weighted", 0.5, 0.8)
+    assert tailed.flags() == ("--caprese-weights", str(files[0]), "--caprese-config", '{"core": 0.8}')
+    own = load_served_model(str(MODEL), [], None, "", None, configs)
+    assert [each.id for each in own.chosen] == ["full", "plain", "tail"]
+    assert len({json.dumps(model.identity(each)) for each in model.chosen}) == len(model.chosen)
+    for wrong, message in (
+        ("tail", r"--config: expected NAME=JSON, .*; found 'tail'"),
+        ("a b={}", "--config: expected NAME=JSON"),
+        ("tail={", "--config tail: expected a JSON object"),
+        ('tail={"cores": 1}', "cores"),
+        ('full={"method": "griffin"}', "--config: expected a new name; found 'full'"),
+    ):
+        with pytest.raises(CapreseError, match=message):
+            load_served_model(str(MODEL), [], None, "", None, [wrong])

@@ -1,18 +1,30 @@
 """Batched decoding without an engine: the same tokens as the engine's, and as one request alone."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caprese_bench.hugging_face.decoding import FeedForward, SparseFF, activations, decode, prompt_ids, score
+from caprese_bench.hugging_face.decoding import (
+    FeedForward,
+    SparseFF,
+    activations,
+    adapter_blocks,
+    adapter_method,
+    decode,
+    prompt_ids,
+    score,
+)
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import Problem, problems
 from tests.support import environment  # noqa: F401  the environment of engines in this process
 from tests.support.hf_reference import HFReference
+from tests.support.models import make_adapter
 
 MAX_TOKENS = 64
 
@@ -36,9 +48,7 @@ def asked() -> list[Problem]:
 def blocks_of(name: str) -> tuple[Adapters, dict[int, FeedForward]]:
     """The demo's adapter of a method, in float32."""
     adapters = Adapters.load(ADAPTERS[name])
-    config = adapters.config
-    method = Method(config.method, config.density, tuple(config.layers), config.rank)
-    return adapters, {i: SparseFF(method, adapters.left[i].float(), adapters.right[i].float()) for i in config.layers}
+    return adapters, adapter_blocks(adapters, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats"])
@@ -52,6 +62,35 @@ def test_answers_are_the_engines(model: Any, tokenizer: Any, asked: list[Problem
         outputs = llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS), use_tqdm=False)
     expected = [[t for t in output.outputs[0].token_ids if t != tokenizer.eos_token_id] for output in outputs]
     assert decode(model, tokenizer, asked, blocks_of(name)[1], MAX_TOKENS) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "selection"),
+    [
+        ("griffin", {"score": "weighted", "prior": 0.5, "core": 0.8}),
+        ("griffin", {"score": "weighted", "prior": 0.5, "core": 1.0}),
+        ("griffin", {"score": "paper", "prior": 0.5, "core": 0.0}),
+        ("cats", {"score": "weighted", "prior": 0.0, "core": 0.0}),
+    ],
+)
+def test_answers_by_score_prior_and_core_are_the_engines(
+    model: Any, tokenizer: Any, asked: list[Problem], name: str, selection: dict[str, Any], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+
+    from tests.support.engine import engine
+
+    density = 0.1 if name == "cats" else 0.5  # CATS hardly changes the demo's answers above
+    path = make_adapter(MODEL, tmp_path / "a.safetensors", name, density=density, rank=0, selection=selection)
+    requests: Any = [{"prompt_token_ids": prompt_ids(tokenizer, problem)} for problem in asked]
+    with engine(MODEL, {"weights": str(path)}, max_num_seqs=16) as llm:
+        outputs = llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)
+    expected = [[t for t in output.outputs[0].token_ids if t != tokenizer.eos_token_id] for output in outputs]
+    adapters = Adapters.load(path)
+    found = decode(model, tokenizer, asked, adapter_blocks(adapters), 24)
+    assert found == expected
+    paper = replace(adapter_method(adapters.config), score="paper", prior=0.0, core=0.0)
+    assert decode(model, tokenizer, asked, adapter_blocks(adapters, paper), 24) != found
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats"])

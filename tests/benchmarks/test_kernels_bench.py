@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from caprese_bench.kernels import agreement as kernel_agreement
 from caprese_bench.kernels import bench as kernel_bench
 from caprese_bench.kernels import cases as kernel_cases
 from caprese_bench.kernels import dense as kernel_dense
@@ -29,7 +30,16 @@ TINY = Shape("tiny", 32, 96)
 CPU: dict[str, Any] = {"cpu": {"model": "EPYC", "cores": 2}}
 H200 = {"name": "NVIDIA H200"}
 SETTINGS = kernel_measure.MeasurementSettings("cpu", "reference", repeats=3, quick=True, seconds=5)
-FUNCTIONS = ("dense_ff", "griffin_ff", "cats_ff", "griffin_observe", "griffin_select", "cats_observe", "cats_threshold")
+FUNCTIONS = (
+    "core_ff",
+    "dense_ff",
+    "griffin_ff",
+    "cats_ff",
+    "griffin_observe",
+    "griffin_select",
+    "cats_observe",
+    "cats_threshold",
+)
 
 
 def generator() -> torch.Generator:
@@ -122,6 +132,10 @@ def test_sections_cover_what_they_should() -> None:
     assert {0.0, 0.5, 1.0} <= {case.overlap for case in by["overlap"][0].cases}
     for case in by["overlap"][0].cases:  # each can be made
         kernel_cases.selections(case, 14336, generator())
+    assert [group.tokens for group in by["core"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert {(case.selection, case.rank) for case in by["core"][0].cases} == {
+        (path, rank) for path in ("kernel", "products") for rank in (0, 256)
+    }
     assert [group.tokens for group in by["statistics"]] == [2048]
 
 
@@ -138,12 +152,12 @@ def test_calls_in_turn_use_other_memory_beyond_the_caches(monkeypatch: pytest.Mo
 
 def test_a_wrong_token_is_found_among_right_ones() -> None:
     expected = torch.randn(16, 64, generator=generator())
-    assert kernel_measure.check(expected * (1 + 2**-9), expected) == pytest.approx(2**-9, rel=1e-3)
+    assert kernel_agreement.check(expected * (1 + 2**-9), expected) == pytest.approx(2**-9, rel=1e-3)
     for wrong in (1.02, float("nan")):
         y = expected.clone()
         y[7] *= wrong
         with pytest.raises(CapreseError, match="token by token"):
-            kernel_measure.check(y, expected)
+            kernel_agreement.check(y, expected)
 
 
 def test_cats_may_round_at_the_threshold_only() -> None:
@@ -159,10 +173,10 @@ def test_cats_may_round_at_the_threshold_only() -> None:
     at_threshold, elsewhere = right.clone(), right.clone()
     at_threshold[0, 16] = elsewhere[0, 5] = True
     for keep in (right, at_threshold):
-        kernel_measure.check_cats(found(keep), found(right), g, z, tau, ff)
+        kernel_agreement.check_cats(found(keep), found(right), g, z, tau, ff)
     elsewhere[0, 17] = False  # as many, but others
     with pytest.raises(CapreseError, match="token by token"):
-        kernel_measure.check_cats(found(elsewhere), found(right), g, z, tau, ff)
+        kernel_agreement.check_cats(found(elsewhere), found(right), g, z, tau, ff)
 
 
 def test_samples_take_turns_and_stop_in_time() -> None:
@@ -193,7 +207,7 @@ def test_vllms_own_linear_is_a_candidate() -> None:
     gate, up = (x.float() @ weights.gate_up.float().t()).chunk(2, dim=1)
     expected = (torch.nn.functional.silu(gate) * up) @ weights.down.float().t()
     for make in found.values():
-        kernel_measure.check(make(weights)(x), expected)
+        kernel_agreement.check(make(weights)(x), expected)
 
 
 @pytest.mark.usefixtures("small")
@@ -201,7 +215,7 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     result = kernel_bench.run(all_groups(), SETTINGS, backend(), tmp_path)
     assert (result.errors, result.partial) == ([], False)
     assert len(result.rows) == sum(len(group.cases) + 1 for group in all_groups())
-    assert {"shapes", "batch", "density", "overlap", "statistics"} == set(result.sections())
+    assert {"shapes", "batch", "density", "overlap", "core", "statistics"} == set(result.sections())
     for row in result.rows:
         assert row["gb_s"] == pytest.approx(row["required_mb"] * 1e6 / (row["time_us"] / 1e6) / 1e9)
         assert row["bandwidth_share"] == pytest.approx(row["gb_s"] / row["bandwidth_gb_s"])
@@ -214,6 +228,9 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cats["required_mb"] * 1e6 == (96 + 2 * cats["union"] + 2 * 256) * 32 * 2
     assert cats["union"] == round(96 * cats["kept_share"]) in range(48, 52)  # equal magnitudes may add a few
     assert one["griffin", 0]["ratio"] == pytest.approx(one["griffin", 0]["time_us"] / one["dense", None]["time_us"])
+    cores = [row for row in result.sections()["core"] if row["method"] == "core"]
+    assert {row["union"] for row in cores} == {48}
+    assert {row["required_mb"] * 1e6 for row in cores} == {(3 * 48 + 2 * rank) * 32 * 2 for rank in (0, 256)}
     shared = [row for row in result.sections()["batch"] if row.get("selection") == "shared"]
     assert {row["union"] for row in shared} == {48}
 
@@ -222,8 +239,8 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert [float(row["time_us"]) for row in csv.DictReader(file)] == [row["time_us"] for row in result.rows]
     page = (tmp_path / "kernels.html").read_text()
     assert page.count("<svg") == len(kernel_bench.PLOTS)
-    assert page.count("<table>") == 2 * 5  # what the terminal shows, and all figures
-    assert page.count("<tr>") == 2 * (len(result.rows) + 5)
+    assert page.count("<table>") == 2 * 6  # what the terminal shows, and all figures
+    assert page.count("<tr>") == 2 * (len(result.rows) + 6)
     assert result.provenance["source"] in page
     assert not re.search(r"""<script|<link|<img|@import|(?:src|href)=(?!["']?#)|url\((?!#)""", page)
     show(result, kernel_bench.COLUMNS, as_json=False)
@@ -246,6 +263,8 @@ def test_a_wrong_kernel_is_an_error_not_a_row(tmp_path: Path) -> None:
     assert "griffin, density 0.5, rank 256: kernel: expected an output within" in result.errors[0]
     assert "no such kernel" in result.errors[-1]
     assert "Failed: shapes, tiny" in (tmp_path / "kernels.html").read_text()
+    of_core = kernel_bench.run(all_groups("core")[:1], SETTINGS, backend(core_ff=broken), tmp_path / "core")
+    assert [row.get("selection") for row in of_core.rows] == [None, "products", "products"]
     mended = kernel_bench.run(all_groups("shapes"), SETTINGS, backend(), tmp_path, resume=True)
     assert (len(mended.rows), mended.errors) == (5, [])
 

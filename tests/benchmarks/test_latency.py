@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from caprese_bench.engine.engines import groups
+from caprese_bench.engine.engines import groups, settings_of
 from caprese_bench.engine.latency_cases import BATCH, ONE, SAMPLES, Case, make_cases
 from caprese_bench.engine.latency_measure import Run, check_counters, kept_share
 from caprese_bench.engine.latency_rows import rows
 from caprese_bench.engine.models import write_arch
-from caprese_bench.engine.timed_model import TimedModel, adapter_for, load_timed_model, prompts
+from caprese_bench.engine.timed_model import TimedModel, adapter_for, configured_variants, load_timed_model, prompts
 from caprese_bench.engine.variants import VARIANTS, Variant, choose_variants
-from caprese_bench.kernels.floor import Weights, step_bytes
+from caprese_bench.kernels.floor import Weights, step_bytes, step_flops
 from caprese_bench.results import schemas
-from caprese_kernels.config import DEFAULT_LAYERS, resolve_layers
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import DEFAULT_LAYERS, BaseModelInfo, CapreseConfig, Method, resolve, resolve_layers
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import ADAPTERS, MODEL
 
@@ -39,6 +41,7 @@ def test_the_floor_by_hand() -> None:
     assert step_bytes(WEIGHTS, itemsize=4, context=5, batch=3) == 4 * (800 + 3600 + 3 * 5 * 8)
     # Half of two blocks; and 40 values of a correction in each.
     assert step_bytes(WEIGHTS, "griffin", sparse_layers=2, kept=0.5, added=40) == 2 * (4400 - 900 + 80)
+    assert step_flops(WEIGHTS, "griffin", sparse_layers=2, kept=0.5, added=40) == 2 * (4400 - 900 + 80)
     # The gate is read whole.
     assert step_bytes(WEIGHTS, "cats", sparse_layers=4, kept=0.25) == 2 * (4400 - 4 * 0.75 * 600)
 
@@ -101,7 +104,9 @@ def test_corrections_have_as_many_parameters() -> None:
     assert replace(big, weights=weights).added(VARIANTS["griffin"]) == 0
 
 
-@pytest.mark.parametrize("name", ["griffin", "caprese", "cats", "caprese-cats", "caprese-all"])
+@pytest.mark.parametrize(
+    "name", ["griffin", "caprese", "cats", "caprese-cats", "caprese-all", "core", "caprese-core-all"]
+)
 def test_the_share_kept_is_found_in_the_share_read(name: str) -> None:
     variant, model = VARIANTS[name], timed_model()
     sparse, depth, kept = len(model.layers(variant)), 10, 0.4
@@ -114,13 +119,18 @@ def test_the_share_kept_is_found_in_the_share_read(name: str) -> None:
 def counters(name: str, tokens: int, **changes: Any) -> dict[str, Any]:
     """What an engine's counters report of a variant that ran as it should."""
     variant, model = VARIANTS[name], timed_model()
-    sparse, rank = len(model.layers(variant)), model.rank_of(variant)
+    method = model.method_of(variant)
+    assert method is not None
+    sparse, rank = len(method.layers), method.rank
     read = 450 if variant.method == "griffin" else 600
     return {
         "method": variant.method,
-        "layers": list(model.layers(variant)),
+        "layers": list(method.layers),
         "rank": rank,
         "density": 0.5,
+        "score": method.score,
+        "prior": method.prior,
+        "core": method.core,
         "kernel": "lora over cpu" if variant.correction == "lora" else "cpu",
         "generated_tokens": tokens,
         "ff_weights_read": ((4 - sparse) + sparse * (read + 20 * rank) / 900) / 4,
@@ -130,7 +140,7 @@ def counters(name: str, tokens: int, **changes: Any) -> dict[str, Any]:
 CASE = Case(ONE, 100, 5)
 
 
-@pytest.mark.parametrize("name", ["griffin", "lora", "caprese", "caprese-all", "cats", "caprese-cats"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "full"])
 def test_counters_that_fit_are_a_check_counters(name: str) -> None:
     path = check_counters(timed_model(), VARIANTS[name], CASE, 3, counters(name, 7), counters(name, 7 + 12))
     assert path["sparse_tokens"] == 12
@@ -147,6 +157,9 @@ def test_counters_that_fit_are_a_check_counters(name: str) -> None:
         ("griffin", {"kernel": "lora over cpu"}, "no LoRA"),
         ("lora", {"kernel": "cpu"}, "variant lora: expected LoRA; found cpu"),
         ("caprese", {"rank": 0}, "rank 2; found 0"),
+        ("core", {"core": 0.0}, r"core 1\.0; found 0"),
+        ("core-tail-all", {"core": 1.0}, r"core 0\.8; found 1"),
+        ("griffin", {"score": "weighted"}, "score paper; found weighted"),
         ("cats", {"ff_weights_read": 1.0}, "50% of the neurons kept; found 100.0%"),
     ],
 )
@@ -185,6 +198,10 @@ def test_figures_from_known_times(tmp_path: Path) -> None:
     assert row["ratio"] == pytest.approx(0.8)  # of .5, .8 and 1
     assert row["ratio_iqr"] == pytest.approx(0.25)
     assert row["e2e_ratio"] == pytest.approx((2 + 8 * 0.3) / (1 + 8 * 0.3))  # the median of the rounds' ratios
+    # The rounds' median steps: .15 .3 .45 of Full, .075 .24 .45.
+    assert row["step_ratio"] == pytest.approx(0.8)
+    assert row["throughput_ratio"] == pytest.approx(1.25)
+    assert row["predicted_flop_ratio"] == pytest.approx((4400 - 2 * 0.5 * 900) / 4400)
     assert row["tpot_p50_ms"] == pytest.approx(1e3 * (0.16 + 0.3) / 2)  # steps of .05 .1 .16 .32 .3 .6, four each
     assert row["tpot_p99_ms"] == pytest.approx(600)
     needed = 2 * (4400 - 2 * 0.4 * 900 + 2 * 102.5 * 8)
@@ -215,9 +232,11 @@ def test_an_adapters_settings_go_before_the_others(tmp_path: Path) -> None:
     path = str(ADAPTERS["griffin"])
     made = load_timed_model("", str(MODEL), [path], 0.3, 7, "float32", tmp_path)
     plain, caprese, everywhere = (VARIANTS[id] for id in ("griffin", "caprese", "caprese-all"))
-    assert (made.density_of("griffin"), made.density_of("cats")) == (0.5, 0.3)
-    assert made.layers(plain) == made.layers(caprese) == (0, 1)
-    assert (made.rank_of(plain), made.rank_of(caprese)) == (0, 48)
+    assert made.method_of(plain) == Method("griffin", 0.5, (0, 1), 0)
+    assert made.method_of(caprese) == Method("griffin", 0.5, (0, 1), 48)
+    assert made.method_of(VARIANTS["cats"]) == Method("cats", 0.3, (0, 1, 2, 3), 0)
+    assert made.method_of(VARIANTS["caprese-core"]) == Method("griffin", 0.3, (0, 1), 7, "weighted", 0.5, 1.0)
+    assert made.lora_as == 48
     assert adapter_for(made, caprese, tmp_path) == Path(path)
     with pytest.raises(CapreseError, match=r"an adapter for layers \[0, 1, 2, 3\]; found griffin.*for layers \[0, 1\]"):
         adapter_for(made, everywhere, tmp_path)
@@ -225,3 +244,33 @@ def test_an_adapters_settings_go_before_the_others(tmp_path: Path) -> None:
         adapter_for(made, VARIANTS["caprese-cats"], tmp_path)
     with pytest.raises(CapreseError, match="--weights: expected --model"):
         load_timed_model("qwen2.5-0.5b", None, [path], 0.5, 256, "float32", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["core", "core-tail-all", "caprese-core-all", "caprese"])
+def test_random_adapters_are_what_their_variants_serve(tmp_path: Path, name: str) -> None:
+    """The same values each time, with a prior where a core needs one; they resolve to the variant's method."""
+    made, variant = load_timed_model("", str(MODEL), [], 0.5, 7, "float32", tmp_path), VARIANTS[name]
+    made = replace(made, dummy=True)
+    method = made.method_of(variant)
+    path = adapter_for(made, variant, tmp_path)
+    settings = settings_of(made, variant, {}, tmp_path)
+    assert settings.caprese == {"weights": str(path)}
+    adapter = Adapters.load(path)
+    config = CapreseConfig.model_validate(settings.caprese)
+    assert resolve(config, adapter.config, BaseModelInfo.from_hf(made.config, "demo"))[0] == method
+    assert bool(adapter.prior) is ("core" in name)
+    assert bool(adapter.left) is ("caprese" in name)
+    path.unlink()
+    again = Adapters.load(adapter_for(made, variant, tmp_path)).tensors()
+    assert all(torch.equal(again[key], tensor) for key, tensor in adapter.tensors().items())
+
+
+def test_a_configuration_of_the_users_is_a_variant(tmp_path: Path) -> None:
+    made = load_timed_model("", str(MODEL), [], 0.5, 7, "float32", tmp_path)
+    file = adapter_for(made, VARIANTS["core"], tmp_path)
+    (tail,) = configured_variants(made, [f'tail={{"weights": "{file}", "core": 0.4, "density": 0.3}}'])
+    assert made.method_of(tail) == Method("griffin", 0.3, (0, 1), 0, "weighted", 0.5, 0.4)
+    assert settings_of(made, tail, {}, tmp_path).caprese == {"weights": str(file), "core": 0.4, "density": 0.3}
+    assert (tail.label, made.added(tail), made.layers(tail)) == ("tail", 0, (0, 1))
+    with pytest.raises(CapreseError, match="--config: expected a new name; found 'core'"):
+        configured_variants(made, ['core={"method": "griffin"}'])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 from rich.console import Console
@@ -16,6 +17,7 @@ from caprese_serve.demo.client import ask
 from caprese_serve.demo.problems import Problem, chat, problems
 from caprese_serve.demo.run import ENV, FLAGS, SERVED_NAME
 from caprese_serve.server import VllmServer, vllm_program
+from tests.support.models import make_adapter
 
 pytestmark = pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="the demo model is not in this tree")
 CPU = ("--dtype", "float32")
@@ -87,6 +89,34 @@ def test_the_log_proves_that_it_is_on(server: VllmServer) -> None:
     proof = f"Caprese: {len(adapter.layers)} of {adapter.base_model.num_hidden_layers} FF blocks replaced"
     assert log.count(proof) == 1
     assert f"method griffin, density {adapter.density:g}, rank {adapter.rank}" in log
+
+
+def test_a_core_shows_its_misfit_on_metrics(tmp_path: Path, asked: list[Problem]) -> None:
+    """Two gauges, refreshed by every scrape, and the share in GET /caprese; a server without a core has neither."""
+    selection = {"score": "weighted", "prior": 0.5, "core": 1.0}
+    adapter = make_adapter(MODEL, tmp_path / "core.safetensors", "griffin", rank=0, selection=selection)
+    flags = (*FLAGS, *CPU, "--caprese-weights", str(adapter))
+    with VllmServer(MODEL, *flags, log=tmp_path / "log", env=ENV, console=QUIET) as running:
+
+        def scrape() -> dict[str, float]:
+            lines = httpx.get(f"{running.url}/metrics").text.splitlines()
+            pairs = [line.rpartition(" ") for line in lines if line.startswith("caprese:")]
+            return {name: float(value) for name, _, value in pairs}
+
+        names = [f"caprese:prompt_mass_outside_core_{part}" for part in ("sum", "count")]
+        assert scrape() == dict.fromkeys(names, 0.0)
+        ask(running.url, SERVED_NAME, asked[:3], concurrency=3)
+        found, report = scrape(), running.get("/caprese")
+    assert [found[name] for name in names] == report["prompt_mass"]
+    assert found[names[1]] > 30
+    assert report["prompt_mass_outside_core"] == found[names[0]] / found[names[1]]
+    assert 0.1 < report["prompt_mass_outside_core"] < 0.9
+
+
+def test_without_a_core_there_is_no_misfit(server: VllmServer) -> None:
+    assert "vllm:" in (scraped := httpx.get(f"{server.url}/metrics").text)
+    assert "caprese:" not in scraped
+    assert server.get("/caprese")["prompt_mass_outside_core"] is None
 
 
 def test_a_wrong_adapter_ends_in_one_line(tmp_path: Path) -> None:

@@ -41,9 +41,11 @@ def _triton() -> None:
     graph_emulator.hook_triton()
 
 
-def new_state(method: str, kernels: ModuleType) -> State:
-    """Two blocks with random weights, biases and low-rank layers."""
-    state = State(Method(method, 0.5, (0, 1), 3), RequestTable(CPU, SLOTS), LAYERS, kernels, graph_rows=SLOTS)
+def new_state(name: str, kernels: ModuleType, core: float = 0.0) -> State:
+    """Two blocks with random weights, biases, priors and low-rank layers."""
+    method = Method(name, 0.5, (0, 1), 3, core=core)
+    table = RequestTable(CPU, SLOTS, method.needs_statistic)
+    state = State(method, table, LAYERS, kernels, graph_rows=SLOTS)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -56,6 +58,7 @@ def new_state(method: str, kernels: ModuleType) -> State:
         ff = PackedFF.pack(*weights, "silu", random(depth, rank), random(rank, depth), *biases)
         block = Block("", layer, nn.Identity(), Names(), None, nn.Identity(), None, "silu")
         state.blocks.append(SparseFF(block, ff, Ranks(), state.method, Statistics(state.method, ff, kernels, Ranks())))
+        state.blocks[-1].arrange(torch.rand(neurons, generator=generator) if core else None)
     state.allocate()
     return state
 
@@ -81,12 +84,12 @@ def kept(state: State) -> list[int]:
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("kernels", [gpu, reference], ids=lambda kernels: kernels.NAME)
-@pytest.mark.parametrize("method", ["griffin", "cats"])
+@pytest.mark.parametrize(("method", "core"), [("griffin", 0.0), ("cats", 0.0), ("griffin", 0.5), ("griffin", 1.0)])
 def test_a_replay_is_the_step_of_now(
-    method: str, kernels: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
+    method: str, core: float, kernels: ModuleType, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured with padding alone, then replayed with other tokens, requests and selections on the same memory."""
-    state = new_state(method, kernels)
+    state = new_state(method, kernels, core)
     fill(state, 0)
     names = "abcde"
     state.begin(Scheduled(name, 1, 0, 1) for name in names)  # all of them have selections
@@ -103,7 +106,7 @@ def test_a_replay_is_the_step_of_now(
     assert kept(state) == [0, 0]
     assert torch.equal(y, x), "padding adds nothing"
     plans = [name for name, _ in graph.launches].count("plan_rows")
-    assert plans == (kernels is gpu and method == "griffin"), "one for all layers"
+    assert plans == (kernels is gpu and method == "griffin" and core < 1.0), "one for all layers"
 
     run = SparseFF.run
     for seed, batch in enumerate(("edcb", "a", "bd", "ca", "e"), 1):
@@ -195,6 +198,7 @@ class Load:
     traps: int = 0  # a prompt's last token scheduled alone, at least so often
     preempted: bool = False
     layers: list[int] | None = None  # without an adapter; None: those of an adapter
+    core: float | None = None
 
 
 # 33: a budget and one token, so the last chunk is a single token: first alone, then (31 + 1) beside one that decodes.
@@ -203,16 +207,24 @@ LOADS = [
         *("llama", "griffin", CUDAGraphMode.FULL_AND_PIECEWISE, 5, (33, 1, 31, 30, 9)),
         *({0: [0], 4: [1], 6: [2], 12: [3, 4]}, {4}, 2, True),
     ),
+    Load(
+        *("llama", "griffin", CUDAGraphMode.FULL_AND_PIECEWISE, 5, (33, 1, 31, 30, 9)),
+        *({0: [0], 4: [1], 6: [2], 12: [3, 4]}, {4}, 2, True),
+        core=0.8,
+    ),
+    Load("qwen2", "griffin", CUDAGraphMode.FULL_DECODE_ONLY, 40, (33, 1, 5), {0: [0, 1], 2: [2]}, core=1.0),
     Load("gemma2", "cats", CUDAGraphMode.FULL_DECODE_ONLY, 40, (7, 1, 5), {0: [0, 1], 2: [2]}, layers=[0, 3]),
 ]
 
 
-@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.method)
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: f"{load.method} {load.core}")
 def test_full_graphs_in_the_engine(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     """vLLM's own manager captures and replays, through chunked prompts, preemptions, neighbours that are off."""
-    case = new_case(model_dir, tmp_path, load.architecture, load.method, load.layers is None, layers=load.layers)
+    case = new_case(
+        model_dir, tmp_path, load.architecture, load.method, load.layers is None, load.core, layers=load.layers
+    )
     prompts = random_prompts(load.lengths, seed=31)
     runs = []
     run = SparseFF.run
@@ -229,7 +241,7 @@ def test_full_graphs_in_the_engine(
         expected = case.expected(prompts, NEW_TOKENS)
         for i in load.off:
             expected[i] = case.one(prompts[i], NEW_TOKENS, method=None)
-        check(found, expected, f"{load.method}, {load.mode}")
+        check(found, expected, f"{load.method}, {load.mode}, core {load.core}")
         assert bool(preempted) == load.preempted
 
         modes = [batch.mode for batch in watched.batches]

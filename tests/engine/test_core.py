@@ -8,6 +8,8 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from caprese_vllm.state import merge
+from tests.support.core import mass_outside
 from tests.support.engine import engine, generate, greedy
 from tests.support.equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
@@ -112,6 +114,23 @@ def test_without_statistics_prompts_are_plain(model_dir: ModelDir, tmp_path: Pat
         state = core.model_executor.driver_worker.worker.model_runner.model.caprese
         assert state.table.numel() == 0
         assert len(state.requests) == 0
+
+
+@pytest.mark.parametrize("name", ["all", "core alone"])
+def test_the_prompts_mass_outside_of_the_core(model_dir: ModelDir, tmp_path: Path, name: str) -> None:
+    """Measured in the middle one of the sparse layers, over every prompt token that is computed, however chunked."""
+    case = make_case(model_dir, tmp_path, "llama", "griffin", name)
+    prompts = random_prompts((40, 17, 5, 9), seed=4)
+    with engine(case.model_dir, case.caprese, max_num_batched_tokens=BUDGET) as llm:
+        report = merge(llm.collective_rpc("caprese_report"))
+        assert (report["prompt_mass"], report["prompt_mass_outside_core"]) == ([0.0, 0.0], None)
+        generate(llm, prompts, greedy(NEW_TOKENS))
+        report = merge(llm.collective_rpc("caprese_report"))
+    outside, total = report["prompt_mass"]
+    assert total == pytest.approx(sum(map(len, prompts)), rel=1e-5)
+    assert report["prompt_mass_outside_core"] == outside / total
+    assert outside / total == pytest.approx(mass_outside(case, prompts, layer=1), rel=1e-4)
+    assert 0.1 < outside / total < 0.9
 
 
 def test_the_core_is_the_priors(model_dir: ModelDir, tmp_path: Path) -> None:

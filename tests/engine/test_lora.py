@@ -1,6 +1,7 @@
 """LoRA requests: an adapter of the attention, or of FF blocks that run dense, beside requests without one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,26 @@ ModelDir = Callable[[str], Path]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "method", "v2"),
-    [("llama", "griffin", False), ("qwen3", "cats", False), ("mistral", "griffin", True)],
+    ("architecture", "method", "v2", "core"),
+    [
+        ("llama", "griffin", False, None),
+        ("qwen3", "cats", False, None),
+        ("mistral", "griffin", True, None),
+        ("llama", "griffin", False, 0.8),
+        ("qwen3", "griffin", False, 1.0),
+    ],
 )
-def test_lora_requests(model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, v2: bool) -> None:
+def test_lora_requests(
+    model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, v2: bool, core: float | None
+) -> None:
     """In one batch: two adapters and none. Each request's tokens are those of its own merged model."""
-    case = new_case(model_dir, tmp_path, architecture, method, True)
+    case = new_case(model_dir, tmp_path, architecture, method, True, core)
     prompts, new_tokens = random_prompts(LENGTHS[1:5] if v2 else LENGTHS), 8 if v2 else NEW_TOKENS
     cases: list[Case] = [case]
     loras: list[Path | None] = [None]
     for i in (1, 2):
         lora = make_lora(case.model_dir, tmp_path / f"lora{i}", seed=i)
-        cases.append(Case(merged(case.model_dir, lora, tmp_path / f"merged{i}"), method, case.adapter))
+        cases.append(replace(case, model_dir=merged(case.model_dir, lora, tmp_path / f"merged{i}")))
         loras.append(lora)
     expected = [each.expected(prompts, new_tokens) for each in cases]
     assert differing(expected[1], expected[0]) > len(prompts) // 2, "the LoRA adapter must show"
@@ -46,7 +55,7 @@ def test_lora_requests(model_dir: ModelDir, tmp_path: Path, architecture: str, m
     else:
         with engine(case.model_dir, case.caprese, **options) as llm:
             found = generate(llm, requests, greedy(new_tokens), chosen)
-    check(found, [expected[which][prompt] for prompt, which in batch], f"{architecture}, {method}, LoRA")
+    check(found, [expected[which][prompt] for prompt, which in batch], f"{architecture}, {method}, core {core}, LoRA")
 
 
 def test_lora_of_ff_blocks(model_dir: ModelDir, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from caprese_kernels.reference import NUM_MAGNITUDES
 from caprese_vllm.ranks import Ranks
 from caprese_vllm.state import merge
+from tests.support.core import mass_outside
 from tests.support.engine import engine, generate, greedy
 from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
@@ -102,7 +103,13 @@ def test_tensor_parallel_with_a_core(model_dir: ModelDir, tmp_path: Path, core: 
     assert differing(expected, case.expected(prompts)) > len(prompts) // 2, "the split must change the selection"
     with engine(directory, case.caprese, **TENSOR_PARALLEL) as llm:
         check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, f"core {core}, {RANKS} ranks")
+        reports = llm.collective_rpc("caprese_report")
         check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"core {core}, {RANKS} ranks, again")
+    # Each rank measures its own neurons' part of the prompts' activation mass.
+    assert all(0 < report["prompt_mass"][0] < report["prompt_mass"][1] for report in reports)
+    merged = merge(reports)
+    assert merged["prompt_mass"][1] == pytest.approx(sum(map(len, prompts)), rel=1e-5)
+    assert merged["prompt_mass_outside_core"] == pytest.approx(mass_outside(case, prompts, 1, RANKS), rel=1e-4)
 
 
 def test_tensor_parallel_without_caprese(model_dir: ModelDir) -> None:

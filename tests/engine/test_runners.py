@@ -19,16 +19,29 @@ ModelDir = Callable[[str], Path]
 
 # Gemma 2's two kinds of attention hold blocks each.
 @pytest.mark.parametrize(
-    ("architecture", "method", "asynchronous", "blocks"), [("llama", "griffin", True, 7), ("gemma2", "cats", False, 12)]
+    ("architecture", "method", "asynchronous", "blocks", "core"),
+    [
+        ("llama", "griffin", True, 7, None),
+        ("gemma2", "cats", False, 12, None),
+        ("llama", "griffin", True, 7, 0.5),
+        ("qwen2", "griffin", False, 7, 1.0),
+    ],
 )
 def test_v2_runner(
-    model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool, blocks: int
+    model_dir: ModelDir,
+    tmp_path: Path,
+    architecture: str,
+    method: str,
+    asynchronous: bool,
+    blocks: int,
+    core: float | None,
 ) -> None:
     """Chunked prefill and so few blocks that requests are preempted: V2 drops a preempted request and adds it again.
 
-    Two prompts begin as another does, and find its first block in the cache.
+    Two prompts begin as another does, and find its first block in the cache, with a page of statistics unless all of a
+    selection is the core.
     """
-    case = new_case(model_dir, tmp_path, architecture, method, True)
+    case = new_case(model_dir, tmp_path, architecture, method, True, core)
     prompts = random_prompts((1, 20, BLOCK - 2, BLOCK + 1, 40, 60), seed=21)
     prompts += [[*prompts[-1][:50], 7, 8, 9], prompts[-2]]
     options = {"max_num_batched_tokens": 64, "max_model_len": 96, "num_gpu_blocks_override": blocks}
@@ -46,8 +59,9 @@ def test_v2_runner(
     assert found["async"] is asynchronous
     assert found["report"]["method"] == method
     assert found["preempted"] > 0, "the test must preempt"
-    assert found["loaded"] > 0, "the test must find a prefix in the cache"
-    check(found["tokens"], case.expected(prompts, 30), f"V2, {architecture}, {method}")
+    assert (found["loaded"] > 0) == (core != 1.0), "the test must find a prefix in the cache"
+    assert found["report"]["core"] == (core or 0.0)
+    check(found["tokens"], case.expected(prompts, 30), f"V2, {architecture}, {method}, core {core}")
 
 
 def test_triton_kernels_in_the_engine(model_dir: ModelDir, tmp_path: Path) -> None:

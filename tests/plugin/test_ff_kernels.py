@@ -1,6 +1,7 @@
 """The extension point for FF kernels: what can be registered, and what is selected."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,19 @@ def test_an_unknown_name_is_refused_with_those_there_are() -> None:
 
 def test_without_an_extension_the_backend_stays_itself() -> None:
     assert ff_kernels.make(None, reference, METHOD, {}) is reference
+
+
+def test_a_core_needs_kernels_for_it() -> None:
+    class Older:
+        NAME = "older"
+
+    ff_kernels.register("older", lambda backend, method, blocks: Older())
+    ff_kernels.register("whole", one)
+    assert ff_kernels.make("older", reference, METHOD, {}).NAME == "older"
+    for method in (replace(METHOD, core=0.5), replace(METHOD, prior=1.0)):
+        assert ff_kernels.make("whole", reference, method, {}) is reference
+        with pytest.raises(CapreseError, match=r"FF kernels 'older': expected a function core_ff, .*; found none; add"):
+            ff_kernels.make("older", reference, method, {})
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

@@ -119,11 +119,21 @@ def new_case(
     architecture: str,
     method: str | None,
     adapter: bool = False,
+    core: float | None = None,
     **options: Any,
 ) -> Case:
-    directory = model_dir(architecture)
-    path = make_adapter(directory, folder / f"{architecture}-{method}.safetensors", str(method)) if adapter else None
-    return Case(directory, method, path, **options)
+    """With `core` the selection is by the weighted score and the adapter's prior, and that share of it is shared."""
+    directory, path = model_dir(architecture), folder / f"{architecture}-{method}.safetensors"
+    selection = None if core is None else {"score": "weighted", "prior": 0.5, "core": core}
+    if not adapter:
+        return Case(directory, method, **options)
+    return Case(
+        directory,
+        method,
+        make_adapter(directory, path, str(method), selection=selection),
+        selection=selection,
+        **options,
+    )
 
 
 def check(found: Sequence[Sequence[int]], expected: Sequence[Generation], what: str) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..kernels.timing import Timing
     from .decode_model import DecodeDimensions
 
+PAPER_STEPS = "full,griffin,lora,caprese,caprese-all,cats,caprese-cats"  # variants
 KEYS = ["section", "arch", "context", "batch", "variant"]
 MEASURES = ["time_ms", "ratio", "gb_s"]
 
@@ -44,7 +45,7 @@ class DecodeSettings(ResumableSettings):
         None
     )
     context: Annotated[int, typer.Option(min=1, help="Tokens in a request's KV cache.")] = 2048
-    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS)
+    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = PAPER_STEPS
     batch: Annotated[
         str, typer.Option(help="Comma-separated numbers of requests, each request with its own selection.")
     ] = "1"

@@ -13,14 +13,14 @@ from caprese_kernels import reference
 from caprese_kernels.backend import Backend
 from caprese_kernels.packed import PackedFF
 
+from ..kernels.agreement import check, check_cats
 from ..kernels.cases import independent, thresholds
 from ..kernels.dense import DenseWeights, Forward, candidates
 from ..kernels.floor import step_bytes
-from ..kernels.measure import check, check_cats
 from ..lora.served import kernels as lora_kernels
 from ..lora.served.engine import Lora, draw
 from .decode_model import DecodeModel, FeedForward
-from .variants import Variant
+from .variants import TAILED, Variant
 
 
 def dense_candidates(model: DecodeModel) -> dict[str, FeedForward]:
@@ -45,8 +45,9 @@ def _of_layer(runs: list[Forward], layer: int, x: Tensor) -> Tensor:
 class DecodeBlocks:
     """The requests' selections, and each variant's FF blocks with them.
 
-    Each request has a random GRIFFIN mask of its own. CATS' thresholds are chosen so that the tokens of this very step
-    keep the wanted share. `dense` computes the layers that are not sparse, and all layers of Full.
+    Each request has a random GRIFFIN mask of its own; with a core, which is the last neurons, a random tail. CATS'
+    thresholds are chosen so that the tokens of this very step keep the wanted share. `dense` computes the layers that
+    are not sparse, and all layers of Full.
     """
 
     def __init__(self, model: DecodeModel, backend: Backend, density: float, dense: FeedForward):
@@ -54,10 +55,19 @@ class DecodeBlocks:
         sizes, batch = model.sizes, len(model.x)
         generator = torch.Generator().manual_seed(1)
         count = reference.griffin_count(density, sizes.neurons)
-        masks = [independent(batch, sizes.neurons, count, generator) for _ in range(sizes.layers)]
-        self.keep = torch.stack(masks).to(model.device)
+
+        def masks(neurons: int, count: int) -> Tensor:
+            drawn = [independent(batch, neurons, count, generator) for _ in range(sizes.layers)]
+            return torch.stack(drawn).to(model.device)
+
+        self.keep = masks(sizes.neurons, count)
         self.slots = torch.arange(batch, device=model.device)
-        self.union = float(self.keep.any(dim=1).float().mean())
+        # By the core's share: neurons in it, and tails [layers, B, F], which keep none of them.
+        self.core_counts = {share: reference.core_count(share, count) for share in (1.0, TAILED)}
+        self.tails = {
+            share: F.pad(masks(sizes.neurons - core, count - core), (0, core))
+            for share, core in self.core_counts.items()
+        }
         self.inputs: list[Tensor] = []  # x [B, D] of each FF block, in the original model
         self.bare = [model.plain(layer) for layer in range(sizes.layers)]
         model.step(lambda layer, x: reference.dense_ff(x, self.bare[layer]), self.inputs)
@@ -77,6 +87,8 @@ class DecodeBlocks:
 
     def feed_forward(self, variant: Variant) -> FeedForward:
         """(layer, x) -> y. As in the engine, GRIFFIN's first layer plans for all its layers in one launch."""
+        if variant.core is not None:
+            return self._with_core(variant, variant.core)
         sparse = self.sparse(variant)
         if variant.correction == "lora" and not self.lora:
             self.lora = draw({layer: self.bare[layer] for layer in sparse}, self.model.rank)
@@ -98,10 +110,39 @@ class DecodeBlocks:
 
         return ff
 
+    def _with_core(self, variant: Variant, share: float) -> FeedForward:
+        """As the engine's blocks with a core: a dense slice for all requests, and each request's tail beside it."""
+        sparse, count, tails = self.sparse(variant), self.core_counts[share], self.tails[share]
+        cores = [self.packed(variant, layer).core(count) for layer in sparse]
+        rests = [self.packed(variant, layer).without_low_rank() for layer in sparse]
+        plans: Any = None
+
+        def ff(layer: int, x: Tensor) -> Tensor:
+            nonlocal plans
+            if layer not in sparse:
+                return self.dense(layer, x)
+            shared = self.backend.core_ff(x, cores[layer], self.slots)
+            if share == 1.0:
+                return shared
+            if layer == 0:
+                plans = self.backend.plan_layers(tails[: len(sparse)], self.slots)
+            plan = None if plans is None else plans[layer]
+            return self.backend.griffin_ff(x, rests[layer], tails[layer], self.slots, plan).add_(shared)
+
+        return ff
+
+    def selection(self, variant: Variant) -> Tensor:
+        """GRIFFIN's masks [layers, B, F], core and tail together."""
+        if variant.core is None:
+            return self.keep
+        whole = self.tails[variant.core].clone()
+        whole[..., self.model.sizes.neurons - self.core_counts[variant.core] :] = True
+        return whole
+
     def check(self, variant: Variant, ff: FeedForward) -> float:
         """The largest relative error of a token's y in any layer, compared with the reference on the same x.
 
-        Raises CapreseError if it exceeds the kernels' tolerance (kernels/measure.py).
+        Raises CapreseError if it exceeds the kernels' tolerance (kernels/agreement.py).
         """
         worst = 0.0
         for layer, x in enumerate(self.inputs):
@@ -125,12 +166,14 @@ class DecodeBlocks:
         elif variant.correction == "lora":
             rank = lora_kernels.equal_rank(sizes.hidden_size, sizes.neurons, self.model.rank)
             added = 3 * rank * (sizes.hidden_size + sizes.neurons)
-        kept = self.cats_union if variant.method == "cats" else self.union
+        kept = self.cats_union
+        if variant.method != "cats":
+            kept = float(self.selection(variant).any(dim=1).float().mean())
         sparse = len(self.sparse(variant))
         return step_bytes(sizes.weights(), variant.method, sparse, kept, added, context, batch, itemsize=2)
 
     def _reference(self, variant: Variant, layer: int, x: Tensor) -> Tensor:
-        keep, block = self.keep[layer], self.packed(variant, layer)
+        keep, block = self.selection(variant)[layer], self.packed(variant, layer)
         if variant.correction != "lora":
             return reference.griffin_ff(x, block, keep, self.slots)
         return self.lora[layer].forward(reference, x, keep, self.slots)

@@ -24,14 +24,15 @@ GIB = 2**30
 def settings_of(model: TimedModel, variant: Variant, options: dict[str, Any], folder: Path) -> EngineSettings:
     """The settings of the variant's engine. `options` are vLLM's own; files go to `folder`."""
     settings = EngineSettings(model.path, None, options)
-    if variant.correction == "caprese":
+    if variant.configured is not None:
+        settings = replace(settings, caprese=variant.configured.caprese)
+    elif variant.correction == "caprese" or variant.core is not None:
         settings = replace(settings, caprese={"weights": str(adapter_for(model, variant, folder))})
-    elif variant.method:
-        layers = list(model.layers(variant))
-        caprese = {"method": variant.method, "density": model.density_of(variant.method), "layers": layers}
+    elif (method := model.method_of(variant)) is not None:
+        caprese = {"method": method.name, "density": method.density, "layers": list(method.layers)}
         settings = replace(settings, caprese=caprese)
     if variant.correction == "lora":
-        environment = lora_environment(folder, model.method_rank("griffin"))
+        environment = lora_environment(folder, model.lora_as)
         extended = {**(settings.caprese or {}), "kernel_extension": LORA}
         settings = replace(settings, caprese=extended, environment=environment)
     return settings

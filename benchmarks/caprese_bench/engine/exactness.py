@@ -138,22 +138,22 @@ def _counted(variant: Variant, ids: Sequence[Sequence[int]], report: dict[str, A
 
 def _compare(variant: Variant, asked: Sequence[Problem], answers: Sequence[list[int]]) -> Row:
     """How many answers equal, token by token, those of transformers on a CPU in float32."""
+    import torch
+
     from caprese_distill.loading import load_model
     from caprese_kernels.adapters import Adapters
     from caprese_kernels.config import Method
     from caprese_serve.demo import MODEL
 
-    from ..hugging_face.decoding import SparseFF, decode
+    from ..hugging_face.decoding import FeedForward, SparseFF, adapter_blocks, decode
 
     settings, model, tokenizer = variant.settings(), load_model(str(MODEL), "float32"), _tokenizer()
-    ff = {}
-    if variant.method and settings:
-        adapters = Adapters.load(settings["weights"]) if variant.adapter else None
-        config = adapters.config if adapters else None
-        density, layers = (config.density, config.layers) if config else (settings["density"], settings["layers"])
-        method = Method(variant.method, density, tuple(layers), config.rank if config else 0)
-        pairs = {i: (adapters.left[i].float(), adapters.right[i].float()) if adapters else () for i in layers}
-        ff = {i: SparseFF(method, *pair) for i, pair in pairs.items()}
+    ff: dict[int, FeedForward] = {}
+    if variant.method and settings and variant.adapter:
+        ff = adapter_blocks(Adapters.load(settings["weights"]), dtype=torch.float32)
+    elif variant.method and settings:
+        method = Method(variant.method, settings["density"], tuple(settings["layers"]), 0)
+        ff = {i: SparseFF(method) for i in method.layers}
     expected = decode(model, tokenizer, asked, ff)
     equal = [ours == theirs for ours, theirs in zip(answers, expected, strict=True)]
     return {"problems": len(equal), "equal": sum(equal), "tokens": sum(map(len, expected))}

@@ -1,4 +1,5 @@
-"""`caprese bench latency`: the paper's table 4 through vLLM: Full, GRIFFIN, LoRA, Caprese, CATS, Caprese (CATS).
+"""`caprese bench latency`: the paper's table 4 through vLLM: Full, GRIFFIN, LoRA, Caprese, CATS, Caprese (CATS);
+and selections with a core.
 
 Each variant is an engine of its own. As many as fit into memory run at the same time and take turns, so that a
 disturbance of the machine affects all of them and a ratio compares times of one round. Full is plain vLLM. A step
@@ -19,13 +20,14 @@ import typer
 
 from caprese_serve.provenance import provenance
 
+from ..configured import ConfigOption
 from ..results.plots import Plot
 from ..results.recording import check_writable, progress, recording
 from ..results.report import Columns, Result, Row, show
 from ..results.settings import ResumableSettings, options_of
 from .latency_cases import BATCH, ONE, SAMPLES, Case, make_cases
 from .models import ARCHS
-from .variants import VARIANTS, choose_variants
+from .variants import PAPER, VARIANTS, choose_variants
 
 if TYPE_CHECKING:
     from ..results.recording import Recording
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 KEYS = ["section", "arch", "setup", "batch", "samples", "variant"]
 MEASURES = ["tpot_ms", "e2e_s", "ttft_s", "ratio"]
-PAPER, CPU = "2048+256,2048+2048", "256+32,256+128"
+ON_GPU, ON_CPU = "2048+256,2048+2048", "256+32,256+128"  # setups; the GPU's are the paper's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,16 @@ class LatencySettings(ResumableSettings):
     ] = None
     model: Annotated[str | None, typer.Option(help="Directory or Hub id of a checkpoint, instead of a shape.")] = None
     weights: Annotated[
-        list[str] | None, typer.Option(help="Adapter for the checkpoint; one for each Caprese variant's method.")
+        list[str] | None, typer.Option(help="Adapter for the checkpoint; one for each method of the paper's variants.")
     ] = None
     data: Annotated[
         str | None, typer.Option(help="Text for the prompts, as for `caprese distill`. Default: random tokens.")
     ] = None
     setups: Annotated[
-        str | None, typer.Option(help=f"P+G prompt and generated tokens. Default: {PAPER} on a GPU, else {CPU}.")
+        str | None, typer.Option(help=f"P+G prompt and generated tokens. Default: {ON_GPU} on a GPU, else {ON_CPU}.")
     ] = None
-    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = (
-        "full,griffin,lora,caprese,cats,caprese-cats"
-    )
+    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = PAPER
+    configs: ConfigOption = None
     batch: Annotated[
         str, typer.Option(help="Comma-separated numbers of prompts at once, measured in the first setup.")
     ] = ""
@@ -83,7 +84,7 @@ def latency(settings: LatencySettings) -> None:
 
     from ..kernels.timing import bandwidth
     from . import engines
-    from .timed_model import load_timed_model
+    from .timed_model import configured_variants, load_timed_model
 
     check_writable(settings.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,16 +92,19 @@ def latency(settings: LatencySettings) -> None:
         few = "full,griffin,lora,caprese" if settings.variants.count(",") > 3 else settings.variants
         settings = replace(settings, setups=settings.setups or "64+16", rounds=2, eager=True, variants=few)
     variants = choose_variants(settings.variants)
-    cases = make_cases(settings.setups or (PAPER if device == "cuda" else CPU), settings.batch, settings.samples)
+    cases = make_cases(settings.setups or (ON_GPU if device == "cuda" else ON_CPU), settings.batch, settings.samples)
     arch = settings.arch or ("qwen2.5-14b" if device == "cuda" else "qwen2.5-0.5b")
     with TemporaryDirectory() as scratch:
         model = load_timed_model(
             arch, settings.model, settings.weights or [], settings.density, settings.rank, settings.dtype, Path(scratch)
         )
+        variants += configured_variants(model, settings.configs or [])
         kv_gib = engines.kv_gib(model, max(case.requests * (case.prompt + case.generated) for case in cases))
         bandwidth_source, bandwidth_gb_s = bandwidth(device)
         together = settings.together or engines.engines_that_fit(model, device, kv_gib)
-        result = Result("latency", provenance() | {"settings": _recorded(settings, model, device)}, KEYS, MEASURES)
+        result = Result(
+            "latency", provenance() | {"settings": _recorded(settings, model, variants, device)}, KEYS, MEASURES
+        )
         result.provenance |= {"bandwidth": bandwidth_source, "bandwidth_gb_s": bandwidth_gb_s}
         with recording(result, settings.out, plots, settings.resume, COLUMNS) as record:
             for group in engines.groups(variants, min(together, len(variants))):
@@ -152,7 +156,7 @@ def _measure(
             record.add(*rows(case, model, runs, record.result.provenance["bandwidth_gb_s"]))
 
 
-def _recorded(settings: LatencySettings, model: TimedModel, device: str) -> dict[str, Any]:
+def _recorded(settings: LatencySettings, model: TimedModel, variants: Sequence[Variant], device: str) -> dict[str, Any]:
     """The settings that the provenance records: those that rows depend on and do not name themselves."""
     import torch
 
@@ -165,6 +169,12 @@ def _recorded(settings: LatencySettings, model: TimedModel, device: str) -> dict
         "compiled": not settings.eager,
         "data": settings.data and Path(settings.data).name,
         "weights": adapters or None,
+        "configs": {
+            variant.id: variant.configured.caprese | {"adapter": variant.configured.adapter_digest}
+            for variant in variants
+            if variant.configured is not None
+        }
+        or None,
         "threads": torch.get_num_threads() if device == "cpu" else None,
     }
 
@@ -172,9 +182,10 @@ def _recorded(settings: LatencySettings, model: TimedModel, device: str) -> dict
 def _row_order(row: Row) -> tuple[Any, ...]:
     """The order of rows: by section, model and size of the setup, then variants as in VARIANTS."""
     labels = [variant.label for variant in VARIANTS.values()]
+    place = labels.index(row["variant"]) if row["variant"] in labels else len(labels)  # those of --config keep theirs
     section = [ONE, BATCH, SAMPLES].index(row["section"].partition(", ")[0])
     length = sum(map(int, row["setup"].split("+")))
-    return section, row["arch"], length, row["batch"], row["samples"], labels.index(row["variant"])
+    return section, row["arch"], length, row["batch"], row["samples"], place
 
 
 COLUMNS: Columns = {
@@ -192,6 +203,9 @@ COLUMNS: Columns = {
     "of Full": ("ratio", "{:.3f}".format),
     " ±": ("ratio_iqr", "{:.3f}".format),
     "by bytes": ("predicted_ratio", "{:.3f}".format),
+    "step of Full": ("step_ratio", "{:.3f}".format),
+    "by operations": ("predicted_flop_ratio", "{:.3f}".format),
+    "tokens/s of Full": ("throughput_ratio", "{:.3f}".format),
     "MB a step": ("mb_a_step", "{:.0f}".format),
     "GB/s": ("gb_s", "{:.1f}".format),
     "of bandwidth": ("bandwidth_share", "{:.0%}".format),
@@ -220,5 +234,6 @@ def plots(result: Result) -> list[Plot]:
         drawn += [
             Plot(section, x, "ratio", ("variant",), kind, ratio, error="ratio_iqr", log2_x=True, level=1),
             Plot(section, x, "tokens_per_s", ("variant",), kind, "tokens/s", log2_x=True),
+            Plot(section, x, "throughput_ratio", ("variant",), kind, "tokens/s / Full's", log2_x=True, level=1),
         ]
     return drawn

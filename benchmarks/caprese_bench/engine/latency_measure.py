@@ -85,8 +85,8 @@ def union_share(variant: Variant, case: Case, union: float | None, counted: Row)
 def check_counters(model: TimedModel, variant: Variant, case: Case, rounds: int, before: Any, after: Any) -> Row:
     """What the engine's own counters report of a variant's tokens, from `before` to `after` the counted rounds.
 
-    Raises CapreseError unless the engine ran the variant: method, layers, rank, density, LoRA, the number of tokens
-    and the share of neurons that they keep.
+    Raises CapreseError unless the engine ran the variant: method, layers, rank, selection, density, LoRA, the number of
+    tokens and the share of neurons that they keep.
     """
 
     from caprese_kernels.reference import griffin_count  # torch
@@ -94,14 +94,16 @@ def check_counters(model: TimedModel, variant: Variant, case: Case, rounds: int,
     def refuse(expected: str, found: object) -> None:
         raise CapreseError(f"variant {variant.id}", expected=expected, found=str(found), fix="report this bug")
 
-    if variant.method is None:
+    method = model.method_of(variant)
+    if method is None:
         if after is not None:
             refuse("plain vLLM", after)
         return {}
-    if after is None or after["method"] != variant.method or tuple(after["layers"]) != model.layers(variant):
-        refuse(f"{variant.method} in layers {list(model.layers(variant))}", after)
-    if after["rank"] != model.rank_of(variant):
-        refuse(f"rank {model.rank_of(variant)}", after["rank"])
+    if after is None or after["method"] != method.name or tuple(after["layers"]) != method.layers:
+        refuse(f"{method.name} in layers {list(method.layers)}", after)
+    for key in ("rank", "score", "prior", "core"):
+        if after[key] != getattr(method, key):
+            refuse(f"{key} {getattr(method, key)}", after[key])
     if after["kernel"].startswith("lora") != (variant.correction == "lora"):
         refuse("LoRA" if variant.correction == "lora" else "no LoRA", after["kernel"])
     tokens = after["generated_tokens"] - before["generated_tokens"]
@@ -113,20 +115,22 @@ def check_counters(model: TimedModel, variant: Variant, case: Case, rounds: int,
         - (before["ff_weights_read"] or 0) * before["generated_tokens"]
     )
     kept = kept_share(model, variant, read / tokens)
-    density = model.density_of(variant.method)
+    density = method.density
     if abs(after["density"] - density) > 1e-9:
         refuse(f"density {density:g}", after["density"])
     goal = griffin_count(density, model.weights.neurons) / model.weights.neurons
     # CATS' threshold comes from the prompt: generated tokens may keep another share, but not nearly all neurons.
-    if abs(kept - goal) > (1e-6 if variant.method == "griffin" else 0.9 * (1 - goal)):
+    if abs(kept - goal) > (1e-6 if method.name == "griffin" else 0.9 * (1 - goal)):
         refuse(f"{goal:.0%} of the neurons kept", f"{kept:.1%}")
     return {"sparse_tokens": tokens, "ff_weights_read": read / tokens, "kept_share": kept, "kernel": after["kernel"]}
 
 
 def kept_share(model: TimedModel, variant: Variant, ff_read: float) -> float:
     """Share of a sparse layer's neurons that a token keeps, from the share of all FF weights that it needs."""
-    weights, sparse = model.weights, len(model.layers(variant))
+    method, weights = model.method_of(variant), model.weights
+    assert method is not None
+    sparse = len(method.layers)
     matrix = weights.neurons * weights.hidden_size
     block = (ff_read * weights.layers - (weights.layers - sparse)) / sparse * 3 * matrix  # values read of one block
-    block -= 2 * model.rank_of(variant) * weights.hidden_size
-    return block / (3 * matrix) if variant.method == "griffin" else (block - matrix) / (2 * matrix)
+    block -= 2 * method.rank * weights.hidden_size
+    return block / (3 * matrix) if method.name == "griffin" else (block - matrix) / (2 * matrix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from statistics import mean, median, quantiles
 
-from ..kernels.floor import step_bytes
+from ..kernels.floor import step_bytes, step_flops
 from ..results.report import Row
 from ..results.stats import iqr
 from .latency_cases import Case
@@ -29,12 +29,17 @@ def rows(case: Case, model: TimedModel, runs: list[Run], bandwidth: float) -> li
             model.weights, run.variant.method, sparse, run.union_share, added, context, case.requests, model.itemsize
         )
 
+    def flops(run: Run) -> float:
+        kept, added = run.counted.get("kept_share", 1.0), model.added(run.variant)
+        return step_flops(model.weights, run.variant.method, len(model.layers(run.variant)), kept, added)
+
     made = []
     for run in runs:
         own = [means(answer) for answer in run.answers]
         gaps = [b - a for answer in run.answers for times in answer["times"] for a, b in pairwise(times)]
-        ratios, e2e = (
-            [ours[name] / theirs[name] for ours, theirs in zip(own, full, strict=True)] for name in ("tpot", "e2e")
+        ratios, e2e, steps = (
+            [ours[name] / theirs[name] for ours, theirs in zip(own, full, strict=True)]
+            for name in ("tpot", "e2e", "step")
         )
         tpot = median(each["tpot"] for each in own)
         centiles = quantiles(gaps, n=100, method="inclusive")
@@ -45,7 +50,9 @@ def rows(case: Case, model: TimedModel, runs: list[Run], bandwidth: float) -> li
             row |= {f"{name}_{unit}": median(values), f"{name}_iqr_{unit}": iqr(values)}
         row |= {"tpot_p50_ms": 1e3 * centiles[49], "tpot_p99_ms": 1e3 * centiles[98]}
         row |= {"tokens_per_s": case.requests / tpot, "ratio": median(ratios), "ratio_iqr": iqr(ratios)}
-        row |= {"predicted_ratio": needed(run) / needed(runs[0]), "e2e_ratio": median(e2e)}
+        row |= {"step_ratio": median(steps), "throughput_ratio": median(1 / ratio for ratio in steps)}
+        row |= {"predicted_ratio": needed(run) / needed(runs[0]), "predicted_flop_ratio": flops(run) / flops(runs[0])}
+        row |= {"e2e_ratio": median(e2e)}
         row |= {"full_tpot_ms": 1e3 * median(each["tpot"] for each in full), "mb_a_step": needed(run) / 1e6}
         row |= {"gb_s": needed(run) / tpot / 1e9, "bandwidth_share": needed(run) / tpot / 1e9 / bandwidth}
         made.append(row | {"union_share": run.union_share if run.variant.method else None} | run.counted)
@@ -54,6 +61,7 @@ def rows(case: Case, model: TimedModel, runs: list[Run], bandwidth: float) -> li
 
 def means(answer: Answer) -> dict[str, float]:
     """Seconds of one round: to the end of the last answer ("e2e"); to the first ("ttft") and the next token ("tpot"),
-    means over requests."""
+    means over requests; and the median step ("step"), which no other request's prompt lengthens."""
     last = max(times[-1] for times in answer["times"])
-    return {"e2e": last, "ttft": mean(first_token(answer)), "tpot": mean(next_token(answer))}
+    step = median(b - a for times in answer["times"] for a, b in pairwise(times))
+    return {"e2e": last, "ttft": mean(first_token(answer)), "tpot": mean(next_token(answer)), "step": step}

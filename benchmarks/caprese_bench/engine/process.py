@@ -216,7 +216,10 @@ def _union(worker: Any) -> float | None:
     state = _state(worker)
     if state is None or state.method.name != "griffin":
         return None
-    return float(state.table[:, state.requests.slots_in_use].any(dim=1).float().mean())
+    tails = state.table[:, state.requests.slots_in_use].any(dim=1).sum(dim=1).tolist()  # without the core's neurons
+    cores = [0 if block.core is None else block.core.num_neurons for block in state.blocks]
+    shares = [(tail + core) / block.num_neurons for tail, core, block in zip(tails, cores, state.blocks, strict=True)]
+    return sum(shares) / len(shares)
 
 
 def _state(worker: Any) -> Any:

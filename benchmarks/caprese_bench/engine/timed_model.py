@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import find_adapter, read_config
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, MethodName
+from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, MethodName
 from caprese_kernels.errors import CapreseError
 
+from ..configured import check_new, parse_config
 from ..kernels.floor import Weights
 from .models import write_arch
-from .variants import Variant
+from .variants import PRIOR, VARIANTS, Variant
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,37 @@ class TimedModel:
         """Bytes of a weight."""
         return 4 if self.dtype == "float32" else 2
 
+    def method_of(self, variant: Variant) -> Method | None:
+        """What the variant's engine must report; None for Full.
+
+        A user's adapter decides on density and layers of its method; where L and R correct it, on rank and selection.
+        """
+        if variant.configured is not None:
+            return variant.configured.method
+        if variant.method is None:
+            return None
+        layers = tuple(variant.sparse_layers(self.weights.layers))
+        rank = self.rank if variant.correction == "caprese" else 0
+        if variant.core is not None:
+            return Method(variant.method, self.density, layers, rank, "weighted", PRIOR, variant.core)
+        if variant.method not in self.adapters:
+            return Method(variant.method, self.density, layers, rank)
+        own = self.adapters[variant.method][1]
+        if variant.layers is None:
+            layers = tuple(own.layers)
+        if variant.correction != "caprese":
+            return Method(variant.method, own.density, layers, 0)
+        return Method(variant.method, own.density, layers, own.rank, own.score, own.prior, own.core)
+
     def layers(self, variant: Variant) -> tuple[int, ...]:
-        """The variant's sparse layers: its adapter's, or those of its method."""
-        if variant.method is not None and variant.layers is None and variant.method in self.adapters:
-            return tuple(self.adapters[variant.method][1].layers)
-        return tuple(variant.sparse_layers(self.weights.layers))
+        """The variant's sparse layers."""
+        method = self.method_of(variant)
+        return () if method is None else method.layers
 
-    def density_of(self, method: MethodName) -> float:
-        """Share of neurons that the method keeps."""
-        return self.adapters[method][1].density if method in self.adapters else self.density
-
-    def method_rank(self, method: MethodName) -> int:
-        """Rank of the adapter for this method."""
-        return self.adapters[method][1].rank if method in self.adapters else self.rank
-
-    def rank_of(self, variant: Variant) -> int:
-        """Rank of the variant's L and R; 0 without."""
-        return self.method_rank(variant.method) if variant.method and variant.correction == "caprese" else 0
+    @property
+    def lora_as(self) -> int:
+        """The rank of L and R that have as many parameters as the LoRA."""
+        return self.adapters["griffin"][1].rank if "griffin" in self.adapters else self.rank
 
     def added(self, variant: Variant) -> int:
         """Values of a sparse layer's correction: 2 D r of L and R, or 3 r' (D + F) of LoRA."""
@@ -61,8 +76,9 @@ class TimedModel:
             from ..lora.training import lora_rank
 
             info = BaseModelInfo.from_hf(self.config, self.name)
-            return 3 * lora_rank(info, self.method_rank("griffin")) * (info.hidden_size + info.intermediate_size)
-        return 2 * self.weights.hidden_size * self.rank_of(variant)
+            return 3 * lora_rank(info, self.lora_as) * (info.hidden_size + info.intermediate_size)
+        method = self.method_of(variant)
+        return 0 if method is None else 2 * self.weights.hidden_size * method.rank
 
 
 def load_timed_model(
@@ -90,13 +106,24 @@ def load_timed_model(
     return TimedModel(path, arch, config, Weights.of(config), True, density, rank, dtype)
 
 
-def adapter_for(model: TimedModel, variant: Variant, folder: Path) -> Path:
-    """The adapter for a Caprese variant: the user's, or random L and R of the right shape, written to `folder`.
+def configured_variants(model: TimedModel, texts: Sequence[str]) -> list[Variant]:
+    """A variant for each NAME=JSON of --config. Raises CapreseError for text that is not one."""
+    info, found = BaseModelInfo.from_hf(model.config, model.name), list[Variant]()
+    for text in texts:
+        given = parse_config(text, info)
+        check_new(given.name, [*VARIANTS, *(variant.id for variant in found)])
+        found.append(Variant(given.name, given.name, given.method.name, configured=given))
+    return found
 
-    Raises CapreseError if a checkpoint has no adapter for the variant's method, or one for other layers.
+
+def adapter_for(model: TimedModel, variant: Variant, folder: Path) -> Path:
+    """The adapter for a variant with L and R or a core: the user's, or a random one of the right shape in `folder`.
+
+    Time does not depend on its values. Raises CapreseError if a checkpoint has no adapter for the variant's method, or
+    one for other layers.
     """
     assert variant.method is not None
-    if model.dummy:
+    if model.dummy or variant.core is not None:
         path = folder / f"{variant.id}.safetensors"
         if not path.exists():
             _write_random_adapter(model, variant, path)
@@ -124,18 +151,21 @@ def _write_random_adapter(model: TimedModel, variant: Variant, path: Path) -> No
 
     from caprese_kernels.adapters import Adapters
 
-    assert variant.method is not None
-    layers, depth = model.layers(variant), model.weights.hidden_size
+    method = model.method_of(variant)
+    assert method is not None
     generator = torch.Generator().manual_seed(0)
-    left, right = (
-        {i: (torch.randn(shape, generator=generator) * 1e-3).bfloat16() for i in layers}
-        for shape in ((depth, model.rank), (model.rank, depth))
-    )
-    info = BaseModelInfo.from_hf(model.config, model.name)
-    config = AdapterConfig(
-        base_model=info, method=variant.method, density=model.density, rank=model.rank, layers=list(layers)
-    )
-    Adapters(config, left, right).save(path)
+    depth, info = model.weights.hidden_size, BaseModelInfo.from_hf(model.config, model.name)
+
+    def random(*shape: int) -> dict[int, torch.Tensor]:
+        return {i: (torch.randn(shape, generator=generator) * 1e-3).bfloat16() for i in method.layers}
+
+    left, right = (random(depth, method.rank), random(method.rank, depth)) if method.rank else ({}, {})
+    prior = {}
+    if method.needs_prior:
+        prior = {i: torch.rand(info.intermediate_size, generator=generator).softmax(dim=0) for i in method.layers}
+    settings = {key: getattr(method, key) for key in ("density", "rank", "score", "prior", "core")}
+    config = AdapterConfig(base_model=info, method=method.name, layers=list(method.layers), **settings)
+    Adapters(config, left, right, prior).save(path)
 
 
 def prompts(model: TimedModel, data: str | None, count: int, length: int, seed: int) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The variants that `caprese bench latency` and `caprese bench decode` compare: the columns of the paper's table 4.
+"""The variants that `caprese bench latency` and `caprese bench decode` compare: the columns of the paper's table 4, and
+selections with a core.
 
 Imports neither pydantic nor vLLM: `decode` runs where only torch is installed.
 """
@@ -15,12 +16,18 @@ from ..results.lists import names
 if TYPE_CHECKING:
     from caprese_kernels.config import MethodName
 
+    from ..configured import ConfiguredMethod
+
+PRIOR, TAILED = 0.5, 0.8  # the prior's weight; the core's share of a selection that has a tail
+
 
 @dataclass(frozen=True)
 class Variant:
     """A sparse method with its correction: L and R, LoRA, or none. Full has no method.
 
-    `layers` None makes the method's default layers sparse: the first half for GRIFFIN, all for CATS.
+    `layers` None makes the method's default layers sparse: the first half for GRIFFIN, all for CATS. With `core` the
+    selection is by the weighted score and a prior of weight PRIOR, and that share of it is every request's.
+    `configured` says all of this itself: a --config of the user's.
     """
 
     id: str
@@ -28,6 +35,8 @@ class Variant:
     method: MethodName | None = None
     correction: Literal["lora", "caprese"] | None = None
     layers: Literal["all"] | None = None
+    core: float | None = None
+    configured: ConfiguredMethod | None = None
 
     def sparse_layers(self, layers: int) -> range:
         """Indices of its sparse layers in a model of `layers` layers."""
@@ -46,8 +55,15 @@ VARIANTS = {
         Variant("caprese-all", "Caprese (GRIFFIN, all layers)", "griffin", "caprese", "all"),
         Variant("cats", "CATS", "cats"),
         Variant("caprese-cats", "Caprese (CATS)", "cats", "caprese"),
+        Variant("core", "Core", "griffin", core=1.0),
+        Variant("core-tail", "Core and tail", "griffin", core=TAILED),
+        Variant("core-all", "Core (all layers)", "griffin", None, "all", 1.0),
+        Variant("core-tail-all", "Core and tail (all layers)", "griffin", None, "all", TAILED),
+        Variant("caprese-core", "Caprese (core)", "griffin", "caprese", None, 1.0),
+        Variant("caprese-core-all", "Caprese (core, all layers)", "griffin", "caprese", "all", 1.0),
     )
 }
+PAPER = "full,griffin,lora,caprese,cats,caprese-cats"  # table 4
 
 
 def choose_variants(text: str) -> list[Variant]:

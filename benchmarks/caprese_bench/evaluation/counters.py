@@ -6,7 +6,7 @@ from caprese_kernels.errors import CapreseError
 from caprese_serve.client import Reply
 from caprese_serve.demo.results import Served
 
-from .variants import ServedVariant
+from .variants import METHOD_KEYS, ServedVariant
 
 
 class CounterMismatch(CapreseError):
@@ -23,10 +23,11 @@ class CounterCheck:
         self.variant, self.before, self.expected = variant, before, 0
         method = variant.method
         if method is not None:
-            wanted = (method.name, method.density, list(method.layers), method.rank)
-            found = (before.method, before.density, before.layers, before.rank)
+            wanted = {"method": method.name, "layers": list(method.layers)}
+            wanted |= {key: getattr(method, key) for key in METHOD_KEYS}
+            found = {key: getattr(before, key) for key in wanted}
             if wanted != found:
-                self._refuse(*("method {}, density {}, layers {}, rank {}".format(*each) for each in (wanted, found)))
+                self._refuse(*(", ".join(f"{key} {value}" for key, value in each.items()) for each in (wanted, found)))
 
     def expect(self, reply: Reply) -> int:
         """Number of sparse tokens that the server must have counted when this reply has arrived. The first token of

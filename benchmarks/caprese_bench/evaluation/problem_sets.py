@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from .questions import Question, hub, read_jsonl
 from .tasks import Source, Task
 
 GENERATED = 1000  # problems from a generator, if there is no limit
+_NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?|-?\.\d+", re.ASCII)
 
 
 class ProblemSet(Protocol):
@@ -88,7 +90,8 @@ def _rows(source: Source, limit: int | None) -> list[dict[str, Any]]:
         made = problems(source.generator, "test", limit or GENERATED)
         return [{"problem": each.prompt, "answer": each.answer, **_difficulty(each)} for each in made]
     assert source.hub is not None
-    return hub(source.hub, lambda datasets: list(datasets.load_dataset(source.hub, split=source.split)))[:limit]
+    where, split = (source.hub, source.config), source.split
+    return hub(source.hub, lambda datasets: list(datasets.load_dataset(*where, split=split)))[:limit]
 
 
 def _difficulty(problem: Problem) -> dict[str, int]:
@@ -111,7 +114,19 @@ def verified(text: str, answer: str) -> bool:
     return verify(parse(f"${answer}$"), answered)
 
 
+def ends_in_number(text: str, answer: str) -> bool:
+    """Whether the last number of the response, after its thoughts, is the last number of the gold answer."""
+    found, gold = (_last_number(each) for each in (text.rpartition("</think>")[2], answer))
+    return found is not None and found == gold
+
+
+def _last_number(text: str) -> Decimal | None:
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
 GRADERS: dict[str, tuple[str, Callable[[str, str], bool]]] = {
     "marked": ("the answer after ####", grade),
     "math-verify": ("math-verify", verified),
+    "last-number": ("the last number", ends_in_number),
 }

@@ -12,6 +12,7 @@ import typer
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
+from ..configured import ConfigOption
 from ..results.settings import OutputSettings
 from .tasks import GROUPS, Sampling, Task, chosen, names
 
@@ -44,9 +45,12 @@ class EvaluationSettings(OutputSettings):
     weights: Annotated[
         list[str] | None, typer.Option(help="Adapter; may be repeated. The demo's model has its own.")
     ] = None
+    configs: ConfigOption = None
     variants: Annotated[
         str | None,
-        typer.Option(help="Comma-separated, of full, griffin, caprese-griffin, cats, caprese-cats. Default: all."),
+        typer.Option(
+            help="Comma-separated, of full, griffin, caprese-griffin, cats, caprese-cats, --config's. Default: all."
+        ),
     ] = None
     url: Annotated[
         str | None,
@@ -67,11 +71,14 @@ class EvaluationSettings(OutputSettings):
         """The model and its variants. Raises CapreseError if the options contradict each other."""
         from .variants import load_served_model
 
-        if self.url is not None and self.serve_args:
+        if self.url is not None and (self.serve_args or self.configs):
+            found = "--serve-args" if self.serve_args else "--config"
             raise CapreseError(
-                "--url", expected="no flags for a running server", found="--serve-args", fix="leave one of them out"
+                "--url", expected="no settings for a running server", found=found, fix="leave one of them out"
             )
-        return load_served_model(self.model, self.weights or [], self.url, self.serve_args, self.variants)
+        return load_served_model(
+            self.model, self.weights or [], self.url, self.serve_args, self.variants, self.configs or []
+        )
 
     def evaluation_runs(self, repeats: int | None) -> list[EvaluationRun]:
         """Each task with its problems, asked as it says; `repeats` replaces the number of runs of sampled tasks."""

@@ -49,6 +49,7 @@ class Source(Strict):
     """Where the rows come from, and what their columns hold. `--data` gives a local file with the same columns."""
 
     hub: str | None = Field(None, description="data set on the Hub")
+    config: str | None = Field(None, description="the data set's configuration on the Hub, if it has several")
     split: str = "test"
     generator: Literal["math", "reading"] | None = Field(None, description="a task of caprese_serve.demo.problems")
     problem: str = Field("problem", description="column of the question")
@@ -91,7 +92,7 @@ class Task(Strict):
     lm_eval: LmEval | None = None
     source: Source | None = None
     prompt: str = Field("{problem}", description="text that contains {problem}, or a name of PROMPTS")
-    grader: Literal["marked", "math-verify"] | None = None
+    grader: Literal["marked", "math-verify", "last-number"] | None = None
     chat: bool = Field(True, description="whether the prompt is a user's message, or else text to continue")
     sampling: Sampling
     runs: int = Field(1, ge=1, description="how often every problem is asked, each time with another seed")

@@ -22,11 +22,13 @@ from caprese_serve.environment import versions
 from caprese_serve.provenance import hardware_slug, source_digest
 from caprese_serve.server import VllmServer, get_json
 
+from ..configured import check_new, parse_config
 from ..paper.families import model_config
 from ..results.lists import names
 
 LABELS = {"griffin": "GRIFFIN", "cats": "CATS"}
 OFF = {"vllm_xargs": {"caprese": "off"}}
+METHOD_KEYS = ("density", "rank", "score", "prior", "core")  # of a Method, as GET /caprese names them
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,27 @@ class ServedVariant:
     method: Method | None = None
     adapter: Path | None = None
     stage: str | None = None  # the last stage of the adapter's training
+    settings: str = ""  # the keys of --caprese-config beside an adapter's own, as JSON
 
     @property
-    def published(self) -> str:
-        """The key of its row in the paper's tables."""
-        return f"{self.stage} caprese-{self.method.name}" if self.method and self.method.rank else self.id
+    def published(self) -> str | None:
+        """The key of its row in the paper's tables, which know neither weighted scores nor priors."""
+        if self.method is None:
+            return self.id
+        if self.method.weighted or self.method.needs_prior:
+            return None
+        return f"{self.stage} caprese-{self.method.name}" if self.method.rank else self.method.name
 
     def flags(self) -> tuple[str, ...]:
         """Its flags for `vllm serve`."""
         if self.method is None:
             return ()
         if self.adapter is not None:
-            return ("--caprese-weights", str(self.adapter))
-        settings = {"method": self.method.name, "density": self.method.density, "layers": list(self.method.layers)}
-        return ("--caprese-config", json.dumps(settings))
+            more = ("--caprese-config", self.settings) if self.settings else ()
+            return ("--caprese-weights", str(self.adapter), *more)
+        method = self.method
+        settings = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+        return ("--caprese-config", json.dumps(settings | (json.loads(self.settings) if self.settings else {})))
 
 
 FULL = ServedVariant("full", "Full")
@@ -86,9 +95,9 @@ class ServedModel:
         """Everything that the variant's answers depend on, besides prompt and sampling."""
         caprese: dict[str, Any] | str = "off"
         if (method := variant.method) is not None:
-            caprese = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+            caprese = {key: getattr(method, key) for key in METHOD_KEYS}
             adapter = None if variant.adapter is None else hashlib.sha256(variant.adapter.read_bytes()).hexdigest()
-            caprese |= {"rank": method.rank, "adapter": adapter}
+            caprese |= {"method": method.name, "layers": list(method.layers), "adapter": adapter}
         return {
             "model": self.name, "weights": _fingerprint(self.model), "flags": list(self.flags), "caprese": caprese,
             "source": source_digest(), "vllm": versions().get("vllm"), "hardware": hardware_slug(),
@@ -120,12 +129,18 @@ class ServedModel:
 
 
 def load_served_model(
-    model: str | None, weights: Sequence[str], url: str | None, serve_args: str, variants: str | None
+    model: str | None,
+    weights: Sequence[str],
+    url: str | None,
+    serve_args: str,
+    variants: str | None,
+    configs: Sequence[str] = (),
 ) -> ServedModel:
     """The demo's model with its two adapters, or `model` with the adapters `weights`; with `url` what is served there.
 
-    Without adapters the variants are Full and the plain methods. `variants` is a comma-separated choice of them. Raises
-    CapreseError for an unknown variant, and for an adapter of another model.
+    Variants are Full, the plain methods, the adapters, and each NAME=JSON of `configs`; without `weights` the plain
+    methods only if `configs` is empty. `variants` is a comma-separated choice of them. Raises CapreseError for an
+    unknown variant, and for an adapter of another model.
     """
     extra = tuple(shlex.split(serve_args))
     if url is not None:
@@ -134,12 +149,11 @@ def load_served_model(
         import torch
 
         device = () if torch.cuda.is_available() else ("--dtype", "float32")
-        files = [Path(find_adapter(path)) for path in weights] or list(demo.ADAPTERS.values())
-        found = _variants(str(demo.MODEL), files)
+        found = _variants(str(demo.MODEL), list(weights) or list(map(str, demo.ADAPTERS.values())), configs)
         flags = (*demo.FLAGS, *device, *extra)
         served = ServedModel(demo.SERVED_NAME, str(demo.MODEL), found, found, None, flags, demo.ENV)
     else:
-        found = _variants(model, [Path(find_adapter(path)) for path in weights])
+        found = _variants(model, weights, configs)
         served = ServedModel(model, model, found, found, None, extra)
     if variants is not None:
         known = {variant.id: variant for variant in served.available}
@@ -148,11 +162,21 @@ def load_served_model(
     return served
 
 
-def _variants(model: str, adapters: Sequence[Path]) -> list[ServedVariant]:
-    """Full; each method plain, with the density and layers of its first adapter; and each adapter."""
+def _variants(model: str, weights: Sequence[str], configs: Sequence[str]) -> list[ServedVariant]:
     info = BaseModelInfo.from_hf(model_config(model), model)
-    configs = {path: read_config(path) for path in adapters}
     found = [FULL]
+    if weights or not configs:
+        found += _of_methods([Path(find_adapter(path)) for path in weights], info)
+    for text in configs:
+        variant = _of_config(text, info)
+        check_new(variant.id, [other.id for other in found])
+        found.append(variant)
+    return found
+
+
+def _of_methods(adapters: Sequence[Path], info: BaseModelInfo) -> list[ServedVariant]:
+    """Each method plain, with the density and layers of its first adapter; and each adapter."""
+    configs, found = {path: read_config(path) for path in adapters}, []
     for name, label in LABELS.items():
         own = [path for path in adapters if configs[path].method == name]
         if adapters and not own:
@@ -162,21 +186,32 @@ def _variants(model: str, adapters: Sequence[Path]) -> list[ServedVariant]:
             settings |= {"density": configs[own[0]].density, "layers": configs[own[0]].layers}
         found.append(ServedVariant(name, label, resolve(CapreseConfig.model_validate(settings), None, info)[0]))
         stages = [str(configs[path].training.get("stage")) for path in own]
-        for number, (path, stage) in enumerate(zip(own, stages, strict=True), start=1):
+        stems, numbers = [path.stem for path in own], [str(number) for number in range(1, len(own) + 1)]
+        different = next(texts for texts in (stages, stems, numbers) if len(set(texts)) == len(own))
+        for path, stage, text in zip(own, stages, different, strict=True):
             method, _ = resolve(CapreseConfig.model_validate({"weights": str(path)}), configs[path], info)
-            more = "" if len(own) == 1 else stage if len(set(stages)) == len(own) else str(number)
+            more = "" if len(own) == 1 else text
             id, title = f"caprese-{name}" + (f"-{more}" if more else ""), f"Caprese ({label})"
             found.append(ServedVariant(id, title + (f", {more}" if more else ""), method, path, stage))
     return found
+
+
+def _of_config(text: str, info: BaseModelInfo) -> ServedVariant:
+    """The variant of a NAME=JSON."""
+    given = parse_config(text, info)
+    stage = None if given.adapter_config is None else str(given.adapter_config.training.get("stage"))
+    settings = json.dumps(given.settings) if given.settings else ""
+    return ServedVariant(given.name, given.name, given.method, given.adapter, stage, settings)
 
 
 def _remote(url: str, model: str | None, weights: Sequence[str]) -> ServedModel:
     """Full and what GET /caprese reports. An adapter's file, if given, only identifies its responses."""
     served = Served.model_validate(get_json(url, "/caprese", "start it with Caprese enabled"))
     assert served.method is not None
-    method = Method(served.method, served.density, tuple(served.layers), served.rank)  # type: ignore[arg-type]
+    more = {key: getattr(served, key) for key in METHOD_KEYS}
+    method = Method(name=served.method, layers=tuple(served.layers), **more)  # type: ignore[arg-type]
     label, adapter, stage = LABELS[method.name], None, None
-    if method.rank:
+    if method.rank or method.needs_prior:
         adapter = Path(find_adapter(weights[0])) if weights else None
         stage = str(read_config(adapter).training.get("stage")) if adapter else None
         variant = ServedVariant(f"caprese-{method.name}", f"Caprese ({label})", method, adapter, stage)

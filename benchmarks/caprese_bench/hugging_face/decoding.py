@@ -3,7 +3,7 @@
 Starting an engine for each setting would take longer than a small model takes to answer, and an engine runs only the
 methods that it serves. Prompts of equal length form a batch, so nothing is padded and no request affects another:
 
-    ff = {i: SparseFF(method, left[i], right[i]) for i in method.layers}
+    ff = adapter_blocks(Adapters.load("adapters.safetensors"))
     answers = decode(model, tokenizer, problems, ff)
     score(tokenizer, problems, answers["math"])
 """
@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from caprese_kernels.config import Method
-from caprese_kernels.reference import CatsStatistic, griffin_count, griffin_select, griffin_statistic
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import AdapterConfig, Method
+from caprese_kernels.selection import LayerSelector
 from caprese_serve.demo.problems import Problem, chat, grade
 from caprese_serve.demo.results import Score
 
@@ -47,23 +48,23 @@ def activations(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SparseFF:
-    """Eq. 9 and 10 by the definitions of `caprese_kernels.reference`; without L and R plain GRIFFIN or CATS.
+    """Eq. 9 and 10 with the selections of `caprese_kernels.selection`; without L and R the plain method.
 
-    `left` is [D, r] and `right` [r, D], in the model's dtype. `selection` comes from the prompts: GRIFFIN's masks
-    [B, F] bool, or CATS' thresholds [B] float32.
+    `left` is [D, r] and `right` [r, D], in the model's dtype; `prior` [F] float32, where the method needs one.
+    `selection` comes from the prompts: GRIFFIN's masks [B, F] bool, or CATS' thresholds [B] float32.
     """
 
-    def __init__(self, method: Method, left: Tensor | None = None, right: Tensor | None = None):
-        self.method, self.left, self.right = method, left, right
+    def __init__(
+        self, method: Method, left: Tensor | None = None, right: Tensor | None = None, prior: Tensor | None = None
+    ):
+        self.method, self.left, self.right, self.prior = method, left, right, prior
         self.selection = torch.empty(0)
+        self._selector: LayerSelector | None = None  # once the block is known, whose W_2 a weighted score needs
 
     def prompt(self, block: Any, x: Tensor) -> Tensor:
         g, z = activations(block, x)
-        if self.method.name == "griffin":
-            k = griffin_count(self.method.density, z.shape[-1])
-            self.selection = griffin_select(torch.stack([griffin_statistic(each) for each in z]), k)
-        else:
-            self.selection = torch.stack([self._threshold(each) for each in g])
+        selector = self._selector_for(block)
+        self.selection = torch.stack([selector.from_prompt(*each) for each in zip(g, z, strict=True)])
         return block.down_proj(z)
 
     def token(self, block: Any, x: Tensor) -> Tensor:
@@ -73,17 +74,43 @@ class SparseFF:
 
     def keep(self, g: Tensor) -> Tensor:
         """Neurons kept by generated tokens, bool [B, 1, F], from their g [B, 1, F] and the selection."""
-        if self.method.name == "griffin":
-            return self.selection[:, None]
-        return g.abs().float() >= self.selection[:, None, None]
+        assert self._selector is not None
+        return self._selector.keeps(self.selection, g[:, 0])[:, None]
 
     def keep_requests(self, rows: Tensor) -> None:
         self.selection = self.selection[rows]
 
-    def _threshold(self, g: Tensor) -> Tensor:
-        statistic = CatsStatistic(g.numel(), g.dtype)
-        statistic.add(g)
-        return statistic.threshold(self.method.density)
+    def _selector_for(self, block: Any) -> LayerSelector:
+        if self._selector is None:
+            rows = block.down_proj.weight.detach().t()
+            scale = rows.float().norm(dim=1) if self.method.weighted else None
+            prior = self.prior if self.prior is None else self.prior.to(rows.device)
+            self._selector = LayerSelector(self.method, len(rows), scale, prior)
+        return self._selector
+
+
+def adapter_method(config: AdapterConfig) -> Method:
+    """The method that an adapter's file is served with."""
+    selection = (config.score, config.prior, config.core)
+    return Method(config.method, config.density, tuple(config.layers), config.rank, *selection)
+
+
+def adapter_blocks(
+    adapters: Adapters, method: Method | None = None, dtype: torch.dtype | None = None
+) -> dict[int, FeedForward]:
+    """Each sparse layer's block with its L, R and prior, by layer.
+
+    `method` replaces the file's own, as a `--caprese-config` may; `dtype` is the model's, that of L and R by default.
+    """
+    method = method or adapter_method(adapters.config)
+
+    def part(tensors: Mapping[int, Tensor], layer: int) -> Tensor | None:
+        return tensors[layer].to(dtype or tensors[layer].dtype) if layer in tensors else None
+
+    return {
+        i: SparseFF(method, part(adapters.left, i), part(adapters.right, i), adapters.prior.get(i))
+        for i in method.layers
+    }
 
 
 def prompt_ids(tokenizer: Any, problem: Problem) -> list[int]:

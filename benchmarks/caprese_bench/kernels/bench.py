@@ -176,5 +176,6 @@ PLOTS = [
     Plot("density", "density", "ratio", ("method",), "density", DENSE, "shape", level=1),
     Plot("density", "density", "bandwidth_share", ("method",), "density", "share of bandwidth", "shape", level=1),
     Plot("overlap", "overlap", "ratio", ("density",), "share of a selection common to all 4", DENSE, "shape", level=1),
+    Plot("core", "tokens", "ratio", ("selection", "rank"), "tokens in the batch", DENSE, "shape", True, 1),
     Plot("statistics", "shape", "ratio", ("method",), "", "time / dense time of the prompt"),
 ]

@@ -32,16 +32,19 @@ SHAPES = {
         Shape("gemma-2-9b", 3584, 14336, "gelu_pytorch_tanh"),
     )
 }
-SECTIONS = ("shapes", "batch", "density", "overlap", "statistics")
+SECTIONS = ("shapes", "batch", "density", "overlap", "core", "statistics")
+CORE_PATHS = ("kernel", "products")
 DENSITY, RANK = 0.5, 256  # the method's defaults
 OVERLAP_BATCH = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One method with one setting. `selection`: "independent" (one a token), "shared" (one for all) or "overlap"."""
+    """One method with one setting. `selection`: "independent" (one a token), "shared" (one for all) or "overlap"; for a
+    core "kernel" (the backend's own, whatever the number of tokens) or "products" (the slice as three matrix products).
+    """
 
-    method: str  # griffin | cats
+    method: str  # griffin | cats | core
     batch: int = 1
     density: float = DENSITY
     rank: int = RANK
@@ -79,6 +82,9 @@ def _cases(section: str, quick: bool, prompt: int) -> Iterator[tuple[int, list[C
             # Each token's threshold gives it its own selection, so CATS has no shared one.
             pairs = (("griffin", "independent"), ("griffin", "shared"), ("cats", "independent"))
             yield batch, [Case(method, batch, selection=selection) for method, selection in pairs]
+    elif section == "core":
+        for batch in (1, 4, 64) if quick else (2**i for i in range(9)):
+            yield batch, [Case("core", batch, rank=rank, selection=path) for rank in (RANK, 0) for path in CORE_PATHS]
     elif section == "overlap":
         # Only at density 1/4 can four selections be disjoint; at 1/2 they share at least two thirds if each is to have
         # neurons of its own.

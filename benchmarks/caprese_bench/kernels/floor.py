@@ -53,10 +53,26 @@ def step_bytes(
         itemsize (total - lookup - sparse_layers (spared - added) + batch context kv)
 
     GRIFFIN spares (1 - kept) of each sparse layer's FF block, where `kept` is the share of neurons in the union of the
-    batch's selections; CATS spares that share of W_1 and W_2 and reads the whole gate. `added` is the number of values
-    in a sparse layer's correction: 2 D r of L and R. `context` is the number of tokens in a request's KV cache, on
-    average over the generated tokens. Activations are far below 1% and left out.
+    batch's selections: a core counts once, whatever the batch, and the tails beside it as far as they differ. CATS
+    spares that share of W_1 and W_2 and reads the whole gate. `added` is the number of values in a sparse layer's
+    correction: 2 D r of L and R. `context` is the number of tokens in a request's KV cache, on average over the
+    generated tokens. Activations are far below 1% and left out.
     """
-    spared = {None: 0, "griffin": weights.ff, "cats": weights.ff - weights.gate}[method] * (1 - kept)
-    values = weights.total - weights.lookup - sparse_layers * (spared - added) + batch * context * weights.kv
+    values = _weights_needed(weights, method, sparse_layers, kept, added) + batch * context * weights.kv
     return itemsize * values
+
+
+def step_flops(
+    weights: Weights, method: str | None = None, sparse_layers: int = 0, kept: float = 1.0, added: int = 0
+) -> float:
+    """Floating-point operations of one token with the weights that it needs: 2 a weight. Attention's are left out.
+
+    As in `step_bytes`, but `kept` is the share of neurons that the token itself keeps: what many requests at once cost,
+    when arithmetic and no longer memory sets the time.
+    """
+    return 2 * _weights_needed(weights, method, sparse_layers, kept, added)
+
+
+def _weights_needed(weights: Weights, method: str | None, sparse_layers: int, kept: float, added: int) -> float:
+    spared = {None: 0, "griffin": weights.ff, "cats": weights.ff - weights.gate}[method] * (1 - kept)
+    return weights.total - weights.lookup - sparse_layers * (spared - added)

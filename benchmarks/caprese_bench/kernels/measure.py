@@ -13,21 +13,17 @@ from torch import Tensor
 
 from caprese_kernels import reference
 from caprese_kernels.backend import Backend
-from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF, allocate
 
 from ..results.report import Row
 from . import cases
+from .agreement import check, check_cats, demand
 from .cases import Case, Group, Shape
 from .dense import DenseWeights, candidates
 from .timing import Call, Timer, Timing, cache_bytes, interleave, memory
 
 DTYPE = torch.bfloat16
 ITEMSIZE = DTYPE.itemsize
-# ||y - reference|| / ||reference|| of a token. An implementation may round the products with W_g and W_1, g, z and y to
-# bfloat16 or keep them in float32. Rounding all of them against none gives .0039 (Qwen 2.5 1.5B's shape, random
-# weights); independent roundings on both sides sqrt(2) times that, .0055.
-TOLERANCE = 9e-3
 STATISTIC_TOLERANCE = (
     1e-3  # float32 sums of positive terms in another order, with a division and a square root between them
 )
@@ -121,7 +117,7 @@ def measure(group: Group, settings: MeasurementSettings, backend: Backend, memor
     expected = reference.dense_ff(x, copies.packed[0])
     for name, make in candidates(device, shape.activation, compiled=not settings.quick).items():
         attempt(name, f"dense ({name})", partial(_dense, make, copies, x, expected))
-    prepare = _statistics if statistics else _forward
+    prepare = {"statistics": _statistics, "core": _core}.get(group.section, _forward)
     # The reference's statistics read segment bounds on the host, which a CUDA graph cannot do.
     graph = not (statistics and backend is reference)
     for case in group.cases:
@@ -172,7 +168,7 @@ def measure(group: Group, settings: MeasurementSettings, backend: Backend, memor
 
 def _needed(case: Case, shape: Shape) -> int:
     k = reference.griffin_count(case.density, shape.neurons)
-    if case.method == "griffin":
+    if case.method in ("griffin", "core"):
         return cases.griffin_bytes(shape.hidden_size, k, case.rank, ITEMSIZE)
     return cases.cats_bytes(shape.hidden_size, shape.neurons, k, case.rank, ITEMSIZE)
 
@@ -220,6 +216,26 @@ def _forward(
     return calls, {**note, "union": union, "required_mb": needed / 1e6, "error": error}
 
 
+def _core(
+    case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
+) -> tuple[list[Call], Row]:
+    """Calls of core_ff over the copies: the last floor(d F) neurons are every token's."""
+    count, slots = reference.griffin_count(case.density, copies.shape.neurons), x.new_zeros(len(x), dtype=torch.int64)
+    blocks = copies.blocks(case.rank)
+    keep = torch.zeros(1, copies.shape.neurons, dtype=torch.bool, device=x.device)
+    keep[:, copies.shape.neurons - count :] = True
+    own: Callable[..., Tensor] = backend.core_ff
+    if backend.NAME == "cpu":
+        own = partial(own, path="kernel")
+    run = own if case.selection == "kernel" else reference.core_ff
+    cores = [block.core(count) for block in blocks]
+    error = check(run(x, cores[0], slots), reference.griffin_ff(x, blocks[0], keep, slots))
+    columns = {"kept_share": count / copies.shape.neurons, "union": count, "error": error}
+    return [partial(run, x, core, slots) for core in cores], columns | {
+        "required_mb": _needed(case, copies.shape) / 1e6
+    }
+
+
 def _statistics(
     case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
 ) -> tuple[list[Call], Row]:
@@ -239,9 +255,9 @@ def _statistics(
         keep = run(source)
         reference.griffin_observe(source, offsets, slots, expected)
         error = float(((ours - expected).norm() / expected.norm()).nan_to_num(torch.inf))
-        _demand(error <= STATISTIC_TOLERANCE, f"s^2 within {STATISTIC_TOLERANCE:g} of the reference", f"{error:.2g}")
+        demand(error <= STATISTIC_TOLERANCE, f"s^2 within {STATISTIC_TOLERANCE:g} of the reference", f"{error:.2g}")
         wrong = int((keep != reference.griffin_select(ours, k)).sum())
-        _demand(wrong == 0, "the reference's selection by the same statistic", f"{wrong} neurons selected differently")
+        demand(wrong == 0, "the reference's selection by the same statistic", f"{wrong} neurons selected differently")
     else:
         source = torch.nn.functional.linear(x, ff.gate_up_plus[: 2 * f])  # its gate columns, as in vLLM
         ours, expected = (torch.zeros(1, reference.NUM_MAGNITUDES, dtype=torch.int64, device=device) for _ in range(2))
@@ -253,42 +269,11 @@ def _statistics(
         tau = run(source[:, :f])
         reference.cats_observe(source[:, :f], shape.activation, offsets, slots, expected)
         counted = int(ours.sum())
-        _demand(counted == tokens * f, f"{tokens * f} magnitudes counted", str(counted))
+        demand(counted == tokens * f, f"{tokens * f} magnitudes counted", str(counted))
         right = reference.cats_threshold(expected, case.density)
         error = float(((tau - right).abs() / right).max().nan_to_num(torch.inf))
         # An activation computed in another way may round to a neighbour, at most 2^-7 away.
-        _demand(error <= 2**-7, "the reference's threshold up to one step of bfloat16", f"{error:.2g} away")
+        demand(error <= 2**-7, "the reference's threshold up to one step of bfloat16", f"{error:.2g} away")
     needed = tokens * f * ITEMSIZE
     views = [source] + [source.clone() for _ in range(1, turns(needed, device.type))]
     return [partial(run, view[:, :f]) for view in views], {"required_mb": needed / 1e6, "error": error}
-
-
-def check(y: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> float:
-    """The largest (||y - expected|| - slack) / ||expected|| of a token; y, expected [T, D], slack [T].
-
-    Raises CapreseError if it exceeds TOLERANCE.
-    """
-    difference = ((y - expected).float().norm(dim=1) - slack).clamp(min=0)
-    worst = float((difference / expected.float().norm(dim=1)).max().nan_to_num(torch.inf))
-    _demand(worst <= TOLERANCE, f"an output within {TOLERANCE:g} of the reference, token by token", f"{worst:.2g} away")
-    return worst
-
-
-def check_cats(
-    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], g: Tensor, z: Tensor, tau: Tensor, ff: PackedFF
-) -> float:
-    """As `check`, but a neuron with |g| within 2^-7 of tau, one step of bfloat16, may be kept or dropped."""
-    band = ((g.abs().float() / tau[:, None]) - 1).abs() <= 2**-7
-    off = ((found[1] - expected[1]).abs() > band.sum(dim=1)).sum()
-    _demand(
-        int(off) == 0, "as many neurons kept as by the reference, but for rounding", f"{int(off)} tokens with others"
-    )
-    # Rows of W_2 are random, so nearly orthogonal: the squared length of a sum of rows is the sum of theirs.
-    lengths = ff.down_plus[: ff.num_neurons].float().norm(dim=1)
-    slack = torch.where(band, z.float() * lengths, 0).norm(dim=1)
-    return check(found[0], expected[0], slack)
-
-
-def _demand(holds: bool, expected: str, found: str) -> None:
-    if not holds:
-        raise CapreseError("kernel", expected=expected, found=found, fix="report this bug; the case has no row")

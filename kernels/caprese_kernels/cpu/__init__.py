@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,12 @@ NAME = "cpu"
 # Measured on both paths, 1536 x 8960, density .5, two cores of an EPYC 9004: with one selection a token, 64 tokens take
 # as long gathered as masked, 256 tokens 1.6 times as long; with one selection for all, gathering wins at 256 too.
 GATHER_UP_TO = 64  # tokens
-CORE_GATHER_UP_TO = 64  # tokens of a core
+CORE_GATHER_UP_TO = 64  # tokens of a core: `caprese bench kernels --sections core` measures both paths
 SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
 
+CorePath = Literal["kernel", "products"]
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -66,9 +68,11 @@ def griffin_ff(
     return _sparse(x, ff, slots, out, keep=keep)
 
 
-def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> Tensor:
-    """As reference.core_ff."""
-    return _gather(x, ff, slots, out) if len(x) <= CORE_GATHER_UP_TO else reference.core_ff(x, ff, slots, out)
+def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None, path: CorePath | None = None) -> Tensor:
+    """As reference.core_ff; `path` decides between our kernel and matrix products, by default the number of tokens."""
+    if (path or ("kernel" if len(x) <= CORE_GATHER_UP_TO else "products")) == "kernel":
+        return _gather(x, ff, slots, out)
+    return reference.core_ff(x, ff, slots, out)
 
 
 def cats_ff(

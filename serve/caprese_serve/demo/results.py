@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from rich.table import Table
@@ -44,6 +44,9 @@ class Served(BaseModel):
     rank: int
     layers: list[int]
     kernel: str | None
+    score: Literal["paper", "weighted"] = "paper"
+    prior: float = 0.0
+    core: float = 0.0
     generated_tokens: int
     ff_weights_read: float | None
 

@@ -60,7 +60,7 @@ def install() -> None:
 
 def lora_kernels(backend: Backend, method: Method, blocks: Mapping[int, PackedFF]) -> Backend:
     """GRIFFIN with the LoRA that the environment names, over `backend`; CapreseError for another method."""
-    if method.name != "griffin" or method.rank:
+    if method.name != "griffin" or method.rank or method.has_core:
         raise CapreseError(
             "LoRA", expected="plain GRIFFIN below it", found=str(method), fix="serve {'method': 'griffin'}"
         )

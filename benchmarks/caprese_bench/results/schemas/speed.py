@@ -12,19 +12,19 @@ from .fields import Amount, Count, Positive, PositiveCount, Row, Share
 class Kernels(Row):
     """FF kernels. `time_us` is the median of interleaved samples, `ratio` that time / the dense block's."""
 
-    section: Literal["shapes", "batch", "density", "overlap", "statistics"]
+    section: Literal["shapes", "batch", "density", "overlap", "core", "statistics"]
     shape: str
     hidden_size: PositiveCount
     neurons: PositiveCount
     tokens: PositiveCount
-    method: Literal["dense", "griffin", "cats"]
+    method: Literal["dense", "griffin", "cats", "core"]
     kernel: str
     candidates: str | None = Field(
         None, description="for the dense block: every implementation that was timed, with its time"
     )
     density: Share | None = None
     rank: Count | None = None
-    selection: Literal["independent", "shared", "overlap"] | None = None
+    selection: Literal["independent", "shared", "overlap", "kernel", "products"] | None = None
     overlap: Share | None = Field(None, description="share of a selection's neurons that all selections have in common")
     mean_overlap: Share | None = Field(None, description="mean over pairs of selections of |A and B| / k")
     kept_share: Share | None = Field(None, description="share of the neurons that a token keeps")
@@ -63,7 +63,10 @@ class Latency(Row):
     tokens_per_s: Positive = Field(description="of all requests together, while they generate")
     ratio: Positive
     ratio_iqr: Amount
+    step_ratio: Positive | None = Field(None, description="median step of a round / Full's, which no prompt lengthens")
+    throughput_ratio: Positive | None = Field(None, description="tokens/s in such steps / Full's")
     predicted_ratio: Positive = Field(description="bytes of a step / Full's")
+    predicted_flop_ratio: Positive | None = Field(None, description="operations of a token with weights / Full's")
     e2e_ratio: Positive
     full_tpot_ms: Positive = Field(description="Full's tpot_ms in the same rounds")
     mb_a_step: Positive = Field(description="10^6 bytes that a step must read, KV cache included")
