@@ -25,7 +25,7 @@ from caprese_kernels.errors import CapreseError
 from .data.batches import Batch, make_batches, pack
 from .data.samples import split
 from .end_to_end.train import steps_of
-from .layer_wise.weighted import LOGIT_ROWS
+from .head import LOGIT_ROWS
 from .work import Work
 
 # What loading and running a model add to a process that has imported torch and transformers: its code, threads' stacks,

@@ -27,6 +27,7 @@ from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.scale import cluster
+from caprese_distill.scale import pool as workers_pool
 from caprese_distill.scale.ray_training import Workers
 from caprese_distill.work import Work
 from caprese_kernels.errors import CapreseError
@@ -87,8 +88,8 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[cluster.Pool]:
-    with cluster.Pool(partial(load, model_dir("llama")), 3, HALF) as pool:
+def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[workers_pool.Pool]:
+    with workers_pool.Pool(partial(load, model_dir("llama")), 3, HALF) as pool:
         yield pool
 
 
@@ -100,11 +101,11 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_workers_than_cpus_are_refused() -> None:
-    assert cluster.connect(2) == cluster.connect(2, "cpu") == ("cpu", {"CPU": 1})
+    assert workers_pool.connect(2) == workers_pool.connect(2, "cpu") == ("cpu", {"CPU": 1})
     with pytest.raises(CapreseError, match="--num-workers: expected at most 3, the CPUs that Ray has free; found 4"):
-        cluster.connect(4)
+        workers_pool.connect(4)
     with pytest.raises(CapreseError, match="--num-workers: expected at most 0, the GPUs that Ray has free; found 2"):
-        cluster.connect(2, "cuda")
+        workers_pool.connect(2, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -112,11 +113,11 @@ def test_more_workers_than_cpus_are_refused() -> None:
 )
 def test_a_workers_cpus_are_on_one_node(nodes: list[int], workers: int, threads: int) -> None:
     """Otherwise Ray would wait for such a node."""
-    assert cluster.threads_of(nodes, workers, sum(nodes)) == threads
+    assert workers_pool.threads_of(nodes, workers, sum(nodes)) == threads
 
 
 def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
-    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
@@ -140,7 +141,7 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
 def test_a_killed_run_continues_after_its_last_shard(
     model_dir: ModelDir,
     samples: list[Sample],
-    three: cluster.Pool,
+    three: workers_pool.Pool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +176,7 @@ def test_a_killed_run_continues_after_its_last_shard(
 
 
 def test_errors_of_a_worker_reach_the_user(
-    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
 ) -> None:
     info, method = resolve_method(
         AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
@@ -188,7 +189,7 @@ def test_errors_of_a_worker_reach_the_user(
     assert "\n" not in str(error.value)
     three.call(spoil)  # which one is not known, so every one has a share below
     with pytest.raises(CapreseError, match=r"activations of layer 0: expected finite values; found NaN or Inf.*line"):
-        list(three.map(cluster._sum_shard, [(info, method, make_batches(samples, torch.device("cpu")))]))
+        list(three.map(cluster._sum_shard, [(info, method, make_batches(samples, torch.device("cpu")), None)]))
 
 
 def spoil(model: Any) -> None:
@@ -199,13 +200,13 @@ def spoil(model: Any) -> None:
 def test_a_worker_that_dies_of_its_work_ends_the_run(
     model_dir: ModelDir, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "RETRIES", 0)
+    monkeypatch.setattr(workers_pool, "RETRIES", 0)
     info, method = resolve_method(
         AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
     )
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=99)
     with (
-        cluster.Pool(dying, 1, HALF) as pool,
+        workers_pool.Pool(dying, 1, HALF) as pool,
         pytest.raises(
             CapreseError, match=r"workers: expected one that.*in 1 attempts; found .*(died|unavailable)"
         ) as error,
