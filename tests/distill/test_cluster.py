@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 from caprese_distill import checkpoint
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, make_batches
-from caprese_distill.data.samples import Sample
+from caprese_distill.data.samples import Sample, split
 from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, distill_end_to_end
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.passes import Pass, run_pass
+from caprese_distill.prior import collect_priors
+from caprese_distill.quality import measure_adapters
 from caprese_distill.scale import cluster
 from caprese_distill.scale import pool as workers_pool
 from caprese_distill.scale.ray_training import Workers
@@ -229,6 +231,35 @@ def test_shards_are_cut_at_the_same_places_wherever_a_run_begins(count: int) -> 
         assert [b for part in rest for b in part] == batches[done:]
         assert all(rest)
         assert {id(part[-1]) for part in rest} <= ends
+
+
+def test_a_prior_and_the_selection_by_it_on_workers(
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
+) -> None:
+    """The sums add up over shards; a killed pass goes on; moments and quality use the selection of one process."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).eval()
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
+    method = replace(method, score="weighted", prior=0.5, core=0.8)
+    fit, held_out = split(samples)
+    one = collect_priors(model, fit, info, method)
+    workers = cluster.Cluster(Workers(partial(load, model_dir("llama")), 2, HALF, tmp_path))
+    work = Work(samples, info, method, collects_priors=True)
+    priors = workers.priors(work, tmp_path / "r")
+    for i in method.layers:  # float64 sums, in the order of the shards
+        torch.testing.assert_close(priors[i], one[i], rtol=1e-6, atol=0)
+    printed = io.StringIO()
+    again = workers.priors(work, tmp_path / "r", Console(file=printed, width=200))
+    assert "going on after batch" in printed.getvalue()
+    assert all(torch.equal(again[i], priors[i]) for i in method.layers)
+    found = workers.layer_wise(replace(work, priors=priors, collects_priors=False))
+    expected = distill_layer_wise(model, samples, info, method, priors=priors)
+    assert found.config.core == 0.8
+    assert all(torch.equal(found.prior[i], priors[i]) for i in method.layers)
+    errors, alone = (each.config.training["errors"] for each in (found, expected))
+    for i in errors:
+        assert errors[i]["remaining"] == pytest.approx(alone[i]["remaining"], rel=1e-4)
+    quality, by_one = workers.quality(held_out, found), measure_adapters(model, found, held_out)
+    assert quality["adapter"].kl == pytest.approx(by_one["adapter"].kl, rel=1e-5)
 
 
 def test_training_shared_out_equals_one_process_and_survives_a_death(

@@ -101,6 +101,7 @@ def test_the_plugin_is_found_where_it_is_not_installed(tmp_path: Path, monkeypat
     assert found.entry_points.select(group="caprese.commands").names == {
         "bench",
         "calibrate",
+        "evaluate",
         "collect-env",
         "demo",
         "distill",

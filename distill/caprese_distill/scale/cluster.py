@@ -26,13 +26,13 @@ from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
 
 from .. import checkpoint
-from ..data.batches import BATCH_TOKENS, Batch, make_batches
+from ..data.batches import BATCH_TOKENS, Batch, make_batches, pack
 from ..data.samples import Sample, split
 from ..layer_wise.closed_form import check_samples, solve_layers, with_priors
 from ..layer_wise.moments import Moments
 from ..layer_wise.passes import Pass, checkpointed, feeding, prepare_pass
 from ..layer_wise.solve import Solution, solve
-from ..prior import PriorSums, checkpointed_priors, feeding_priors, prior_batches, prior_identity
+from ..prior import PriorSums, checkpointed_priors, feeding_priors, prior_identity
 from ..quality import Quality, measure_adapters
 from ..selection import Priors
 from ..work import Work
@@ -82,7 +82,9 @@ def run_prior_pass(
     pool: Pool, samples: Sequence[Sample], info: BaseModelInfo, method: Method, resume: Path, console: Console | None
 ) -> dict[int, Tensor]:
     """`prior.collect_priors` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
-    identity, batches = pool.call(_prepare_prior_pass, samples, method)
+    identity, device = pool.call(_prepare_prior_pass, samples, method)
+    batches = pack(samples, device)
+    identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
     state = PriorSums.zeros(dict.fromkeys(method.layers, torch.device("cpu")), info.intermediate_size)
     with checkpointed_priors(state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
@@ -175,10 +177,8 @@ def _prepare_pass(
     return prepare_pass(model, samples, info, method, digest, parts=1, priors=priors), device
 
 
-def _prepare_prior_pass(
-    model: Any, samples: Sequence[Sample], method: Method
-) -> tuple[dict[str, Any], Sequence[Batch]]:
-    return prior_identity(model, samples, method), prior_batches(model, samples)
+def _prepare_prior_pass(model: Any, samples: Sequence[Sample], method: Method) -> tuple[dict[str, Any], torch.device]:
+    return prior_identity(model, samples, method), next(model.parameters()).device
 
 
 @torch.no_grad()
