@@ -48,6 +48,9 @@ def main(
             output=file,
             method=method,  # type: ignore[arg-type]  # a key of SETTINGS
             density=chosen.density,
+            score="paper",  # as published: the paper's selection, without prior and core
+            prior=0.0,
+            core=0.0,
             layers=chosen.layers,
             rank=RANK,
             learning_rate=chosen.end_to_end,

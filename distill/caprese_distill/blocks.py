@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,23 @@ def resolve_method(
 
 def method_of(config: AdapterConfig) -> Method:
     """The method that an adapter was made for."""
-    return Method(config.method, config.density, tuple(config.layers), config.rank)
+    selection = config.score, config.prior, config.core
+    return Method(config.method, config.density, tuple(config.layers), config.rank, *selection)
+
+
+def adapter_config(info: BaseModelInfo, method: Method, training: dict[str, Any]) -> AdapterConfig:
+    """The configuration of an adapter for that model and method; `method_of` is its inverse."""
+    return AdapterConfig(
+        base_model=info,
+        method=method.name,
+        density=method.density,
+        rank=method.rank,
+        score=method.score,
+        prior=method.prior,
+        core=method.core,
+        layers=list(method.layers),
+        training=training,
+    )
 
 
 def find_blocks(model: Any, info: BaseModelInfo, layers: Sequence[int]) -> dict[int, nn.Module]:
@@ -65,6 +82,18 @@ def find_blocks(model: Any, info: BaseModelInfo, layers: Sequence[int]) -> dict[
             raise _unsupported(f"FF block of layer {i}", f"down_proj of shape {tuple(block.down_proj.weight.shape)}")
         blocks[i] = block
     return blocks
+
+
+@contextmanager
+def truncated_decoder(model: Any, layers: Sequence[int]) -> Iterator[nn.Module]:
+    """The decoder up to the last of `layers`, for sums that later layers do not change."""
+    decoder = model.get_decoder()
+    whole = decoder.layers
+    decoder.layers = whole[: max(layers) + 1]
+    try:
+        yield decoder
+    finally:
+        decoder.layers = whole
 
 
 def _unsupported(where: str, found: str) -> CapreseError:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import layer_spans
+from caprese_kernels.config import AdapterConfig, layer_spans
 from caprese_kernels.errors import CapreseError
 
 from .plan import ResourceUsage
+from .quality import ADAPTER, PAPER, SELECTION
 from .report import describe_resources, describe_solver
 
 # A key of the front matter: a card that names the adapter file was written by this package, and may be overwritten.
@@ -55,7 +56,7 @@ def make_card(adapters: Adapters, name: str) -> str:
         _front_matter({MARK: name, **hub, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
         f"# Caprese adapter for {model}",
         f"Low-rank layers that recover what {model} loses when each generated token runs through "
-        f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_METHODS[config.method]}. "
+        f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_choice(config)}. "
         f"Prompts run through the original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
         "## Serve it",
         f'```\npip install "caprese-vllm[cuda]"\nvllm serve {model} --caprese-weights {name}\n```',
@@ -64,6 +65,7 @@ def make_card(adapters: Adapters, name: str) -> str:
             ("", ""),
             [
                 ("method", config.method),
+                ("selection", f"score {config.score}, prior {config.prior:g}, core {config.core:g}"),
                 ("density", f"{config.density:g}"),
                 ("rank", str(config.rank)),
                 ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
@@ -81,6 +83,17 @@ def make_card(adapters: Adapters, name: str) -> str:
             [
                 (layer, *(f"{row[key]:.2%}" for key in ("error_before", "error_after", "remaining", "remaining_fit")))
                 for layer, row in training["errors"].items()
+            ],
+        ),
+    ]
+    parts += [
+        "Of the next token on held-out responses: the divergence of its distribution from the original model's, and "
+        "how often the most likely one is the same.",
+        _table(
+            ("selection", "KL, nats", "same token"),
+            [
+                (_QUALITIES[name], f"{found['kl']:.3f}", f"{found['agreement']:.1%}")
+                for name, found in training["quality"].items()
             ],
         ),
     ]
@@ -112,10 +125,23 @@ def make_card(adapters: Adapters, name: str) -> str:
 
 
 _TAGS = ["caprese", "vllm", "sparse", "low-rank"]
+_QUALITIES = {
+    PAPER: "each prompt's own (the paper), without L and R",
+    SELECTION: "this adapter's, without L and R",
+    ADAPTER: "this adapter's, with L and R",
+}
 _METHODS = {
     "griffin": "GRIFFIN, from its prompt",
     "cats": "CATS, by a threshold that its prompt sets",
 }
+
+
+def _choice(config: AdapterConfig) -> str:
+    """What chooses the neurons."""
+    if config.core == 1.0 or config.prior == 1.0:
+        return "what the training data used most"
+    shared = f", {config.core:.0%} of them by the training data" if config.core else ""
+    return _METHODS[config.method] + shared
 
 
 def _front_matter(entries: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Flags from a class of settings, for the verbs that make adapter files."""
+"""Flags from a class of settings, for the verbs that make or measure adapter files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from caprese_kernels import terminal
 
-from .options import Group, Option, Settings, choices, flag, negative_flag
+from .options import Group, Option, Settings, choices, flag, label, negative_flag
 
 
 def given_options(context: typer.Context, settings: type[Settings]) -> dict[str, Any]:
@@ -24,9 +24,13 @@ def given_options(context: typer.Context, settings: type[Settings]) -> dict[str,
 
     options = settings.options()
     given = {name: context.params[name] for name in options if present(name)}
-    missing = [name for name in ("model", "data") if name not in given]
+    required = {
+        name: label(name, option) for name, option in options.items() if settings.model_fields[name].is_required()
+    }
+    missing = [shown for name, shown in required.items() if name not in given]
     if missing and context.params["config"] is None:
-        raise typer.BadParameter(f"{' and '.join(missing)} missing: give MODEL and --data, or --config")
+        needed = " and ".join(required.values())
+        raise typer.BadParameter(f"{' and '.join(missing)} missing: give {needed}, or --config")
     return given | {name: False for name in options if present(f"no_{name}")}
 
 
@@ -59,7 +63,7 @@ def _parameters(settings: type[Settings], dry_run: bool) -> list[inspect.Paramet
 def _field_parameters(settings: type[Settings], name: str, option: Option) -> list[inspect.Parameter]:
     field = settings.model_fields[name]
     kind = _value_type(field.annotation)
-    if name == "model":
+    if option.positional:
         argument = typer.Argument(metavar=option.metavar, help=option.help, show_default=False)
         return [_parameter(name, Annotated[str | None, argument], None)]
     if kind is bool:  # two switches, so that either overrides a file

@@ -8,11 +8,11 @@ adapter file and its model card record. This module imports neither torch nor tr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice, MethodName
+from caprese_kernels.config import DEFAULT_DENSITY, DEFAULT_RANK, LayerChoice, MethodName, Score
 from caprese_kernels.errors import CapreseError
 
 from .options import (
@@ -31,16 +31,20 @@ from .options import (
 
 INSTRUCTION = "Please reason step by step."  # in every training sample of the paper, section 3.4
 SAMPLES = 20_000  # the paper's number of training samples
+SCORE: Score = "weighted"
+PRIOR, CORE = 0.5, 1.0  # of GRIFFIN, unless given; the paper's method is score paper, prior 0, core 0
 
 Stage = Literal["layer-wise", "end-to-end"]
 Solver = Literal["closed-form", "adam"]
 Weighting = Literal["none", "gradient"]
 
 
-class AdapterSettings(Settings):
-    """Settings of every verb that makes an adapter file from a model and data."""
+class DataSettings(Settings):
+    """Settings of every verb that runs a model over data."""
 
-    model: Annotated[str, Field(min_length=1), Option(Group.MODEL, "Model directory or Hub id.", "MODEL")]
+    model: Annotated[
+        str, Field(min_length=1), Option(Group.MODEL, "Model directory or Hub id.", "MODEL", positional=True)
+    ]
     dtype: Annotated[Dtype, Option(Group.MODEL, "Dtype of model and adapters; auto: the checkpoint's.")] = "auto"
     data: Annotated[
         str,
@@ -78,6 +82,13 @@ class AdapterSettings(Settings):
         Option(Group.DATA, "Most tokens of a sample, at most the model's positions; longer ones are skipped.", "N"),
     ] = 2048
     seed: Annotated[Integer, Option(Group.DATA, "Seed of the drawn rows and of the order of training.", "N")] = 0
+    device: Annotated[
+        Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
+    ] = "auto"
+
+
+class AdapterSettings(DataSettings):
+    """Settings of every verb that makes an adapter file from a model and data."""
 
     method: Annotated[MethodName, Option(Group.METHOD, "Sparse method.")] = "griffin"
     density: Annotated[
@@ -92,10 +103,45 @@ class AdapterSettings(Settings):
             "LAYERS",
         ),
     ] = None
-    device: Annotated[
-        Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
-    ] = "auto"
+    score: Annotated[
+        Score,
+        Option(Group.METHOD, "What ranks neurons: their part of the output (weighted), or |z| alone (paper)."),
+    ] = SCORE
+    prior: Annotated[
+        Annotated[Number, Field(ge=0.0, le=1.0)] | None,
+        Option(Group.METHOD, "Weight of the data beside a request's own prompt. Default: 0.5 for griffin.", "X"),
+    ] = None
+    core: Annotated[
+        Annotated[Number, Field(ge=0.0, le=1.0)] | None,
+        Option(
+            Group.METHOD,
+            "Share of the kept neurons that all requests have in common, chosen by the data. Default: 1 for griffin.",
+            "X",
+        ),
+    ] = None
     output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Prior and core that are not given: those of the method, unless a file has them."""
+        if values.get("calibration") is not None:
+            return values
+        griffin = values.get("method", "griffin") == "griffin"
+        defaults = {"prior": PRIOR if griffin else 0.0, "core": CORE if griffin else 0.0}
+        return values | {name: value for name, value in defaults.items() if values.get(name) is None}
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        for name in ("prior", "core"):
+            if self.method == "cats" and getattr(self, name):
+                raise CapreseError(
+                    name,
+                    expected="0 with --method cats, whose neurons are chosen token by token",
+                    found=f"{getattr(self, name):g}",
+                    fix=f"leave out {flag(name)}",
+                )
+        return self
 
 
 class DistillConfig(AdapterSettings):
@@ -104,6 +150,14 @@ class DistillConfig(AdapterSettings):
     A wrong value, an unknown name and options that exclude each other raise CapreseError.
     """
 
+    calibration: Annotated[
+        Path | None,
+        Option(
+            Group.METHOD,
+            "File of `caprese calibrate` for this model: method, density, layers, score, prior and core are its own.",
+            "FILE",
+        ),
+    ] = None
     generate: Annotated[
         bool, Option(Group.DATA, "Let the model answer the prompts itself, with vLLM; no responses are read.")
     ] = False

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from .config import AdapterSettings
+from .blocks import resolve_method
+from .config import AdapterSettings, DataSettings
 from .data.samples import Sample, encode
 from .data.sources import Source, read_source
 from .loading import max_sample_tokens
 from .progress import progress_bar
 
 
-def read_rows(config: AdapterSettings, responses: bool = True) -> Source:
+def read_rows(config: DataSettings, responses: bool = True) -> Source:
     """The rows that the settings name; `responses` False: prompts alone."""
     return read_source(
         config.data,
@@ -31,8 +34,16 @@ def read_rows(config: AdapterSettings, responses: bool = True) -> Source:
     )
 
 
+def resolve_selection(config: AdapterSettings, model_config: Any, rank: int) -> tuple[BaseModelInfo, Method]:
+    """The base model's dimensions, and the settings' method for it. Raises the errors of `resolve_method`."""
+    info, method = resolve_method(
+        model_config, config.model, config.method, config.density, max(rank, 1), config.layers
+    )
+    return info, replace(method, rank=rank, score=config.score, prior=config.prior or 0.0, core=config.core or 0.0)
+
+
 def encode_rows(
-    config: AdapterSettings, source: Source, model_config: Any, tokenizer: Any, console: Console
+    config: DataSettings, source: Source, model_config: Any, tokenizer: Any, console: Console
 ) -> list[Sample]:
     """The rows as samples, with a remark on those that are skipped. CapreseError for fewer than two samples."""
     with progress_bar(console, "rows/s") as bar:
@@ -44,7 +55,7 @@ def encode_rows(
 
 
 def check_samples(
-    config: AdapterSettings, samples: list[Sample], skipped: Counter[str], rows: int, console: Console
+    config: DataSettings, samples: list[Sample], skipped: Counter[str], rows: int, console: Console
 ) -> None:
     """CapreseError for too few samples; a remark on those that were skipped."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())

@@ -25,14 +25,15 @@ from rich.console import Console
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
-from .blocks import find_blocks, resolve_method
+from .blocks import find_blocks
+from .calibration import check_calibration, read_calibration
 from .card import write_card
 from .config import DistillConfig
 from .data.generate import Generated, Generation, generate_samples
-from .data.samples import Sample
+from .data.samples import Sample, split
 from .data.sources import Source
 from .end_to_end.train import Recipe, default_learning_rate
-from .inputs import check_samples, check_writable, encode_rows, read_rows
+from .inputs import check_samples, check_writable, encode_rows, read_rows, resolve_selection
 from .layer_wise.adam import AdamSettings
 from .loading import (
     find_device,
@@ -44,10 +45,13 @@ from .loading import (
 )
 from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
+from .quality import MAX_HELD_OUT
 from .result import Result
-from .scale.cluster import Cluster, connect
+from .scale.cluster import Cluster
+from .scale.pool import connect
 from .scale.ray_training import Workers
-from .stages import clean_up, held_bytes, remaining_work, run_stages, save, scratch_path
+from .stage_files import clean_up, held_bytes, save, scratch_path
+from .stages import executor_of, remaining_work, run_stages
 from .timing import estimate_seconds
 from .work import Work
 
@@ -69,7 +73,8 @@ class Job:
     """
 
     def __init__(self, config: DistillConfig, console: Console | None = None):
-        self.config, self.console = config, console or Console(quiet=True)
+        self.config, self._calibrated = read_calibration(config)
+        self.console = console or Console(quiet=True)
         self._plan: DistillationPlan | None = None
         self._estimate: Estimate | None = None
         self._model: Any = None  # a transformers causal LM, or the Cluster whose workers have it
@@ -116,10 +121,13 @@ class Job:
         try:
             with _device_memory():
                 adapters = run_stages(self._model, plan.work, output, self.console, config.tensorboard)
+                held_out = split(plan.work.samples)[1][:MAX_HELD_OUT]
+                quality = executor_of(self._model).quality(held_out, adapters, self.console)
         except KeyboardInterrupt:
             self._note("interrupted; the same command continues from the last checkpoint")
             raise
         adapters.config.training |= {
+            "quality": {name: asdict(found) for name, found in quality.items()},
             "data": self._provenance,
             "command": shlex.join(config.command()),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -141,9 +149,9 @@ class Job:
         device = self._device  # checked before the tokenizer is loaded
         self._note(str(source))
         model_config, tokenizer = load_small_parts(config.model)
-        info, method = resolve_method(
-            model_config, config.model, config.method, config.density, config.rank, config.layers
-        )
+        info, method = resolve_selection(config, model_config, config.rank)
+        if self._calibrated:
+            check_calibration(config, self._calibrated.config, info)
         skeleton = load_skeleton(config.model, model_config, config.dtype)
         find_blocks(skeleton, info, method.layers)
         if tokenizer.chat_template is None:
@@ -192,7 +200,9 @@ class Job:
             adam = AdamSettings(
                 config.layer_wise_learning_rate, config.layer_wise_batch, config.layer_wise_epochs, seed=config.seed
             )
-        return Work(samples, info, method, recipe, adam, config.weighting == "gradient")
+        priors = self._calibrated.prior if self._calibrated else None
+        weighted = config.weighting == "gradient"
+        return Work(samples, info, method, recipe, adam, weighted, priors, collects_priors=priors is None)
 
     def _load_model(self) -> Any:
         """The model in this process, or the Cluster whose workers load it."""

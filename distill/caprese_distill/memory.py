@@ -7,6 +7,8 @@ With D the hidden size, F neurons, r the rank:
     solve       eight D x D matrices in float64 beside them
     weighted    twice those moments; the activations of a training step, or of LOGIT_ROWS tokens' distributions
     training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer
+    core        where all tokens keep the same k neurons, copies: D (F - k) values of a layer's W_2 layer-wise, and in
+                training the 3 D k values of the neurons kept
     activations of the largest batch, from what each layer's operations keep (see `_BatchMemory`)
 """
 
@@ -21,11 +23,12 @@ import torch
 
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.reference import griffin_count
 
 from .data.batches import Batch, make_batches, pack
 from .data.samples import split
 from .end_to_end.train import steps_of
-from .layer_wise.weighted import LOGIT_ROWS
+from .head import LOGIT_ROWS
 from .work import Work
 
 # What loading and running a model add to a process that has imported torch and transformers: its code, threads' stacks,
@@ -74,21 +77,22 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
         "loading": {"the file, beside its conversion": count * stored.itemsize if stored != model.dtype else 0},
     }
     activations = {"activations": max(b.observed for b in fed)}
+    kept, dropped = _copies(info, method, size)
     in_lists = 8 * pairs if device.type == "cuda" else 0  # Adam's own work there
     if adam is None:
         sums = {f"moments of {layers} layers": moments}
-        stages["layer-wise"] = sums | activations
+        stages["layer-wise"] = sums | activations | dropped
         stages["closed form"] = sums | {"one layer's solution": 8 * 8 * depth**2}
         disk = moments
     else:
-        stages["layer-wise"] = {"L and R, gradients, Adam": 16 * pairs + in_lists} | activations
+        stages["layer-wise"] = {"L and R, gradients, Adam": 16 * pairs + in_lists} | activations | dropped
         disk = 12 * pairs
     if work.weighting:
         stages["weighted"] = {
             f"moments of {layers} layers, unweighted and weighted": 2 * moments,
             "L and R": (4 + size) * pairs,
             "activations with gradient checkpointing": max(b.weighted for b in fed),
-        }
+        } | (kept | dropped)
         disk = 2 * moments
     if recipe is not None:
         steps = steps_of(split(samples)[0], recipe)
@@ -99,7 +103,7 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
             "L and R, gradients, Adam": 16 * pairs + in_lists,
             "layer-wise L and R": size * pairs,
             f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(checkpointed),
-        }
+        } | kept
         disk = max(disk, 12 * pairs) + (2 if work.weighting else 1) * size * pairs
     process, output = psutil.Process().memory_info().rss, size * pairs
     disk = 2 * disk + output  # the next checkpoint is written beside the last one
@@ -111,6 +115,16 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
     copies = max(0 if adam else moments, 16 * pairs)
     host = process_itself | {"weights while loading, or a checkpoint's tensors": max(count * size + mapped, copies)}
     return Memory(weights, stages, host, disk, output)
+
+
+def _copies(info: BaseModelInfo, method: Method, size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The neurons that all tokens keep, and those that they drop; empty where each request has its own."""
+    if method.needs_statistic:
+        return {}, {}
+    count = griffin_count(method.density, info.intermediate_size)
+    a_neuron = size * info.hidden_size * len(method.layers)
+    kept, dropped = 3 * a_neuron * count, a_neuron * (info.intermediate_size - count)
+    return {"the kept neurons' weights, copied": kept}, {"the dropped neurons' rows of W_2, copied": dropped}
 
 
 class _BatchMemory:

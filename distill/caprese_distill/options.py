@@ -1,4 +1,4 @@
-"""What the settings of all verbs that make adapter files have in common: options, their flags, and their errors.
+"""What the settings of all verbs on adapters have in common: options, their flags, and their errors.
 
 A class of settings has every option of its verb once: its type, range, default, help text and group. `command_line.py`
 makes the flags from it, `settings_file.py` reads it from YAML. This module imports neither torch nor transformers.
@@ -41,6 +41,7 @@ class Option:
     help: str
     metavar: str | None = None
     recorded: bool = True  # whether the recorded command has it; False if it does not change the adapter
+    positional: bool = False  # an argument without a flag
 
 
 def not_bool(value: Any) -> Any:
@@ -96,11 +97,11 @@ class Settings(BaseModel):
         return _options(cls)
 
     def words(self, unused: frozenset[str] = frozenset()) -> list[str]:
-        """The options of a command with these settings, defaults included, without the model and what is `unused`."""
+        """The options of a command with these settings, defaults included, without arguments and what is `unused`."""
         words, switches = [], []
         for name, option in self.options().items():
             value = getattr(self, name)
-            if name == "model" or name in unused or value is None or not option.recorded:
+            if option.positional or name in unused or value is None or not option.recorded:
                 continue
             if isinstance(value, bool):
                 if value != type(self).model_fields[name].default:
@@ -124,6 +125,11 @@ def _options(settings: type[Settings]) -> dict[str, Option]:
 def flag(name: str) -> str:
     """The flag of a field: "max_length" -> "--max-length"."""
     return f"--{name.replace('_', '-')}"
+
+
+def label(name: str, option: Option) -> str:
+    """How the command line names a field: its flag, or the argument's name."""
+    return option.metavar or name.upper() if option.positional else flag(name)
 
 
 def negative_flag(name: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 
-from caprese_kernels.config import layer_spans
+from caprese_kernels.config import AdapterConfig, layer_spans
 
 from .memory import Memory, gib
 from .plan import DistillationPlan, Estimate, ResourceUsage
+from .quality import ADAPTER, PAPER, SELECTION, Quality
 from .result import Result
 
 
@@ -28,7 +30,8 @@ def render_plan(plan: DistillationPlan) -> list[RenderableType]:
         # Paper, appendix B, figure 6: of the whole model, and of its FF blocks alone.
         "adapter": f"{added:,} parameters, {added / total:.2%} of the model's, {added / in_blocks:.2%} of its FF "
         f"blocks'; {gib(memory.output)}",
-        "stages": f"layer-wise ({f'Adam, {adam.epochs} epochs' if adam else 'closed form'})"
+        "stages": ("priors, " if work.collects_priors else "")
+        + f"layer-wise ({f'Adam, {adam.epochs} epochs' if adam else 'closed form'})"
         + (", again weighted by the gradient" if work.weighting else "")
         + (", then end to end" if recipe else ""),
         "samples": f"{len(work.samples):,} used, {plan.held_out:,} of them held out; "
@@ -112,6 +115,10 @@ def render_result(result: Result) -> list[RenderableType]:
         shares = (errors.error_before, errors.error_after, errors.remaining, errors.remaining_fit)
         table.add_row(str(layer), *(f"{share:.1%}" for share in shares), _ridge(errors.ridge))
     parts: list[RenderableType] = [table]
+    title = f"next token on held-out responses; {config.method}, density {config.density:g}"
+    parts.append(quality_table(result.quality, title, config))
+    if result.quality[ADAPTER].kl > result.quality[SELECTION].kl:
+        parts.append("L and R make the next token worse: give more samples, or serve the selection alone (calibrate)")
     if held_out := result.held_out_errors:
         epochs = ", ".join(f"epoch {n}: {error:.2%}" for n, error in enumerate(held_out))
         parts.append(f"last hidden state, ||M - M_student||²/||M||² on held-out samples: {epochs}")
@@ -130,6 +137,28 @@ def render_result(result: Result) -> list[RenderableType]:
     if result.responses:
         parts.append(f"wrote {result.responses}: responses that --data reads")
     return parts
+
+
+def quality_table(quality: Mapping[str, Quality], title: str, adapter: AdapterConfig) -> Table:
+    """Rows of `measure_adapters`, by what they are."""
+    chosen = f"score {adapter.score}, prior {adapter.prior:g}, core {adapter.core:g}"
+    names = {
+        PAPER: "each prompt's own (the paper), without L and R",
+        SELECTION: f"{chosen}, without L and R",
+        ADAPTER: f"{chosen}, with L and R",
+    }
+    table = Table("selection", title=title)
+    for column in ("KL(original || sparse), nats", "same most likely token", "tokens"):
+        table.add_column(column, justify="right")
+    for name, found in quality.items():
+        style = "bold" if name == ADAPTER else None
+        table.add_row(names[name], *quality_cells(found), style=style)
+    return table
+
+
+def quality_cells(found: Quality) -> tuple[str, str, str]:
+    """KL, agreement and tokens as tables show them."""
+    return f"{found.kl:.3f}", f"{found.agreement:.1%}", f"{found.tokens:,}"
 
 
 def _ridge(ridge: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from caprese_kernels.adapters import Adapters
 
 from .plan import ResourceUsage
+from .quality import Quality
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Result:
     def held_out_errors(self) -> list[float]:
         """||M - M_student||^2 / ||M||^2 (eq. 8) before the first epoch and after each; empty without that stage."""
         return list(self.adapters.config.training.get("end_to_end", {}).get("held_out_errors", []))
+
+    @property
+    def quality(self) -> dict[str, Quality]:
+        """The next token on held-out samples: "paper" (each prompt's own selection) and "selection" without L and R,
+        "adapter" with them."""
+        return {name: Quality(**recorded) for name, recorded in self.adapters.config.training["quality"].items()}
 
     @property
     def resources(self) -> ResourceUsage | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from caprese_kernels.errors import CapreseError
 
-from .options import Settings, flag
+from .options import Settings, flag, label
 
 Chosen = TypeVar("Chosen", bound=Settings)
 MAX_BYTES = 1 << 16  # of a file
@@ -33,11 +33,10 @@ def load_config(settings: type[Chosen], flags: Mapping[str, Any], file: Path | N
     try:
         return settings(**(values | dict(flags)))
     except CapreseError as error:
-        name, fix = error.what, error.fix
+        name, fix, known = error.what, error.fix, settings.options()
         where = f"{file}, key {name!r}"
         if name in flags or name not in values:
-            where = "MODEL" if name == "model" else flag(name)
-        known = settings.options()
+            where = label(name, known[name]) if name in known else flag(name)
         if name not in known and (near := difflib.get_close_matches(name, known, n=1)):
             fix = f"did you mean {near[0]!r}?"
         raise CapreseError(where, expected=error.expected, found=error.found, fix=fix) from None

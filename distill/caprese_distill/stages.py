@@ -1,11 +1,8 @@
-"""Runs the stages of a distillation: layer-wise, then end to end. A killed run does not repeat what it finished."""
+"""Runs the stages of a distillation: priors, layer-wise, end to end. A killed run does not repeat what it finished."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
+from torch import Tensor
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .blocks import adapter_config
 from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
 from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
@@ -27,7 +24,19 @@ from .layer_wise.closed_form import distill_layer_wise
 from .layer_wise.passes import pass_identity
 from .layer_wise.weighted import distill_weighted, weighted_identity
 from .placement import return_freed
+from .prior import collect_priors, prior_batches, prior_identity
+from .quality import Quality, measure_adapters
 from .scale.cluster import Cluster
+from .selection import Priors, selection_settings, uniform_priors
+from .stage_files import (
+    keep_stage,
+    layer_wise_path,
+    load_stage,
+    prior_path,
+    prior_resume_path,
+    stage_identity,
+    weighted_path,
+)
 from .work import RemainingWork, Work
 
 
@@ -38,12 +47,20 @@ class Executor(Protocol):
         """`checkpoint.fingerprint` of its model."""
         ...
 
+    def priors(self, work: Work, resume: Path, console: Console | None) -> dict[int, Tensor]:
+        """`collect_priors` with its model, of the samples to fit."""
+        ...
+
     def layer_wise(self, work: Work, resume: Path, console: Console | None) -> Adapters:
         """`distill_layer_wise` with its model."""
         ...
 
     def end_to_end(self, work: Work, initial: Adapters, resume: Path, console: Console | None, writer: Any) -> Adapters:
         """`distill_end_to_end` with its model."""
+        ...
+
+    def quality(self, samples: Sequence[Sample], adapters: Adapters, console: Console | None) -> dict[str, Quality]:
+        """`measure_adapters` with its model."""
         ...
 
 
@@ -56,23 +73,32 @@ class LocalExecutor:
     def fingerprint(self, samples: Sequence[Sample], **settings: Any) -> dict[str, Any]:
         return checkpoint.fingerprint(self.model, samples, **settings, dtype=str(self.model.dtype))
 
+    def priors(self, work: Work, resume: Path, console: Console | None) -> dict[int, Tensor]:
+        return collect_priors(self.model, split(work.samples)[0], work.info, work.method, resume, console)
+
     def layer_wise(self, work: Work, resume: Path, console: Console | None) -> Adapters:
-        return distill_layer_wise(self.model, work.samples, work.info, work.method, resume, console, work.adam)
+        settings = (resume, console, work.adam, work.priors)
+        return distill_layer_wise(self.model, work.samples, work.info, work.method, *settings)
 
     def end_to_end(self, work: Work, initial: Adapters, resume: Path, console: Console | None, writer: Any) -> Adapters:
         assert work.recipe is not None
         ranks = RankContext(writer)
         return distill_end_to_end(self.model, work.samples, initial, work.recipe, resume, console, ranks)
 
+    def quality(self, samples: Sequence[Sample], adapters: Adapters, console: Console | None) -> dict[str, Quality]:
+        return measure_adapters(self.model, adapters, samples, console)
+
 
 def remaining_work(model: Any, work: Work, output: Path) -> RemainingWork:
     """What `run_stages` with the same arguments would do: everything, or what an earlier run left."""
+    if work.collects_priors:
+        return _remaining_from_priors(model, work, output)
     samples, method, recipe = work.samples, work.method, work.recipe
     resume = checkpoint.resume_path(output)
     unweighted = replace(work, weighting=False)
-    initial = _load_stage(_layer_wise_path(output), _identity(LocalExecutor(model), unweighted))
+    initial = load_stage(layer_wise_path(output), _identity(LocalExecutor(model), unweighted))
     if work.weighting:
-        weighted = _load_stage(_weighted_path(output), _identity(LocalExecutor(model), work))
+        weighted = load_stage(weighted_path(output), _identity(LocalExecutor(model), work))
         if weighted is None:
             return _remaining_weighted(model, work, output, initial)
         initial = weighted
@@ -80,7 +106,7 @@ def remaining_work(model: Any, work: Work, output: Path) -> RemainingWork:
     batches: Sequence[Batch] = []
     if initial is None:
         if resume.exists():
-            progress = checkpoint.load_progress(resume, pass_identity(model, samples, method, work.adam))
+            progress = checkpoint.load_progress(resume, pass_identity(model, samples, method, work.adam, work.priors))
         batches = _layer_wise_batches(samples, next(model.parameters()).device, work.adam, progress or {})
     layers = method.layers if initial is None and work.adam is None else ()
     if recipe is None:
@@ -92,6 +118,19 @@ def remaining_work(model: Any, work: Work, output: Path) -> RemainingWork:
         if progress:
             steps, evaluations = steps[progress["step"] :], evaluations - len(progress["errors"])
     return RemainingWork(batches, layers, steps, evaluations, initial is not None or bool(progress))
+
+
+def _remaining_from_priors(model: Any, work: Work, output: Path) -> RemainingWork:
+    """As `remaining_work`, for a run that begins with the priors."""
+    fit, method = split(work.samples)[0], work.method
+    found = load_stage(prior_path(output), _prior_identity(LocalExecutor(model), work))
+    priors = uniform_priors(work.info, method) if found is None else found.prior
+    rest = remaining_work(model, replace(work, priors=priors, collects_priors=False), output)
+    if found is not None:
+        return replace(rest, resumed=True)
+    progress = checkpoint.load_progress(prior_resume_path(output), prior_identity(model, fit, method)) or {}
+    batches = prior_batches(model, fit)[progress.get("batches", 0) :]
+    return replace(rest, prior=batches, resumed=rest.resumed or bool(progress))
 
 
 def _remaining_weighted(model: Any, work: Work, output: Path, initial: Adapters | None) -> RemainingWork:
@@ -125,6 +164,11 @@ def _layer_wise_batches(
     return batches + last
 
 
+def executor_of(model: Any) -> Executor:
+    """What computes with `model`: a transformers causal LM, or the Cluster whose workers have it."""
+    return model if isinstance(model, Cluster) else LocalExecutor(model)
+
+
 def run_stages(
     model: Any, work: Work, output: Path, console: Console | None = None, logs: Path | None = None
 ) -> Adapters:
@@ -135,8 +179,10 @@ def run_stages(
     directory for TensorBoard.
     """
     resume = checkpoint.resume_path(output)
-    executor: Executor = model if isinstance(model, Cluster) else LocalExecutor(model)
+    executor = executor_of(model)
     keep = work.recipe is not None
+    if work.collects_priors:
+        work = replace(work, priors=_prior_stage(executor, work, output, console), collects_priors=False)
     adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
     if work.weighting:
         adapters = _weighted_stage(model, work, output, keep, console, adapters)
@@ -147,50 +193,33 @@ def run_stages(
         return executor.end_to_end(work, adapters, resume, console, writer)
 
 
-def save(adapters: Adapters, path: Path) -> None:
-    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
-    try:
-        adapters.save(path)
-    except (OSError, SafetensorError) as error:
-        raise CapreseError(
-            f"output {path}",
-            expected="a file that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            fix="free some space, or give another --output; the same command continues from the last checkpoint",
-        ) from None
-
-
-def held_bytes(output: Path) -> int:
-    """Bytes of the files that a killed run left beside `output`."""
-    files = (checkpoint.resume_path(output), _layer_wise_path(output), _weighted_path(output))
-    return sum(path.stat().st_size for path in files if path.exists())
-
-
-def clean_up(output: Path) -> None:
-    """Remove the hidden files beside `output`, once it is written."""
-    checkpoint.remove(checkpoint.resume_path(output))
-    _layer_wise_path(output).unlink(missing_ok=True)
-    _weighted_path(output).unlink(missing_ok=True)
-    shutil.rmtree(scratch_path(output), ignore_errors=True)
-
-
-def scratch_path(output: Path) -> Path:
-    """The directory for Ray Train's own files of a run."""
-    return output.with_name(f".{output.name}.ray")
+def _prior_stage(executor: Executor, work: Work, output: Path, console: Console | None) -> Priors:
+    """The priors: those that an earlier run with the same settings left, or new ones."""
+    path, resume = prior_path(output), prior_resume_path(output)
+    identity = _prior_identity(executor, work)
+    found = load_stage(path, identity)
+    if found is not None:
+        if console:
+            console.print(f"priors: made before, {path}")
+        return found.prior
+    priors = executor.priors(work, resume, console)
+    config = adapter_config(work.info, replace(work.method, rank=0), {})
+    keep_stage(Adapters(config, {}, {}, priors), path, identity, resume)
+    return priors
 
 
 def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, console: Console | None) -> Adapters:
     """The layer-wise adapters: those that an earlier run with the same settings left, or new ones."""
-    path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
+    path, resume = layer_wise_path(output), checkpoint.resume_path(output)
     identity = _identity(executor, replace(work, weighting=False))
-    found = _load_stage(path, identity)
+    found = load_stage(path, identity)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
         return found
     adapters = executor.layer_wise(work, resume, console)
     if keep:
-        _keep_stage(adapters, path, identity, resume)
+        keep_stage(adapters, path, identity, resume)
     return adapters
 
 
@@ -198,9 +227,9 @@ def _weighted_stage(
     model: Any, work: Work, output: Path, keep: bool, console: Console | None, initial: Adapters
 ) -> Adapters:
     """The adapters of the weighted closed form: those that an earlier run left, or new ones."""
-    path, resume = _weighted_path(output), checkpoint.resume_path(output)
+    path, resume = weighted_path(output), checkpoint.resume_path(output)
     identity = _identity(LocalExecutor(model), work)
-    found = _load_stage(path, identity)
+    found = load_stage(path, identity)
     if found is not None:
         if console:
             console.print(f"weighted closed form: done before, {path}")
@@ -208,40 +237,8 @@ def _weighted_stage(
     return_freed()
     adapters = distill_weighted(model, work.samples, initial, resume, console)
     if keep:
-        _keep_stage(adapters, path, identity, resume)
+        keep_stage(adapters, path, identity, resume)
     return adapters
-
-
-def _keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
-    marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
-    save(Adapters(marked, adapters.left, adapters.right), path)
-    checkpoint.remove(resume)
-
-
-def _load_stage(path: Path, identity: str) -> Adapters | None:
-    if path.exists():
-        with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
-            found = Adapters.load(path)
-            if found.config.training.pop("identity", None) == identity:
-                return found
-    return None
-
-
-def _identity(executor: Executor, work: Work) -> str:
-    """A hash of all that the last layer-wise stage of `work` depends on."""
-    method, adam = work.method, work.adam
-    settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
-    settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": work.weighting}
-    identity = json.dumps(executor.fingerprint(work.samples, **settings))
-    return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def _layer_wise_path(output: Path) -> Path:
-    return output.with_name(f".{output.name}.layer-wise")
-
-
-def _weighted_path(output: Path) -> Path:
-    return output.with_name(f".{output.name}.weighted")
 
 
 @contextlib.contextmanager
@@ -254,3 +251,17 @@ def _summary_writer(logs: Path | None) -> Iterator[Any]:
 
     with SummaryWriter(str(logs)) as writer:
         yield writer
+
+
+def _identity(executor: Executor, work: Work) -> str:
+    """A hash of all that the last layer-wise stage of `work` depends on."""
+    method, adam = work.method, work.adam
+    settings = selection_settings(method, work.priors)
+    settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": work.weighting}
+    return stage_identity(executor.fingerprint(work.samples, **settings))
+
+
+def _prior_identity(executor: Executor, work: Work) -> str:
+    """A hash of all that the priors depend on; another density, prior's weight or core have the same."""
+    settings = {"stage": "prior", "score": work.method.score, "layers": list(work.method.layers)}
+    return stage_identity(executor.fingerprint(split(work.samples)[0], **settings))

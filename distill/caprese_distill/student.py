@@ -4,6 +4,9 @@ Both are the same transformers model. Hooks on its FF blocks leave the original 
 tokens run the full block, generated ones only the neurons that their prompt chose, plus x L R (paper, eq. 9 and 10).
 Attention is causal, so prompt tokens see none of that: the statistic of a prompt is the same in both, and the student
 uses what the original's pass selected.
+
+Where the data alone decides, all generated tokens keep the same neurons: their rows of the weights are copied once, and
+generated tokens never compute the others.
 """
 
 from __future__ import annotations
@@ -11,17 +14,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caprese_kernels.config import Method
 
 from .data.batches import Batch
 from .placement import device_of
-from .selection import keep_mask, select
+from .selection import Selectors, fixed_neurons, keep_mask, select
 
 
 class SharedModel(ABC):
@@ -57,6 +61,31 @@ class SharedModel(ABC):
         return hidden.flatten(0, 1)[batch.rows().to(hidden.device)]
 
 
+@dataclass(frozen=True)
+class CoreBlock:
+    """The FF block of the neurons that all generated tokens keep, k of F; its weights are a copy of their rows."""
+
+    act: nn.Module
+    gate: tuple[Tensor, Tensor | None]  # weight [k, D] and bias [k]
+    up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]  # weight [D, k] and bias [D]
+
+    @classmethod
+    def of(cls, block: Any, neurons: Tensor) -> CoreBlock:
+        """`neurons` [k] int64 of a gated block."""
+        gate, up = (
+            (part.weight.detach()[neurons], None if part.bias is None else part.bias.detach()[neurons])
+            for part in (block.gate_proj, block.up_proj)
+        )
+        bias = block.down_proj.bias
+        down = block.down_proj.weight.detach()[:, neurons], None if bias is None else bias.detach()
+        return cls(block.act_fn, gate, up, down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(act(x W_g) * (x W_1)) W_2 over these neurons, [N, D] -> [N, D]."""
+        return F.linear(self.act(F.linear(x, *self.gate)) * F.linear(x, *self.up), *self.down)
+
+
 class Student(SharedModel):
     """L [D, r], R [r, D] of each sparse layer, float32 parameters on their block's device, and the hooks that use them.
 
@@ -70,11 +99,12 @@ class Student(SharedModel):
         self,
         model: Any,
         blocks: Mapping[int, nn.Module],
-        method: Method,
+        selectors: Selectors,
         left: Mapping[int, Tensor],
         right: Mapping[int, Tensor],
     ):
-        super().__init__(model, method)
+        super().__init__(model, next(iter(selectors.values())).method)
+        self.selectors = selectors
         devices = {i: device_of(block) for i, block in blocks.items()}
         # Contiguous whether they come from a solver or a file, so that products are the same to the bit.
         self.left, self.right = (
@@ -86,7 +116,14 @@ class Student(SharedModel):
             }
             for part in (left, right)
         )
-        self.handles = [handle for i, block in blocks.items() for handle in self._hooks(i, block)]
+        self.handles: list[Any] = []
+        self.replaced: list[Any] = []  # blocks with a forward of their own
+        for i, block in blocks.items():
+            neurons = fixed_neurons(selectors[i], block)
+            if neurons is None:
+                self.handles += self._hooks(i, block)
+            else:
+                self._replace(i, block, CoreBlock.of(block, neurons))
 
     def __enter__(self) -> Student:
         return self
@@ -94,12 +131,40 @@ class Student(SharedModel):
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        for block in self.replaced:
+            del block.forward  # its class's forward is back
 
     def parameters(self) -> list[nn.Parameter]:
         """L and R, layer by layer."""
         return [p for i in self.left for p in (self.left[i], self.right[i])]
 
+    def _replace(self, layer: int, block: Any, core: CoreBlock) -> None:
+        """Give the block a forward that runs generated tokens through the core alone."""
+        original = block.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if not self.sparse:
+                return original(x)
+            assert self.batch is not None
+            flat, rows = x.flatten(0, 1), self.batch.rows().to(x.device)
+            generated = torch.zeros(len(flat), dtype=torch.bool, device=x.device)
+            generated[rows] = True
+            rest = (~generated).nonzero()[:, 0]
+            with torch.no_grad():  # L and R change nothing for prompt tokens
+                dense = original(flat[rest])
+            kept = flat[rows]
+            y = core(kept) + self._low_rank(layer, kept)
+            return torch.empty_like(flat).index_copy(0, rest, dense).index_copy(0, rows, y).view_as(x)
+
+        block.forward = forward
+        self.replaced.append(block)
+
+    def _low_rank(self, layer: int, x: Tensor) -> Tensor:
+        """x L R, [N, D] -> [N, D]."""
+        return x @ self.left[layer].to(self.dtype) @ self.right[layer].to(self.dtype)
+
     def _hooks(self, layer: int, block: Any) -> list[Any]:
+        selector = self.selectors[layer]
         seen: dict[str, Tensor] = {}
 
         def see_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -112,11 +177,11 @@ class Student(SharedModel):
             z, g = args[0], seen.get("g")
             assert self.batch is not None
             if not self.sparse:
-                self.selections[layer] = select(self.method, self.batch, g, z)
+                self.selections[layer] = select(selector, self.batch, g, z)
                 return None
             batch = replace(self.batch, device=z.device)  # layers may be on several devices
             keep = torch.ones(z.shape[:2].numel(), z.shape[-1], dtype=torch.bool, device=z.device)
-            keep[batch.rows()] = keep_mask(self.method, batch, self.selections[layer], g)
+            keep[batch.rows()] = keep_mask(selector, batch, self.selections[layer], g)
             return (torch.where(keep.view_as(z), z, 0),)
 
         def correct(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
@@ -126,8 +191,7 @@ class Student(SharedModel):
                 return None
             assert self.batch is not None
             rows = self.batch.rows().to(y.device)
-            low = x.flatten(0, 1)[rows] @ self.left[layer].to(self.dtype) @ self.right[layer].to(self.dtype)
-            return y.flatten(0, 1).index_add(0, rows, low).view_as(y)
+            return y.flatten(0, 1).index_add(0, rows, self._low_rank(layer, x.flatten(0, 1)[rows])).view_as(y)
 
         handles = [
             block.register_forward_pre_hook(see_input),

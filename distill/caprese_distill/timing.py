@@ -21,6 +21,8 @@ from .layer_wise.passes import feeding
 from .layer_wise.solve import RIDGES, reduced_rank
 from .layer_wise.weighted import Gradients
 from .placement import return_freed
+from .prior import PriorSums, feeding_priors
+from .selection import Priors, selectors_of, uniform_priors
 from .student import Student, frozen
 from .work import RemainingWork, Work
 
@@ -33,6 +35,9 @@ def estimate_seconds(model: Any, work: Work, remaining: RemainingWork) -> dict[s
     seconds: dict[str, float] = {}
     device = next(model.parameters()).device
     model.eval()
+    priors = work.priors or (uniform_priors(info, method) if method.needs_prior else None)
+    if remaining.prior:
+        seconds["priors"] = _seconds_of_priors(model, info, method, remaining.prior)
     if remaining.batches:
         sink: Sink
         if work.adam is None:
@@ -40,31 +45,43 @@ def estimate_seconds(model: Any, work: Work, remaining: RemainingWork) -> dict[s
         else:
             sink = LowRank(info.hidden_size, method.rank, torch.Generator().manual_seed(0), device)
         name = "original model" if work.adam is None else "Adam"
-        seconds[name] = _seconds_of_pass(model, info, method, remaining.batches, sink)
+        seconds[name] = _seconds_of_pass(model, work, priors, remaining.batches, sink)
     if remaining.weighted:
-        seconds["gradients"] = _seconds_of_gradients(model, info, method, remaining.weighted)
+        seconds["gradients"] = _seconds_of_gradients(model, work, priors, remaining.weighted)
     if remaining.layers:
         seconds["closed form"] = len(remaining.layers) * _seconds_of_solve(info.hidden_size, method.rank, device)
     if work.recipe is not None and (remaining.steps or remaining.evaluations):
-        seconds["end to end"] = _seconds_of_training(model, work, remaining)
+        seconds["end to end"] = _seconds_of_training(model, work, priors, remaining)
     return seconds
 
 
 @torch.no_grad()
-def _seconds_of_pass(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch], sink: Sink) -> float:
+def _seconds_of_priors(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> float:
+    device, chosen = next(model.parameters()).device, _spread(batches)
+    sums = PriorSums.zeros(dict.fromkeys(method.layers, device), info.intermediate_size)
+    with feeding_priors(model, info, method) as feed:
+        feed(_small(batches), sums)
+        seconds = _timed(device, lambda: [feed(batch, sums) for batch in chosen])
+    return seconds / _padded(chosen) * _padded(batches)
+
+
+@torch.no_grad()
+def _seconds_of_pass(model: Any, work: Work, priors: Priors | None, batches: Sequence[Batch], sink: Sink) -> float:
     """One sink takes the rows of all layers: the same work with the memory of one layer."""
     device = next(model.parameters()).device
-    sinks, chosen = dict.fromkeys(method.layers, sink), _spread(batches)
-    with feeding(model, info, method) as feed:
+    sinks, chosen = dict.fromkeys(work.method.layers, sink), _spread(batches)
+    with feeding(model, work.info, work.method, priors) as feed:
         feed(_small(batches), sinks)
         seconds = _timed(device, lambda: [feed(batch, sinks) for batch in chosen])
     return seconds / _padded(chosen) * _padded(batches)
 
 
-def _seconds_of_gradients(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> float:
+def _seconds_of_gradients(model: Any, work: Work, priors: Priors | None, batches: Sequence[Batch]) -> float:
     """The pass of the weighted closed form; one layer's sums, added to twice, stand for those of all layers."""
-    device, chosen = next(model.parameters()).device, _spread(batches)
+    device, chosen, info, method = next(model.parameters()).device, _spread(batches), work.info, work.method
     blocks, sums = find_blocks(model, info, method.layers), Moments.zeros(info.hidden_size, device)
+
+    selectors = selectors_of(blocks, method, priors)
 
     def feed(batch: Batch) -> None:
         target = student.original(batch)
@@ -74,7 +91,7 @@ def _seconds_of_gradients(model: Any, info: BaseModelInfo, method: Method, batch
 
     with (
         frozen(model, True),
-        Student(model, blocks, method, *_zeros(info, method)) as student,
+        Student(model, blocks, selectors, *_zeros(info, method)) as student,
         Gradients(model, blocks, student) as gradients,
     ):
         feed(_small(batches))
@@ -103,7 +120,7 @@ def _seconds_of_solve(depth: int, rank: int, device: torch.device) -> float:
     return len(RIDGES) * _timed(device, solve_one)
 
 
-def _seconds_of_training(model: Any, work: Work, remaining: RemainingWork) -> float:
+def _seconds_of_training(model: Any, work: Work, priors: Priors | None, remaining: RemainingWork) -> float:
     info, method, recipe = work.info, work.method, work.recipe
     assert recipe is not None
     device = next(model.parameters()).device
@@ -111,13 +128,17 @@ def _seconds_of_training(model: Any, work: Work, remaining: RemainingWork) -> fl
     held_out = [batch for batch in make_batches(work.samples, device) if batch.held_out]
     chosen = _spread(batches or held_out)
     blocks = find_blocks(model, info, method.layers)
+    selectors = selectors_of(blocks, method, priors)
     losses: list[Tensor] = []
 
     def compute_loss(batch: Batch) -> None:
         target = student.original(batch).float()
         losses.append((student(batch).float() - target).square().sum())
 
-    with frozen(model, recipe.gradient_checkpointing), Student(model, blocks, method, *_zeros(info, method)) as student:
+    with (
+        frozen(model, recipe.gradient_checkpointing),
+        Student(model, blocks, selectors, *_zeros(info, method)) as student,
+    ):
         compute_loss(_small(chosen))
         losses.pop().backward()
         return_freed()

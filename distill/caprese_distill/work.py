@@ -11,14 +11,16 @@ from .data.batches import Batch
 from .data.samples import Sample
 from .end_to_end.train import Recipe
 from .layer_wise.adam import AdamSettings
+from .selection import Priors
 
 
 @dataclass(frozen=True)
 class Work:
     """The stages and their inputs.
 
-    The layer-wise stage is the closed form, or Adam if `adam` is given; with `weighting` (closed form only) the closed
-    form follows a second time, weighted by the gradient. The end-to-end stage follows if `recipe` is given.
+    `priors` are given, or made first (`collects_priors`); without either the method must need none. The layer-wise
+    stage is the closed form, or Adam if `adam` is given; with `weighting` (closed form only) the closed form follows a
+    second time, weighted by the gradient. The end-to-end stage follows if `recipe` is given.
     """
 
     samples: Sequence[Sample]
@@ -27,8 +29,11 @@ class Work:
     recipe: Recipe | None = None
     adam: AdamSettings | None = None
     weighting: bool = False
+    priors: Priors | None = None
+    collects_priors: bool = False
 
     def __post_init__(self) -> None:
+        assert self.priors or self.collects_priors or not self.method.needs_prior
         assert not (self.weighting and self.adam), "only the closed form is weighted"
 
 
@@ -41,4 +46,5 @@ class RemainingWork:
     steps: Sequence[Sequence[Sample]]  # to train end to end
     evaluations: int  # of the held-out error, end to end
     resumed: bool  # whether an earlier run did a part
+    prior: Sequence[Batch] = ()  # to feed to the original model, for the priors
     weighted: Sequence[Batch] = ()  # to feed to original and student, for the weighted closed form

@@ -18,6 +18,7 @@ from caprese_distill.data.batches import Batch
 from caprese_distill.data.samples import Row, Sample, encode
 from caprese_distill.end_to_end.train import Recipe, Trainer, distill_end_to_end
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
+from caprese_distill.selection import selectors_of
 from caprese_distill.student import Student, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.reference import CatsStatistic
@@ -112,7 +113,8 @@ def test_untrained_it_is_the_plain_method(model_dir: ModelDir, method: str) -> N
     model, info, resolved = load(model_dir, method)
     batch, lora = Batch(make_samples(5), False), begin(info, resolved, 0, CPU)
     left, right = ({i: torch.zeros(shape) for i in resolved.layers} for shape in ((64, 1), (1, 64)))
-    with Student(model, find_blocks(model, info, [0, 2]), resolved, left, right) as plain:
+    blocks = find_blocks(model, info, [0, 2])
+    with Student(model, blocks, selectors_of(blocks, resolved), left, right) as plain:
         target, expected = plain.original(batch), plain(batch)
     with EndToEnd(model, info, resolved, lora) as student:
         torch.testing.assert_close(student.original(batch), target)

@@ -314,7 +314,7 @@ def test_the_layer_wise_stage_of_another_solver_is_not_reused(
     make = stages.distill_layer_wise
 
     def watch(*args: Any) -> Adapters:
-        made.append(args[-1])
+        made.append(args[6])
         return make(*args)
 
     monkeypatch.setattr(stages, "distill_layer_wise", watch)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -14,15 +13,15 @@ from typer.testing import CliRunner
 
 from caprese_distill.calibrate import cli
 from caprese_distill.calibrate.config import CalibrateConfig
-from caprese_distill.calibrate.job import calibrate, collect_priors, selectors_of
-from caprese_distill.calibrate.quality import measure
+from caprese_distill.calibrate.job import calibrate
+from caprese_distill.prior import collect_priors
+from caprese_distill.quality import SparseLayers, measure
+from caprese_distill.selection import selectors_of
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
+from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.terminal import verb
 from tests.support.distill import ModelDir, WriteRows, make_rows, make_samples
-
-QUIET = Console(quiet=True)
 
 
 def blocks_of(model: nn.Module) -> dict[int, nn.Module]:
@@ -35,7 +34,7 @@ def test_priors_are_the_responses_statistic(model_dir: ModelDir, score: str) -> 
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float32).eval()
     samples, blocks = make_samples(7), blocks_of(model)
     method = Method("griffin", 0.5, (0, 2), 0, score, 0.5, 1.0)  # type: ignore[arg-type]
-    found = collect_priors(model, {i: blocks[i] for i in method.layers}, samples, method, QUIET)
+    found = collect_priors(model, samples, BaseModelInfo.from_hf(model.config, "m"), method)
     seen: dict[int, list[torch.Tensor]] = {0: [], 2: []}
     handles = [
         blocks[i].down_proj.register_forward_pre_hook(lambda _, args, i=i: seen[i].append(args[0][0].double()))  # type: ignore[union-attr]
@@ -62,10 +61,10 @@ def test_quality_of_a_selection(model_dir: ModelDir) -> None:
     """All neurons: nothing lost. Half of them: what a pass with masked blocks gives."""
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float32).eval()
     samples, blocks = make_samples(3), {0: blocks_of(model)[0]}
-    priors = collect_priors(model, blocks, samples, Method("griffin", 0.5, (0,), 0), QUIET)
+    priors = collect_priors(model, samples, BaseModelInfo.from_hf(model.config, "m"), Method("griffin", 0.5, (0,), 0))
     whole = selectors_of(blocks, Method("griffin", 1.0, (0,), 0), priors)
     half = selectors_of(blocks, Method("griffin", 0.5, (0,), 0, "paper", 0.0, 1.0), priors)
-    found = measure(model, blocks, samples, {"whole": whole, "half": half})
+    found = measure(model, blocks, samples, {"whole": SparseLayers(whole), "half": SparseLayers(half)})
     assert found["whole"].kl == pytest.approx(0.0, abs=1e-6)
     assert found["whole"].agreement == 1.0
     assert found["whole"].tokens == sum(s.num_rows for s in samples)
@@ -88,7 +87,7 @@ def test_quality_of_a_selection(model_dir: ModelDir) -> None:
             agreed += int((original.argmax(dim=-1) == sparse.argmax(dim=-1)).sum())
     assert kl > 0.01
     assert found["half"].kl == pytest.approx(kl / found["half"].tokens, rel=1e-3)
-    assert found["half"].agreed == agreed
+    assert found["half"].agreement == agreed / found["half"].tokens
 
 
 def test_the_command_writes_a_file_of_version_2(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +21,15 @@ from transformers import AutoModelForCausalLM
 from caprese_distill import checkpoint
 from caprese_distill.blocks import resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, make_batches
-from caprese_distill.data.samples import Sample
+from caprese_distill.data.samples import Sample, split
 from caprese_distill.end_to_end.train import RankContext, Recipe, Trainer, distill_end_to_end
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.passes import Pass, run_pass
+from caprese_distill.prior import collect_priors
+from caprese_distill.quality import measure_adapters
 from caprese_distill.scale import cluster
+from caprese_distill.scale import pool as workers_pool
 from caprese_distill.scale.ray_training import Workers
 from caprese_distill.work import Work
 from caprese_kernels.errors import CapreseError
@@ -87,8 +90,8 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[cluster.Pool]:
-    with cluster.Pool(partial(load, model_dir("llama")), 3, HALF) as pool:
+def three(ray_cluster: None, model_dir: ModelDir) -> Iterator[workers_pool.Pool]:
+    with workers_pool.Pool(partial(load, model_dir("llama")), 3, HALF) as pool:
         yield pool
 
 
@@ -100,11 +103,11 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_workers_than_cpus_are_refused() -> None:
-    assert cluster.connect(2) == cluster.connect(2, "cpu") == ("cpu", {"CPU": 1})
+    assert workers_pool.connect(2) == workers_pool.connect(2, "cpu") == ("cpu", {"CPU": 1})
     with pytest.raises(CapreseError, match="--num-workers: expected at most 3, the CPUs that Ray has free; found 4"):
-        cluster.connect(4)
+        workers_pool.connect(4)
     with pytest.raises(CapreseError, match="--num-workers: expected at most 0, the GPUs that Ray has free; found 2"):
-        cluster.connect(2, "cuda")
+        workers_pool.connect(2, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -112,11 +115,11 @@ def test_more_workers_than_cpus_are_refused() -> None:
 )
 def test_a_workers_cpus_are_on_one_node(nodes: list[int], workers: int, threads: int) -> None:
     """Otherwise Ray would wait for such a node."""
-    assert cluster.threads_of(nodes, workers, sum(nodes)) == threads
+    assert workers_pool.threads_of(nodes, workers, sum(nodes)) == threads
 
 
 def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
-    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
     info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
@@ -140,7 +143,7 @@ def test_the_same_adapters_from_one_two_and_three_workers_one_of_them_killed(
 def test_a_killed_run_continues_after_its_last_shard(
     model_dir: ModelDir,
     samples: list[Sample],
-    three: cluster.Pool,
+    three: workers_pool.Pool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +178,7 @@ def test_a_killed_run_continues_after_its_last_shard(
 
 
 def test_errors_of_a_worker_reach_the_user(
-    model_dir: ModelDir, samples: list[Sample], three: cluster.Pool, tmp_path: Path
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
 ) -> None:
     info, method = resolve_method(
         AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
@@ -188,7 +191,7 @@ def test_errors_of_a_worker_reach_the_user(
     assert "\n" not in str(error.value)
     three.call(spoil)  # which one is not known, so every one has a share below
     with pytest.raises(CapreseError, match=r"activations of layer 0: expected finite values; found NaN or Inf.*line"):
-        list(three.map(cluster._sum_shard, [(info, method, make_batches(samples, torch.device("cpu")))]))
+        list(three.map(cluster._sum_shard, [(info, method, make_batches(samples, torch.device("cpu")), None)]))
 
 
 def spoil(model: Any) -> None:
@@ -199,13 +202,13 @@ def spoil(model: Any) -> None:
 def test_a_worker_that_dies_of_its_work_ends_the_run(
     model_dir: ModelDir, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "RETRIES", 0)
+    monkeypatch.setattr(workers_pool, "RETRIES", 0)
     info, method = resolve_method(
         AutoModelForCausalLM.from_pretrained(model_dir("llama")).config, "m", "griffin", 0.5, 8
     )
     dying = partial(load, model_dir("llama"), tmp_path / "dead", deaths=99)
     with (
-        cluster.Pool(dying, 1, HALF) as pool,
+        workers_pool.Pool(dying, 1, HALF) as pool,
         pytest.raises(
             CapreseError, match=r"workers: expected one that.*in 1 attempts; found .*(died|unavailable)"
         ) as error,
@@ -228,6 +231,35 @@ def test_shards_are_cut_at_the_same_places_wherever_a_run_begins(count: int) -> 
         assert [b for part in rest for b in part] == batches[done:]
         assert all(rest)
         assert {id(part[-1]) for part in rest} <= ends
+
+
+def test_a_prior_and_the_selection_by_it_on_workers(
+    model_dir: ModelDir, samples: list[Sample], three: workers_pool.Pool, tmp_path: Path
+) -> None:
+    """The sums add up over shards; a killed pass goes on; moments and quality use the selection of one process."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir("llama")).eval()
+    info, method = resolve_method(model.config, "m", "griffin", 0.5, 8)
+    method = replace(method, score="weighted", prior=0.5, core=0.8)
+    fit, held_out = split(samples)
+    one = collect_priors(model, fit, info, method)
+    workers = cluster.Cluster(Workers(partial(load, model_dir("llama")), 2, HALF, tmp_path))
+    work = Work(samples, info, method, collects_priors=True)
+    priors = workers.priors(work, tmp_path / "r")
+    for i in method.layers:  # float64 sums, in the order of the shards
+        torch.testing.assert_close(priors[i], one[i], rtol=1e-6, atol=0)
+    printed = io.StringIO()
+    again = workers.priors(work, tmp_path / "r", Console(file=printed, width=200))
+    assert "going on after batch" in printed.getvalue()
+    assert all(torch.equal(again[i], priors[i]) for i in method.layers)
+    found = workers.layer_wise(replace(work, priors=priors, collects_priors=False))
+    expected = distill_layer_wise(model, samples, info, method, priors=priors)
+    assert found.config.core == 0.8
+    assert all(torch.equal(found.prior[i], priors[i]) for i in method.layers)
+    errors, alone = (each.config.training["errors"] for each in (found, expected))
+    for i in errors:
+        assert errors[i]["remaining"] == pytest.approx(alone[i]["remaining"], rel=1e-4)
+    quality, by_one = workers.quality(held_out, found), measure_adapters(model, found, held_out)
+    assert quality["adapter"].kl == pytest.approx(by_one["adapter"].kl, rel=1e-5)
 
 
 def test_training_shared_out_equals_one_process_and_survives_a_death(

@@ -262,7 +262,7 @@ def test_json_on_stdout(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Pa
     assert code == 0
     plan = json.loads(shown)
     assert (plan["rank"], plan["layers"], plan["samples"], plan["samples_held_out"]) == (4, [0, 1], 12, 1)
-    assert set(plan["seconds"]) == {"original model", "closed form", "end to end"}
+    assert set(plan["seconds"]) == {"priors", "original model", "closed form", "end to end"}
     assert plan["peak_bytes"] > plan["adapter_bytes"] > 0
     assert "12 of 12 rows" in remarks
     assert not output.parent.exists()

@@ -21,6 +21,7 @@ from caprese_distill.data.samples import split
 from caprese_distill.end_to_end.train import Recipe, default_learning_rate, distill_end_to_end, steps_of
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.schedule import linear_schedule
+from caprese_distill.selection import selectors_of
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
@@ -78,9 +79,10 @@ def test_the_held_out_error_is_that_of_the_samples_held_out(model_dir: ModelDir)
     _, held_out = split(samples)
     errors = []
     for adapters in (initial, final):
+        blocks = find_blocks(model, info, method.layers)
         with (
             torch.no_grad(),
-            Student(model, find_blocks(model, info, method.layers), method, adapters.left, adapters.right) as student,
+            Student(model, blocks, selectors_of(blocks, method), adapters.left, adapters.right) as student,
         ):
             pairs = [(student.original(b), student(b)) for b in (Batch([s], True) for s in held_out)]
         lost = sum(float((a - b).square().sum()) for a, b in pairs)
@@ -97,7 +99,10 @@ def test_the_student_without_loss_is_the_original(model_dir: ModelDir, method: s
     zeros = {i: torch.zeros(64, 4) for i in resolved.layers}
     blocks = find_blocks(model, info, resolved.layers)
     batch = Batch(samples, False)
-    with torch.no_grad(), Student(model, blocks, resolved, zeros, {i: t.t() for i, t in zeros.items()}) as student:
+    with (
+        torch.no_grad(),
+        Student(model, blocks, selectors_of(blocks, resolved), zeros, {i: t.t() for i, t in zeros.items()}) as student,
+    ):
         assert torch.equal(student.original(batch), student(batch))
         plain = model.model(input_ids=batch.ids(), use_cache=False).last_hidden_state
         for p in student.parameters():
@@ -122,7 +127,10 @@ def test_gradients_are_those_of_the_method_written_out(model_dir: ModelDir, meth
     found = []
     for checkpointing in (False, True):
         blocks, batch = find_blocks(model, info, resolved.layers), Batch(samples, False)
-        with frozen(model, checkpointing), Student(model, blocks, resolved, left, right) as student:
+        with (
+            frozen(model, checkpointing),
+            Student(model, blocks, selectors_of(blocks, resolved), left, right) as student,
+        ):
             target = student.original(batch)
             (student(batch) - target).square().sum().backward()
             found.append([p.grad for p in student.parameters()])

@@ -24,7 +24,9 @@ from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_model, load_skeleton, stored_dtype
 from caprese_distill.memory import check_disk, check_memory, estimate_memory
-from caprese_distill.stages import clean_up, held_bytes, remaining_work, run_stages
+from caprese_distill.selection import selectors_of
+from caprese_distill.stage_files import clean_up, held_bytes
+from caprese_distill.stages import remaining_work, run_stages
 from caprese_distill.student import Student, frozen
 from caprese_distill.timing import estimate_seconds
 from caprese_distill.work import RemainingWork, Work
@@ -48,7 +50,7 @@ def student_of(model: Any, info: Any, method: Method) -> Student:
     shapes = ((info.hidden_size, method.rank), (method.rank, info.hidden_size))
     left, right = ({i: torch.zeros(shape) for i in method.layers} for shape in shapes)
     blocks = {i: model.model.layers[i].mlp for i in method.layers}
-    return Student(model, blocks, method, left, right)
+    return Student(model, blocks, selectors_of(blocks, method), left, right)
 
 
 def allocated(work: Callable[[], object]) -> int:

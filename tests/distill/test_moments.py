@@ -11,7 +11,7 @@ from caprese_distill.data.batches import BATCH_TOKENS, Batch
 from caprese_distill.data.samples import split
 from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.passes import run_pass
-from caprese_distill.selection import keep_mask, select
+from caprese_distill.selection import keep_mask, select, selectors_of
 from tests.support.distill import ModelDir, by_hand, make_samples, mlp_inputs
 
 
@@ -59,7 +59,8 @@ def test_masks_come_from_the_samples_own_prompt(model_dir: ModelDir, method: str
     x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=50.0)  # loud padding changes nothing
     g = mlp.act_fn(mlp.gate_proj(x))
     batch = Batch(samples, False)
-    found = keep_mask(resolved, batch, select(resolved, batch, g, g * mlp.up_proj(x)), g)
+    (selector,) = selectors_of({0: mlp}, resolved).values()
+    found = keep_mask(selector, batch, select(selector, batch, g, g * mlp.up_proj(x)), g)
     assert torch.equal(found, expected)
     assert len({tuple(mask.tolist()) for mask in found}) > 1
 

@@ -1,6 +1,6 @@
 """A model with two layers that accelerate keeps on disk: they have weights only while they compute."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from caprese_distill.layer_wise.moments import Moments
 from caprese_distill.layer_wise.passes import run_pass
 from caprese_distill.loading import load_model
 from caprese_distill.placement import aligned, device_of
+from caprese_distill.prior import collect_priors
+from caprese_distill.quality import measure_adapters
 from tests.support.distill import ModelDir, make_samples
 
 
@@ -47,3 +49,24 @@ def test_offloaded_layers_give_the_same_bits(model_dir: ModelDir, tmp_path: Path
         a, b = (distill_end_to_end(model, samples, initial, recipe) for model in (whole, parts))
         assert not torch.equal(a.left[1], initial.left[1])
         assert all(torch.equal(tensor, b.tensors()[key]) for key, tensor in a.tensors().items())
+
+
+@pytest.mark.parametrize("core", [0.8, 1.0])
+def test_offloaded_layers_select_by_score_prior_and_core(model_dir: ModelDir, tmp_path: Path, core: float) -> None:
+    whole, parts = load_model(str(model_dir("qwen2")), "auto"), spread(model_dir("qwen2"), tmp_path / "disk")
+    samples = make_samples(12)
+    info, method = resolve_method(whole.config, "m", "griffin", 0.5, 8, [0, 1, 2])
+    method = replace(method, score="weighted", prior=0.5, core=core)
+    priors, found = (collect_priors(model, samples, info, method) for model in (whole, parts))
+    assert all(torch.equal(priors[i], found[i]) for i in method.layers)
+    a, b = (distill_layer_wise(model, samples, info, method, priors=priors) for model in (whole, parts))
+    recipe = Recipe(1e-3, batch=4, epochs=1)
+    for adapters in ((a, b), [distill_end_to_end(model, samples, a, recipe) for model in (whole, parts)]):
+        one, two = (each.tensors() for each in adapters)
+        for key, tensor in one.items():
+            if core < 1:
+                assert torch.equal(tensor, two[key]), key
+            else:  # the whole model leaves the dropped neurons out, the other one masks them: another order of sums
+                assert (two[key] - tensor).norm() < 1e-2 * tensor.norm(), key
+    quality = [measure_adapters(model, a, samples[:3])["adapter"] for model in (whole, parts)]
+    assert quality[0] == quality[1]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from caprese_distill.layer_wise.moments import Moments
-from caprese_distill.layer_wise.solve import balance, reduced_rank, solve
+from caprese_distill.layer_wise.solve import RIDGES, balance, reduced_rank, shrinkage, solve
 
 DEPTH, ROWS = 24, 400
 
@@ -117,6 +117,37 @@ def test_ridge_is_chosen_by_held_out_error() -> None:
     assert least is not None
     assert found.ridge > 1e-6
     assert found.remaining < held.error(*least) / float(held.ee)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_error_never_grows(seed: int, dtype: torch.dtype) -> None:
+    """Few noisy rows, whose fit at any ridge leaves more error than none: it is shrunk, at the worst to nothing."""
+    x, e = draw(seed, noise=60.0)
+    fit, held = exact_moments(x[:60], e[:60]), exact_moments(x[100:104], e[100:104])
+    found = solve(fit, held, 4, dtype)
+    plain = []
+    for ridge in RIDGES:
+        pair = reduced_rank(fit, 4, ridge)
+        assert pair is not None
+        plain.append(held.error(*pair) / float(held.ee))
+    assert found.remaining <= min(1.0, *plain) * (1 + 1e-3)
+    expected = loss(x[100:104], e[100:104], found.left.double(), found.right.double()) / float(held.ee)
+    assert found.remaining == pytest.approx(expected, rel=1e-6)
+    if min(plain) > 1:
+        assert found.left.any() == (found.remaining < 1)
+
+
+def test_shrinkage_is_the_best_factor() -> None:
+    """Against a search; no factor below 0 or above 1."""
+    x, e = draw(noise=20.0)
+    pair = torch.randn(DEPTH, 3, dtype=torch.float64), torch.randn(3, DEPTH, dtype=torch.float64)
+    held = exact_moments(x, e)
+    for sign in (1.0, -1.0, 0.01):
+        found = shrinkage(held, sign * pair[0], pair[1])
+        factors = [step / 1000 for step in range(1001)]
+        best = min(factors, key=lambda factor: loss(x, e, factor * sign * pair[0], pair[1]))
+        assert found == pytest.approx(best, abs=1e-3)
 
 
 def test_balanced_pairs_have_equal_norms_and_the_same_product() -> None:

@@ -12,19 +12,21 @@ import caprese_distill
 ROOT = Path(caprese_distill.__file__).parent
 # From the bottom; a folder is one floor. A module imports from lower floors, or from its own folder.
 FLOORS = [
-    {"blocks", "loading", "options", "placement", "progress", "schedule"},
+    {"blocks", "head", "loading", "options", "placement", "progress", "schedule"},
     {"command_line", "config", "data", "settings_file"},
-    {"checkpoint", "inputs", "selection"},
-    {"student"},
+    {"calibration", "checkpoint", "inputs"},
+    {"selection"},
+    {"prior", "quality", "student"},
     {"end_to_end", "layer_wise"},
     {"work"},
     {"scale"},
+    {"stage_files"},
     {"memory", "stages", "timing"},
     {"plan"},
     {"result"},
     {"report"},
     {"card"},
-    {"calibrate", "job"},
+    {"calibrate", "evaluate", "job"},
     {"cli"},
 ]
 MAX_PARAMETERS = 8

@@ -14,9 +14,11 @@ from caprese_distill import checkpoint
 from caprese_distill.blocks import find_blocks, resolve_method
 from caprese_distill.data.batches import BATCH_TOKENS, Batch
 from caprese_distill.data.samples import Sample, split
+from caprese_distill.head import Head
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.passes import run_pass
-from caprese_distill.layer_wise.weighted import FLOOR, Gradients, distill_weighted, run_weighted_pass
+from caprese_distill.layer_wise.weighted import FLOOR, distill_weighted, run_weighted_pass
+from caprese_distill.selection import selectors_of
 from caprese_distill.student import Student, frozen
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
@@ -148,10 +150,9 @@ def test_logits_are_the_models_own(model_dir: ModelDir, name: str) -> None:
     batch = Batch([sample], False)
     with (
         frozen(model, False),
-        Student(model, blocks, method, *zeros) as student,
-        Gradients(model, blocks, student) as gradients,
+        Student(model, blocks, selectors_of(blocks, method), *zeros) as student,
     ):
-        found = gradients._logits(student.original(batch))
+        found = Head(model)(student.original(batch))
         expected = model(input_ids=batch.ids()).logits[0, sample.prompt_length :]
     torch.testing.assert_close(found, expected)
 

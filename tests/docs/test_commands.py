@@ -47,6 +47,7 @@ PARSED = {
     "caprese demo": "minutes: tests/serve/test_demo.py runs it in small",
     "caprese distill": "needs a model of the Hub; tests/distill runs every option",
     "caprese calibrate": "needs a model of the Hub; tests/distill/test_calibrate.py runs it",
+    "caprese evaluate": "needs a model of the Hub; tests/distill/test_selected.py runs it",
     "caprese inspect": "needs a model of the Hub, or names placeholders",
     "caprese bench": "minutes to hours; tests/benchmarks runs every verb in small",
     "caprese --install-completion": "changes the user's shell",

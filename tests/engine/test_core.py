@@ -1,5 +1,6 @@
 """Selections by score, prior and core: the engine against one request alone, whatever else it is doing."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vllm import SamplingParams
 
 from caprese_vllm.state import merge
 from tests.support.core import mass_outside
+from tests.support.distill import make_rows, run_distill
 from tests.support.engine import engine, generate, greedy
 from tests.support.equality import BLOCK, BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
 from tests.support.models import make_adapter, random_prompts
@@ -100,6 +102,23 @@ def test_a_weighted_score_needs_no_adapter(model_dir: ModelDir) -> None:
     config = {"method": "griffin", "score": "weighted"}
     with engine(case.model_dir, config) as llm:
         check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, "weighted, no adapter")
+
+
+def test_a_distilled_core_is_served_as_it_was_distilled(model_dir: ModelDir, tmp_path: Path) -> None:
+    """What `caprese distill` writes by its defaults, L, R of some size: the engine's tokens are the reference's."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
+    path = tmp_path / "a.safetensors"
+    result = run_distill(model_dir("llama"), data, path, rank=8, epochs=2, batch=4, learning_rate=3e-2)
+    assert min(pair.float().norm() for pair in result.adapters.right.values()) > 0.1
+    case = Case(model_dir("llama"), "griffin", path, selection=SELECTIONS["core alone"])
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    assert differing(expected, case.expected(prompts, left=None, right=None)) >= len(prompts) // 3
+    with engine(case.model_dir, case.caprese, max_num_batched_tokens=BUDGET, enable_prefix_caching=True) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, "distilled core")
+        report = llm.collective_rpc("caprese_report")[0]
+        assert {key: report[key] for key in ("score", "prior", "core")} == SELECTIONS["core alone"]
 
 
 def test_without_statistics_prompts_are_plain(model_dir: ModelDir, tmp_path: Path) -> None:

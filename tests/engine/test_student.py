@@ -11,6 +11,7 @@ from caprese_distill.blocks import find_blocks, resolve_method
 from caprese_distill.data.batches import Batch
 from caprese_distill.data.samples import Sample
 from caprese_distill.loading import load_model
+from caprese_distill.selection import selectors_of
 from caprese_distill.student import Student
 from caprese_kernels.adapters import Adapters
 from tests.support.engine import engine, generate, greedy
@@ -47,7 +48,10 @@ def test_hidden_states_equal_the_engines(tmp_path: Path, name: str, method: str)
     info, resolved = resolve_method(model.config, "m", method, 0.4, adapters.config.rank, adapters.config.layers)
     blocks = find_blocks(model, info, resolved.layers)
     batch = Batch(samples, False)
-    with torch.no_grad(), Student(model, blocks, resolved, adapters.left, adapters.right) as student:
+    with (
+        torch.no_grad(),
+        Student(model, blocks, selectors_of(blocks, resolved), adapters.left, adapters.right) as student,
+    ):
         original, trained = student.original(batch), student(batch)
     # The head sees the last prompt token, too; that one runs dense.
     expected = torch.cat([hidden[1:] for _, hidden in served])

@@ -121,9 +121,10 @@ def test_extras_of_verbs(distribution: Distribution) -> None:
     """The extra that an error names is the verb's, and enough for it."""
     verbs = distribution.entry_points.select(group="caprese.commands").names
     metadata = Parser().parsestr(distribution.read_text("METADATA") or "")
-    assert verbs == {"demo", "distill", "calibrate", "inspect", "bench", "collect-env"}
-    assert verbs & set(metadata.get_all("Provides-Extra", [])) == {"demo", "distill", "calibrate", "bench"}
-    assert requirements(distribution, "calibrate") == requirements(distribution, "distill")
+    assert verbs == {"demo", "distill", "calibrate", "evaluate", "inspect", "bench", "collect-env"}
+    assert verbs & set(metadata.get_all("Provides-Extra", [])) == {"demo", "distill", "calibrate", "evaluate", "bench"}
+    for verb in ("calibrate", "evaluate"):
+        assert requirements(distribution, verb) == requirements(distribution, "distill")
     assert {"vllm", "openai", "httpx"} <= requirements(distribution, "demo")
     assert requirements(distribution, "distill") | requirements(distribution, "demo") < requirements(
         distribution, "bench"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from caprese_distill.blocks import find_blocks
 from caprese_distill.data.batches import Batch, make_batches
 from caprese_distill.data.samples import Sample
-from caprese_distill.selection import keep_mask, select
+from caprese_distill.selection import keep_mask, select, selectors_of
 from caprese_distill.student import SharedModel, frozen
 from caprese_kernels.config import BaseModelInfo, Method
 
@@ -49,6 +49,7 @@ class LayerWise(SharedModel):
     def __init__(self, model: Any, info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]):
         super().__init__(model, method)
         self.ff, self.blocks = ff, find_blocks(model, info, method.layers)
+        self.selectors = selectors_of(self.blocks, method)
         self.rows: dict[int, tuple[Tensor, ...]] = {}
 
     def __enter__(self) -> LayerWise:
@@ -87,7 +88,8 @@ class LayerWise(SharedModel):
             assert self.batch is not None
             u, v = seen.pop("u"), seen.pop("v")
             g = block.act_fn(u)
-            keep = keep_mask(self.method, self.batch, select(self.method, self.batch, g, g * v), g)
+            selector = self.selectors[layer]
+            keep = keep_mask(selector, self.batch, select(selector, self.batch, g, g * v), g)
             rows = self.batch.rows()
             self.rows[layer] = (*(t.flatten(0, 1)[rows] for t in (args[0], u, v)), keep, y.flatten(0, 1)[rows])
 
@@ -106,6 +108,7 @@ class EndToEnd(SharedModel):
     def __init__(self, model: Any, info: BaseModelInfo, method: Method, ff: Mapping[int, nn.Module]):
         super().__init__(model, method)
         self.ff, self.blocks = ff, find_blocks(model, info, method.layers)
+        self.selectors = selectors_of(self.blocks, method)
 
     def __enter__(self) -> EndToEnd:
         for i, block in self.blocks.items():
@@ -125,12 +128,12 @@ class EndToEnd(SharedModel):
         g = block.act_fn(u)
         if not self.sparse:
             z = g * v
-            self.selections[layer] = select(self.method, self.batch, g, z)
+            self.selections[layer] = select(self.selectors[layer], self.batch, g, z)
             return block.down_proj(z)
         rows = self.batch.rows()
         generated = torch.zeros(x.shape[:2].numel(), dtype=torch.bool, device=x.device)
         generated[rows] = True
-        keep = keep_mask(self.method, self.batch, self.selections[layer], g)
+        keep = keep_mask(self.selectors[layer], self.batch, self.selections[layer], g)
         x, u, v, g = (t.flatten(0, 1) for t in (x, u, v, g))
         y = torch.empty_like(x)
         y[~generated] = block.down_proj((g * v)[~generated])

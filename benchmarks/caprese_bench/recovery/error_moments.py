@@ -25,6 +25,7 @@ from caprese_distill.selection import keep_mask, select
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count, griffin_select
+from caprese_kernels.selection import LayerSelector
 
 CaseMethod = Literal["top-k", "griffin", "cats"]
 
@@ -39,8 +40,8 @@ class Case(NamedTuple):
         """Neurons that the batch's generated tokens keep, [N, F] bool, from g, z [B, T, F]."""
         if self.method == "top-k":
             return griffin_select(z.flatten(0, 1)[batch.rows()].abs(), griffin_count(self.density, z.shape[-1]))
-        method = Method(self.method, self.density, (), 0)
-        return keep_mask(method, batch, select(method, batch, g, z), g)
+        selector = LayerSelector(Method(self.method, self.density, (), 0), z.shape[-1])
+        return keep_mask(selector, batch, select(selector, batch, g, z), g)
 
 
 @dataclass

@@ -35,6 +35,8 @@ def calibrate(context: typer.Context, config: Path | None, as_json: bool, **_: A
 
 def render(result: Calibration) -> Table:
     """What the selections cost on held-out samples, by density."""
+    from ..report import quality_cells  # imports torch, as `run` does
+
     config = result.adapters.config
     chosen = f"score {config.score}, prior {config.prior:g}, core {config.core:g}"
     table = Table(title=f"next token on held-out responses, without L and R; {config.method}, {chosen}")
@@ -42,11 +44,8 @@ def render(result: Calibration) -> Table:
         table.add_column(column, justify="left" if column == "selection" else "right")
     for density, quality in result.quality.items():
         style = "bold" if density == config.density else None
-        cells = (f"{density:g}", f"{quality.kl:.3f}", f"{quality.agreement:.1%}", f"{quality.tokens:,}")
-        table.add_row("this file's", *cells, style=style)
-    plain = result.plain
-    cells = (f"{config.density:g}", f"{plain.kl:.3f}", f"{plain.agreement:.1%}", f"{plain.tokens:,}")
-    table.add_row("each prompt's own (the paper)", *cells)
+        table.add_row("this file's", f"{density:g}", *quality_cells(quality), style=style)
+    table.add_row("each prompt's own (the paper)", f"{config.density:g}", *quality_cells(result.plain))
     return table
 
 

@@ -7,32 +7,28 @@ import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
-from caprese_kernels.selection import LayerSelector
+from caprese_kernels.config import Method
 
-from ..blocks import find_blocks, resolve_method
-from ..data.batches import pack
+from ..blocks import adapter_config, find_blocks
 from ..data.samples import Sample, split
-from ..inputs import check_writable, encode_rows, read_rows
+from ..inputs import check_writable, encode_rows, read_rows, resolve_selection
 from ..loading import find_device, load_model_on, load_small_parts
-from ..placement import device_of, return_freed
+from ..prior import collect_priors
 from ..progress import progress_bar
-from ..stages import save
+from ..quality import MAX_HELD_OUT, Quality, SparseLayers, measure
+from ..selection import Priors, selectors_of
+from ..stage_files import save
 from .config import CalibrateConfig
-from .prior import PriorSums, neuron_norms
-from .quality import Quality, measure
 
 DENSITIES = (0.25, 0.5, 0.75)  # reported beside the chosen one
-MAX_HELD_OUT = 16  # samples whose quality is measured
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,12 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     device = find_device(config.device)
     console.print(str(source), highlight=False, markup=False)
     model_config, tokenizer = load_small_parts(config.model)
-    info, method = resolve_method(model_config, config.model, config.method, config.density, 1, config.layers)
-    method = replace(method, rank=0, score=config.score, prior=config.prior or 0.0, core=config.core or 0.0)
+    info, method = resolve_selection(config, model_config, rank=0)
     samples = encode_rows(config, source, model_config, tokenizer, console)
     model = load_model_on(config.model, config.dtype, device).eval()
     blocks = find_blocks(model, info, method.layers)
     fit, held_out = split(samples)
-    priors = collect_priors(model, blocks, fit, method, console)
+    priors = collect_priors(model, fit, info, method, console=console)
     quality = _measure(model, blocks, held_out[:MAX_HELD_OUT], method, priors, console)
     plain = quality.pop("plain")
     seconds = time.monotonic() - started
@@ -83,48 +78,18 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
         "samples_held_out": len(held_out),
         "tokens": sum(s.num_rows for s in fit),
         "seconds": round(seconds, 1),
-        "quality": {name: {"kl": q.kl, "agreement": q.agreement, "tokens": q.tokens} for name, q in quality.items()},
-        "plain": {"kl": plain.kl, "agreement": plain.agreement, "tokens": plain.tokens},
+        "quality": {name: asdict(q) for name, q in quality.items()},
+        "plain": asdict(plain),
         "data": dict(source.provenance),
         "command": shlex.join(config.command()),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
     }
-    adapters = Adapters(_adapter_config(info, method, training), {}, {}, priors)
+    adapters = Adapters(adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     save(adapters, config.output)
     by_density = {float(name): found for name, found in quality.items()}
     return Calibration(config.output, adapters, by_density, plain, seconds)
-
-
-@torch.no_grad()
-def collect_priors(
-    model: Any, blocks: Mapping[int, nn.Module], samples: Sequence[Sample], method: Method, console: Console
-) -> dict[int, Tensor]:
-    """p [F] float32 of each layer, from one pass of the original model over the samples' responses."""
-    sums = PriorSums(blocks, method.score)
-    decoder = model.get_decoder()
-    with progress_bar(console, "tok/s") as bar:
-        line = bar.add_task("priors", total=sum(len(s.ids) for s in samples))
-        for batch in pack(samples, device_of(model.get_input_embeddings())):
-            with sums.watch(batch.rows()):
-                decoder(input_ids=batch.ids(), use_cache=False)
-            return_freed()
-            bar.advance(line, batch.num_tokens)
-    return sums.priors()
-
-
-def selectors_of(
-    blocks: Mapping[int, nn.Module], method: Method, priors: Mapping[int, Tensor]
-) -> dict[int, LayerSelector]:
-    """One selector a layer, on the layer's device."""
-    found = {}
-    for i in method.layers:
-        scale = neuron_norms(blocks[i]) if method.weighted else None
-        prior = priors[i].to(device_of(blocks[i])) if method.needs_prior else None
-        neurons: Any = blocks[i].down_proj
-        found[i] = LayerSelector(method, neurons.in_features, scale, prior)
-    return found
 
 
 def _measure(
@@ -132,27 +97,14 @@ def _measure(
     blocks: Mapping[int, nn.Module],
     samples: Sequence[Sample],
     method: Method,
-    priors: Mapping[int, Tensor],
+    priors: Priors,
     console: Console,
 ) -> dict[str, Quality]:
     """Quality by density, and "plain": the paper's method."""
     densities = sorted({*DENSITIES, method.density})
-    variants = {f"{d:g}": selectors_of(blocks, replace(method, density=d), priors) for d in densities}
-    variants["plain"] = selectors_of(blocks, Method(method.name, method.density, method.layers, 0), priors)
+    methods = {f"{d:g}": replace(method, density=d) for d in densities}
+    methods["plain"] = Method(method.name, method.density, method.layers, 0)
+    variants = {name: SparseLayers(selectors_of(blocks, each, priors)) for name, each in methods.items()}
     with progress_bar(console, "samples/s") as bar:
         line = bar.add_task("quality", total=len(samples))
         return measure(model, blocks, samples, variants, lambda: bar.advance(line))
-
-
-def _adapter_config(info: BaseModelInfo, method: Method, training: dict[str, Any]) -> AdapterConfig:
-    return AdapterConfig(
-        base_model=info,
-        method=method.name,
-        density=method.density,
-        rank=0,
-        score=method.score,
-        prior=method.prior,
-        core=method.core,
-        layers=list(method.layers),
-        training=training,
-    )

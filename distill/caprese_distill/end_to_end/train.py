@@ -32,6 +32,7 @@ from ..data.samples import Sample, split
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
 from ..schedule import linear_schedule
+from ..selection import selection_settings, selectors_of
 from ..student import SharedModel, Student, frozen
 
 # Batches are cut from this many batches of shuffled samples, sorted by length: little padding, and almost as random
@@ -249,7 +250,7 @@ def training_identity(
         "device": str(device_of(model.get_input_embeddings())),
         "torch": torch.__version__,
     }
-    settings = {"method": method.name, "density": method.density, "initial adapters": checkpoint.digest(initial)}
+    settings = selection_settings(method, None) | {"initial adapters": checkpoint.digest(initial)}
     return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
 
 
@@ -271,9 +272,10 @@ def distill_end_to_end(
     method = method_of(initial.config)
     identity = training_identity(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
     blocks = find_blocks(model, initial.config.base_model, method.layers)
+    selectors = selectors_of(blocks, method, initial.prior)
     with (
         frozen(model, recipe.gradient_checkpointing),
-        Student(model, blocks, method, initial.left, initial.right) as student,
+        Student(model, blocks, selectors, initial.left, initial.right) as student,
     ):
         trainer = train(model, student, samples, recipe, resume, identity, console, ranks)
         left, right = (
@@ -286,4 +288,4 @@ def distill_end_to_end(
         "end_to_end": asdict(recipe)
         | {"steps": trainer.step, "seconds": round(trainer.seconds, 1), "held_out_errors": trainer.errors},
     }
-    return Adapters(initial.config.model_copy(update={"training": training}), left, right)
+    return Adapters(initial.config.model_copy(update={"training": training}), left, right, initial.prior)

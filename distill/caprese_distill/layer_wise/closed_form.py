@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ import torch
 from rich.console import Console
 
 from caprese_kernels.adapters import DTYPES, Adapters
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
+from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
+from ..blocks import adapter_config
 from ..checkpoint import CheckpointStore
 from ..data.batches import Batch, make_batches, pack
 from ..data.samples import Sample, split
 from ..placement import device_of
 from ..progress import progress_bar
+from ..selection import Priors
 from .adam import AdamSettings, Descent
 from .moments import Moments, Sink
 from .passes import Pass, check_ids, feeding, pass_identity, run_pass
@@ -44,6 +46,7 @@ def descend(
     settings: AdamSettings,
     resume: Path | None = None,
     console: Console | None = None,
+    priors: Priors | None = None,
 ) -> Descent:
     """Train L and R of the sparse layers by Adam on the samples to fit, then sum the errors on all samples.
 
@@ -55,9 +58,10 @@ def descend(
     fit, _ = split(samples)
     batches = make_batches(samples, device)
     state = Descent(method.layers, info.hidden_size, method.rank, len(fit), settings, device)
-    store = CheckpointStore(state, resume, console, pass_identity(model, samples, method, settings) if resume else {})
+    identity = pass_identity(model, samples, method, settings, priors) if resume else {}
+    store = CheckpointStore(state, resume, console, identity)
     started = time.monotonic() - state.seconds
-    with progress_bar(console, "tok/s") as bar, feeding(model, info, method) as run:
+    with progress_bar(console, "tok/s") as bar, feeding(model, info, method, priors) as run:
         total = settings.epochs * sum(len(s.ids) for s in fit) + sum(len(s.ids) for s in samples)
         line = bar.add_task("Adam", total=total, completed=state.tokens, first=state.tokens)
 
@@ -92,22 +96,30 @@ def distill_layer_wise(
     resume: Path | None = None,
     console: Console | None = None,
     adam: AdamSettings | None = None,
+    priors: Priors | None = None,
 ) -> Adapters:
     """Adapters for `model` (a transformers causal LM), in its dtype, by the closed form of eq. 7; with `adam`, by Adam.
 
     Every layer is fitted on its own, earlier blocks being the original ones. The adapters' `training` entry has the
     samples, tokens, seconds and the errors of each layer (see `Solution`). At least two samples are needed, one of them
-    to hold out.
+    to hold out. `priors` are what the method's prior and core need; the adapters have them.
     """
     check_samples(samples, model.dtype)
     model.eval()
     if adam is None:
-        state = run_pass(model, samples, info, method, resume, console)
+        state = run_pass(model, samples, info, method, resume, console, priors)
         work = (state, samples, info, method, model.dtype, console)
-        return solve_layers(*work, lambda jobs: itertools.starmap(solve, jobs))
-    descent = descend(model, samples, info, method, adam, resume, console)
-    solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
-    return _make_adapters(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
+        adapters = solve_layers(*work, lambda jobs: itertools.starmap(solve, jobs))
+    else:
+        descent = descend(model, samples, info, method, adam, resume, console, priors)
+        solver = {"solver": "adam", "adam": asdict(adam), "seconds_training": round(descent.seconds_training, 1)}
+        adapters = _make_adapters(descent.solutions(model.dtype), samples, info, method, descent.seconds, solver)
+    return with_priors(adapters, priors)
+
+
+def with_priors(adapters: Adapters, priors: Priors | None) -> Adapters:
+    """The adapters, and the priors of their layers if there are any."""
+    return replace(adapters, prior={i: priors[i] for i in adapters.config.layers} if priors else {})
 
 
 def check_samples(samples: Sequence[Sample], dtype: torch.dtype) -> None:
@@ -157,12 +169,5 @@ def _make_adapters(
         "seconds": round(seconds, 1),
         "errors": {str(i): {key: getattr(s, key) for key in numbers} for i, s in solutions.items()},
     }
-    config = AdapterConfig(
-        base_model=info,
-        method=method.name,
-        density=method.density,
-        rank=method.rank,
-        layers=list(method.layers),
-        training=training,
-    )
+    config = adapter_config(info, method, training)
     return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})

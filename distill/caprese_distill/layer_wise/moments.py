@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.selection import LayerSelector
 
 from ..data.batches import Batch
 from ..data.samples import Sample
 from ..placement import aligned
-from ..selection import keep_mask, select
+from ..selection import Selectors, fixed_neurons, keep_mask, select
 
 
 @dataclass
@@ -56,10 +56,15 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def error(self, left: Tensor, right: Tensor) -> float:
-        """||E - X L R||^2 = tr(E'E) - 2 tr(R' L' X'E) + tr(R' L' X'X L R), for L [D, r] and R [r, D] in float64."""
+    def products(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """tr(R' L' X'E) and ||X L R||^2 = tr(R' L' X'X L R), for L [D, r] and R [r, D] in float64."""
         cross = ((left.t() @ self.xe) * right).sum()
         square = ((left.t() @ self.xx @ left) * (right @ right.t())).sum()
+        return cross, square
+
+    def error(self, left: Tensor, right: Tensor) -> float:
+        """||E - X L R||^2 = tr(E'E) - 2 tr(R' L' X'E) + ||X L R||^2, for L [D, r] and R [r, D] in float64."""
+        cross, square = self.products(left, right)
         return max(float(self.ee - 2 * cross + square), 0.0)  # a tiny difference may round below zero
 
 
@@ -74,11 +79,13 @@ class Observer:
 
     x is the block's input, g its activation's output, z its down projection's input and y its
     output, all as the model itself computes them. E = FF(x) - FF_sparse(x) is the dropped neurons'
-    part, (1 - keep) z W_2, taken as one product: the difference of two rounded outputs would be noise.
+    part, (1 - keep) z W_2, taken as one product: the difference of two rounded outputs would be noise. Where all tokens
+    drop the same neurons, it is the product with those rows of W_2 alone.
     """
 
-    def __init__(self, blocks: Mapping[int, nn.Module], method: Method):
-        self.method = method
+    def __init__(self, blocks: Mapping[int, nn.Module], selectors: Selectors):
+        self.selectors = selectors
+        self.dropped = {i: dropped for i, block in blocks.items() if (dropped := _Dropped.of(block, selectors[i]))}
         self.batch: Batch | None = None
         self.sinks: Mapping[int, Sink] = {}
         self.handles = [handle for layer, block in blocks.items() for handle in self._hooks(layer, block)]
@@ -108,7 +115,7 @@ class Observer:
             seen.clear()
 
         handles = [block.register_forward_pre_hook(see_input), block.down_proj.register_forward_hook(see_output)]
-        if self.method.name == "cats":
+        if self.selectors[layer].method.name == "cats":
             handles.append(block.act_fn.register_forward_hook(see_activation))
         return handles
 
@@ -122,14 +129,38 @@ class Observer:
                 _check_finite(layer, sample, x[b, real], y[b, real])
         batch = replace(self.batch, device=z.device)  # layers may be on several devices
         rows = batch.rows()
-        keep = keep_mask(self.method, batch, select(self.method, batch, g, z), g)
-        dropped = torch.where(keep, 0, z.flatten(0, 1)[rows])
-        with aligned(down):
-            e = F.linear(dropped, down.weight)
+        if layer in self.dropped:
+            e = self.dropped[layer].output(z.flatten(0, 1), rows)
+        else:
+            selector = self.selectors[layer]
+            keep = keep_mask(selector, batch, select(selector, batch, g, z), g)
+            dropped = torch.where(keep, 0, z.flatten(0, 1)[rows])
+            with aligned(down):
+                e = F.linear(dropped, down.weight)
         if not _finite(e):  # a finite output may have parts that are not, in float16
             for b, sample in enumerate(self.batch.samples):
                 _check_finite(layer, sample, e[batch.owners() == b])
         self.sinks[layer].add(x.flatten(0, 1)[rows], e, y.flatten(0, 1)[rows])
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """The neurons that no generated token keeps: their indices [F - k], and their columns of W_2 [D, F - k]."""
+
+    neurons: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, block: Any, selector: LayerSelector) -> _Dropped | None:
+        """None where tokens keep different neurons."""
+        if fixed_neurons(selector, block) is None:
+            return None
+        neurons = (~selector.core).nonzero()[:, 0]
+        return cls(neurons, block.down_proj.weight.detach()[:, neurons])
+
+    def output(self, z: Tensor, rows: Tensor) -> Tensor:
+        """What they add to the output of the tokens `rows` [N]: [N, D] from z [B * T, F]."""
+        return F.linear(z[rows[:, None], self.neurons], self.weight)
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
-from ..blocks import find_blocks
+from ..blocks import find_blocks, truncated_decoder
 from ..checkpoint import CheckpointStore
 from ..data.batches import BATCH_TOKENS, Batch, make_batches
 from ..data.samples import Sample
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
+from ..selection import Priors, selection_settings, selectors_of
 from .adam import AdamSettings
 from .moments import Moments, Observer, Sink
 
@@ -66,11 +67,15 @@ class Pass:
 
 
 def pass_identity(
-    model: Any, samples: Sequence[Sample], method: Method, adam: AdamSettings | None = None
+    model: Any,
+    samples: Sequence[Sample],
+    method: Method,
+    adam: AdamSettings | None = None,
+    priors: Priors | None = None,
 ) -> dict[str, Any]:
     """All that the sums, or Adam's L and R, depend on: a checkpoint with another identity is not resumed."""
     device = device_of(model.get_input_embeddings())
-    settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
+    settings = selection_settings(method, priors)
     settings["solver"] = "adam" if adam else "closed-form"
     settings |= {"rank": method.rank, "Adam settings": asdict(adam)} if adam else {}
     versions = {"dtype": str(model.dtype), "device": str(device), "torch": torch.__version__}
@@ -85,17 +90,22 @@ def run_pass(
     method: Method,
     resume: Path | None = None,
     console: Console | None = None,
+    priors: Priors | None = None,
 ) -> Pass:
     """Feed every sample to the original model and sum the moments of the sparse layers' FF blocks.
 
-    With `resume`, the sums are saved to that file every minute or so (less often where writing is slow), and a run with
-    the same model, samples and settings continues from there, to the same bits.
+    `priors` are those that the method needs. With `resume`, the sums are saved to that file every minute or so (less
+    often where writing is slow), and a run with the same model, samples and settings continues from there, to the same
+    bits.
     """
-    identity = prepare_pass(model, samples, info, method, digest=resume is not None)
+    identity = prepare_pass(model, samples, info, method, digest=resume is not None, priors=priors)
     device = device_of(model.get_input_embeddings())
     state = Pass.begin(block_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
-    with checkpointed(state, batches, resume, identity, console) as record, feeding(model, info, method) as feed:
+    with (
+        checkpointed(state, batches, resume, identity, console) as record,
+        feeding(model, info, method, priors) as feed,
+    ):
         for batch in batches[state.batches :]:
             feed(batch, state.held_out if batch.held_out else state.fit)
             record(1)
@@ -103,7 +113,13 @@ def run_pass(
 
 
 def prepare_pass(
-    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, parts: int = 2
+    model: Any,
+    samples: Sequence[Sample],
+    info: BaseModelInfo,
+    method: Method,
+    digest: bool,
+    parts: int = 2,
+    priors: Priors | None = None,
 ) -> dict[str, Any]:
     """Check ids and memory before any work; returns `pass_identity` (empty without `digest`).
 
@@ -112,14 +128,17 @@ def prepare_pass(
     check_ids(samples, model)
     for device, layers in Counter(block_devices(model, info, method).values()).items():
         _check_memory(parts * layers, info.hidden_size, device)
-    return pass_identity(model, samples, method) if digest else {}
+    return pass_identity(model, samples, method, priors=priors) if digest else {}
 
 
 @contextlib.contextmanager
-def feeding(model: Any, info: BaseModelInfo, method: Method) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
+def feeding(
+    model: Any, info: BaseModelInfo, method: Method, priors: Priors | None = None
+) -> Iterator[Callable[[Batch, Mapping[int, Sink]], None]]:
     """Within it, a function that runs the original model over a batch, each layer adding to its sink."""
     blocks = find_blocks(model, info, method.layers)
-    with Observer(blocks, method) as observer, _truncated_decoder(model, method) as decoder:
+    selectors = selectors_of(blocks, method, priors)
+    with Observer(blocks, selectors) as observer, truncated_decoder(model, method.layers) as decoder:
 
         def feed(batch: Batch, sinks: Mapping[int, Sink]) -> None:
             observer.expect(batch, sinks)
@@ -157,18 +176,6 @@ def checkpointed(
 def block_devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:
     """The device on which each sparse layer's FF block computes."""
     return {i: device_of(block) for i, block in find_blocks(model, info, method.layers).items()}
-
-
-@contextlib.contextmanager
-def _truncated_decoder(model: Any, method: Method) -> Iterator[nn.Module]:
-    """The decoder up to the last sparse layer: later layers change no moments."""
-    decoder = model.get_decoder()
-    layers = decoder.layers
-    decoder.layers = layers[: max(method.layers) + 1]
-    try:
-        yield decoder
-    finally:
-        decoder.layers = layers
 
 
 def check_ids(samples: Sequence[Sample], model: Any) -> None:

@@ -10,7 +10,7 @@ objective is ||S^(1/2) (L R - B)||^2 plus a constant, and V holds the right sing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,22 +60,50 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * scale, right * inverse[:, None]
 
 
+def shrinkage(held_out: Moments, left: Tensor, right: Tensor) -> float:
+    """The factor c in [0, 1] with the least ||E - c X L R||^2: tr(R' L' X'E) / ||X L R||^2, within that range."""
+    cross, square = map(float, held_out.products(left, right))
+    return min(max(ratio(cross, square), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """L and R for one ridge, rounded to the adapter's dtype, and their held-out error ||E - X L R||^2."""
+
+    ridge: float
+    left: Tensor
+    right: Tensor
+    error: float
+
+
+def _candidate(
+    fit: Moments, held_out: Moments, rank: int, dtype: torch.dtype, ridge: float, shrink: bool = False
+) -> _Candidate:
+    depth = len(fit.xx)
+    nothing = (fit.xx.new_zeros(depth, rank), fit.xx.new_zeros(rank, depth))
+    left, right = balance(*(reduced_rank(fit, rank, ridge) or nothing))
+    if shrink:
+        root = shrinkage(held_out, left, right) ** 0.5
+        left, right = root * left, root * right
+    left, right = left.to(dtype).double(), right.to(dtype).double()
+    return _Candidate(ridge, left, right, held_out.error(left, right))
+
+
 def solve(fit: Moments, held_out: Moments, rank: int, dtype: torch.dtype) -> Solution:
     """L and R of one layer: the ridge is the one of RIDGES with the least held-out error.
 
+    Where all of them leave more than no L and R would, as for few rows, L R is shrunk by a factor (`shrinkage`): the
+    ridge is then the one with the least error after that. So the held-out error is never above ||E||^2.
     Errors are those of L and R as stored, rounded to `dtype`. No positive definite S (X = 0) gives L = R = 0.
     """
-    depth = len(fit.xx)
-    nothing = (fit.xx.new_zeros(depth, rank), fit.xx.new_zeros(rank, depth))
-    best: tuple[float, float, Tensor, Tensor] | None = None
-    for ridge in RIDGES:
-        left, right = balance(*(reduced_rank(fit, rank, ridge) or nothing))
-        left, right = left.to(dtype).double(), right.to(dtype).double()
-        error = held_out.error(left, right)
-        if best is None or error < best[0]:
-            best = error, ridge, left, right
-    assert best is not None
-    error, ridge, left, right = best
+    best = min((_candidate(fit, held_out, rank, dtype, ridge) for ridge in RIDGES), key=lambda each: each.error)
+    whole = float(held_out.ee)
+    if best.error > whole:
+        shrunk = (_candidate(fit, held_out, rank, dtype, ridge, shrink=True) for ridge in RIDGES)
+        best = min(shrunk, key=lambda each: each.error)
+    if best.error > whole:  # by rounding to `dtype`
+        best = replace(best, error=whole, left=torch.zeros_like(best.left), right=torch.zeros_like(best.right))
+    error, ridge, left, right = best.error, best.ridge, best.left, best.right
     return Solution(
         left.to(dtype),
         right.to(dtype),

@@ -34,15 +34,16 @@ from ..blocks import find_blocks, method_of
 from ..checkpoint import CheckpointStore, digest
 from ..data.batches import Batch, make_batches
 from ..data.samples import Sample
+from ..head import LOGIT_ROWS, Head
 from ..placement import device_of
 from ..progress import progress_bar
+from ..selection import selectors_of
 from ..student import Student, frozen
 from .moments import Moments, Observer
 from .passes import Pass, block_devices, pass_identity
 from .solve import Solution, ratio, solve
 
 FLOOR = 1.0  # with less (0.1), the demo model's easy task loses what its hard one wins: see docs/distill.md
-LOGIT_ROWS = 256  # tokens whose distributions, [LOGIT_ROWS, vocabulary] in float32, are held at once
 
 
 @dataclass
@@ -126,11 +127,7 @@ class Gradients:
     """g_n of a batch: the gradient of KL(original || student) at each sparse FF block's output."""
 
     def __init__(self, model: Any, blocks: Mapping[int, nn.Module], student: Student):
-        self.student, self.head = student, model.get_output_embeddings()
-        config = model.config.get_text_config()
-        # Between head and softmax: Cohere's and Granite's factors, Gemma 2's cap.
-        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.student, self.head = student, Head(model)
         self.probes: dict[int, Tensor] = {}
         self.handles = [block.register_forward_hook(self._hook(i)) for i, block in blocks.items()]
 
@@ -156,13 +153,9 @@ class Gradients:
     def _divergence_gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
         """d KL / d hidden of some tokens."""
         hidden = hidden.requires_grad_()
-        likely = self._logits(target).softmax(dim=-1)
-        loss = F.cross_entropy(self._logits(hidden), likely, reduction="sum")  # KL plus a constant
+        likely = self.head(target).softmax(dim=-1)
+        loss = F.cross_entropy(self.head(hidden), likely, reduction="sum")  # KL plus a constant
         return torch.autograd.grad(loss, hidden)[0]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden).float() * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def _hook(self, layer: int) -> Any:
         def add_probe(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
@@ -176,7 +169,7 @@ class Gradients:
 
 def weighted_identity(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
     """All that the weighted sums depend on: a checkpoint with another identity is not resumed."""
-    return pass_identity(model, samples, method) | {
+    return pass_identity(model, samples, method, priors=initial.prior) | {
         "weighting": "gradient",
         "initial adapters": digest(initial.tensors()),
     }
@@ -199,6 +192,7 @@ def run_weighted_pass(
     info, method = initial.config.base_model, method_of(initial.config)
     device = device_of(model.get_input_embeddings())
     blocks = find_blocks(model, info, method.layers)
+    selectors = selectors_of(blocks, method, initial.prior)
     state = WeightedPass.begin(block_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
     identity = weighted_identity(model, samples, method, initial) if resume else {}
@@ -207,8 +201,8 @@ def run_weighted_pass(
     with (
         progress_bar(console, "tok/s") as bar,
         frozen(model, gradient_checkpointing),
-        Observer(blocks, method) as observer,
-        Student(model, blocks, method, initial.left, initial.right) as student,
+        Observer(blocks, selectors) as observer,
+        Student(model, blocks, selectors, initial.left, initial.right) as student,
         Gradients(model, blocks, student) as gradients,
     ):
         done = sum(b.num_tokens for b in batches[: state.batches])
@@ -263,7 +257,8 @@ def distill_weighted(
         "errors": {str(i): {key: getattr(s, key) for key in numbers} for i, s in solutions.items()},
     }
     config = initial.config.model_copy(update={"training": training})
-    return Adapters(config, {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()})
+    left, right = {i: s.left for i, s in solutions.items()}, {i: s.right for i, s in solutions.items()}
+    return Adapters(config, left, right, initial.prior)
 
 
 def _with_errors(found: Solution, fit: Moments, held_out: Moments) -> Solution:

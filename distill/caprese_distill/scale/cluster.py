@@ -10,175 +10,38 @@ shards. This process holds no model, only the sums, the checkpoint and the progr
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method
-from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
-from ..data.batches import BATCH_TOKENS, Batch, make_batches
-from ..data.samples import Sample
-from ..layer_wise.closed_form import check_samples, solve_layers
+from ..data.batches import BATCH_TOKENS, Batch, make_batches, pack
+from ..data.samples import Sample, split
+from ..layer_wise.closed_form import check_samples, solve_layers, with_priors
 from ..layer_wise.moments import Moments
 from ..layer_wise.passes import Pass, checkpointed, feeding, prepare_pass
 from ..layer_wise.solve import Solution, solve
+from ..prior import PriorSums, checkpointed_priors, feeding_priors, prior_identity
+from ..quality import Quality, measure_adapters
+from ..selection import Priors
 from ..work import Work
+from .pool import Pool
 from .ray_training import Workers, train
 
 # A pass is cut into SHARDS shards of at most SHARD_BATCHES batches (then into more shards): enough for the workers to
 # finish at about the same time, but few, because each shard's sums (2 * 8 * D^2 bytes a layer) are sent once.
 SHARDS, SHARD_BATCHES = 32, 64
-RETRIES = 3  # after so many more deaths of workers on the same shard, the run fails
-
-
-def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, float]]:
-    """Join the Ray cluster of RAY_ADDRESS, or start one on this machine.
-
-    Returns the workers' device, "cpu" or "cuda", and the resources of each: a GPU, or its share of the CPUs, which is
-    also its number of threads. CapreseError if Ray is missing or unreachable, or if fewer CPUs or GPUs are free than
-    `num_workers` (Ray itself would wait for them).
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each, where there is no cluster
-    try:
-        import ray
-    except ImportError:
-        raise CapreseError(
-            "--num-workers", expected="Ray", found="no module ray", fix="pip install 'caprese-vllm[ray]'"
-        ) from None
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        try:
-            ray.init(address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise CapreseError(
-                "Ray",
-                expected="a cluster at RAY_ADDRESS, or room for one on this machine",
-                found=shorten(str(error), 250),
-                fix="start it (ray start --head), or unset RAY_ADDRESS",
-            ) from None
-    free = ray.available_resources()
-    gpus, cpus = int(free.get("GPU", 0)), int(free.get("CPU", 0))
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    found, kind = (gpus, "GPUs") if device == "cuda" else (cpus, "CPUs")
-    if num_workers > found:
-        raise CapreseError(
-            "--num-workers",
-            expected=f"at most {found}, the {kind} that Ray has free",
-            found=str(num_workers),
-            fix="lower it",
-        )
-    if device == "cuda":
-        return device, {"GPU": 1, "CPU": 1}
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return device, {"CPU": threads_of(nodes, num_workers, cpus)}
-
-
-def threads_of(nodes: Sequence[int], num_workers: int, free: int) -> int:
-    """The most CPUs that each worker can have of the `free` ones, all on one node; `nodes` has each node's CPUs."""
-    return next(
-        n for n in range(free // num_workers, 0, -1) if sum(node // n for node in nodes) >= num_workers or n == 1
-    )
-
-
-class _Worker:
-    """Runs functions of the model. It loads the model at the first call, so that a loading error reaches the caller."""
-
-    def __init__(self, load: Callable[[], Any]):
-        self.load = load
-
-    @cached_property
-    def model(self) -> Any:
-        return self.load().eval()
-
-    def run(self, index: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, Any]:
-        return index, function(self.model, *arguments)
-
-
-class Pool:
-    """Workers, each with the model that `load` returns there; use it in a `with` statement, after `connect`.
-
-    `load` is sent to the workers, so it must be a module's function with its arguments (functools.partial), and paths
-    in it must exist on every node.
-    """
-
-    def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float]):
-        import ray
-        from ray.util import ActorPool
-
-        actor = ray.remote(_Worker).options(
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
-        )
-        self.actors = [actor.remote(load) for _ in range(num_workers)]
-        self.pool = ActorPool(self.actors)
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
-
-    def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """function(model, *job) of every job, in the jobs' order, each on the first free worker.
-
-        Re-raises an error of the function. A worker that dies is restarted and its job repeated; CapreseError if that
-        job kills it 1 + RETRIES times.
-        """
-        import ray
-
-        numbered, early, wanted = enumerate(jobs), dict[int, Any](), 0
-
-        def submit(count: int) -> None:
-            for job in itertools.islice(numbered, count):
-                self.pool.submit(lambda actor, job: actor.run.remote(job[0], function, job[1]), job)
-
-        submit(2 * len(self.actors))  # the most jobs running or waiting for an earlier one, however slow that is
-        try:
-            while self.pool.has_next():
-                index, result = self.pool.get_next_unordered()
-                early[index] = result
-                while wanted in early:
-                    yield early.pop(wanted)
-                    wanted += 1
-                    submit(1)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise CapreseError(
-                "workers",
-                expected=f"one that survives its share of the work in {1 + RETRIES} attempts",
-                found=shorten(str(error).strip().splitlines()[-1], 300),
-                fix="give them more memory, or a lower --max-length; the same command continues from the checkpoint",
-            ) from None
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(model, *arguments) on one of the workers."""
-        return next(self.map(function, [arguments]))
 
 
 def shards(batches: Sequence[Batch], done: int = 0) -> list[list[Batch]]:
@@ -196,21 +59,41 @@ def run_pass(
     method: Method,
     resume: Path | None = None,
     console: Console | None = None,
+    priors: Priors | None = None,
 ) -> Pass:
     """`passes.run_pass` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
-    identity, device = pool.call(_prepare_pass, samples, info, method, resume is not None)
+    identity, device = pool.call(_prepare_pass, samples, info, method, resume is not None, priors)
     state = Pass.begin(dict.fromkeys(method.layers, torch.device("cpu")), info.hidden_size)
     batches = make_batches(samples, device)
     identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
     with checkpointed(state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
-        for part, sums in zip(parts, pool.map(_sum_shard, ((info, method, part) for part in parts)), strict=True):
+        jobs = ((info, method, part, priors) for part in parts)
+        for part, sums in zip(parts, pool.map(_sum_shard, jobs), strict=True):
             for i, moments in (state.held_out if part[0].held_out else state.fit).items():
                 for field, value in zip(fields(Moments), sums[i], strict=True):
                     total = getattr(moments, field.name).numpy()
                     total += value
             record(len(part))
     return state
+
+
+def run_prior_pass(
+    pool: Pool, samples: Sequence[Sample], info: BaseModelInfo, method: Method, resume: Path, console: Console | None
+) -> dict[int, Tensor]:
+    """`prior.collect_priors` on the workers of `pool`, the sums in this process; the checkpoint is the same."""
+    identity, device = pool.call(_prepare_prior_pass, samples, method)
+    batches = pack(samples, device)
+    identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
+    state = PriorSums.zeros(dict.fromkeys(method.layers, torch.device("cpu")), info.intermediate_size)
+    with checkpointed_priors(state, batches, resume, identity, console) as record:
+        parts = shards(batches, state.batches)
+        jobs = ((info, method, part) for part in parts)
+        for part, sums in zip(parts, pool.map(_sum_priors, jobs), strict=True):
+            for i, total in state.sums.items():
+                total += torch.from_numpy(np.array(sums[i]))
+            record(len(part))
+    return state.priors()
 
 
 class Cluster:
@@ -239,6 +122,10 @@ class Cluster:
         """`checkpoint.fingerprint` of the workers' model."""
         return self.pool().call(_fingerprint, samples, settings)
 
+    def priors(self, work: Work, resume: Path, console: Console | None = None) -> dict[int, Tensor]:
+        """`collect_priors` of the samples to fit, the pass by shards."""
+        return run_prior_pass(self.pool(), split(work.samples)[0], work.info, work.method, resume, console)
+
     def layer_wise(self, work: Work, resume: Path | None = None, console: Console | None = None) -> Adapters:
         """`distill_layer_wise` in closed form: the pass by shards, then the solutions by layers."""
         assert work.adam is None, "DistillConfig allows Adam in one process only"
@@ -246,9 +133,10 @@ class Cluster:
         with contextlib.closing(self):
             dtype = pool.call(_dtype)
             check_samples(work.samples, dtype)
-            state = run_pass(pool, work.samples, work.info, work.method, resume, console)
+            state = run_pass(pool, work.samples, work.info, work.method, resume, console, work.priors)
             solve_all = partial(pool.map, _solve)
-            return solve_layers(state, work.samples, work.info, work.method, dtype, console, solve_all)
+            solved = solve_layers(state, work.samples, work.info, work.method, dtype, console, solve_all)
+            return with_priors(solved, work.priors)
 
     def end_to_end(
         self,
@@ -263,6 +151,13 @@ class Cluster:
         self.close()
         return train(self.workers, work.samples, initial, work.recipe, resume, console, writer)
 
+    def quality(
+        self, samples: Sequence[Sample], adapters: Adapters, console: Console | None = None
+    ) -> dict[str, Quality]:
+        """`measure_adapters` on one of the workers, which takes a small part of the run's time."""
+        with contextlib.closing(self):
+            return self.pool().call(_quality, adapters, samples)
+
 
 # What workers run. Matrices are passed as numpy arrays, which Ray keeps in shared memory without a copy.
 
@@ -276,18 +171,37 @@ def _fingerprint(model: Any, samples: Sequence[Sample], settings: Mapping[str, A
 
 
 def _prepare_pass(
-    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool
+    model: Any, samples: Sequence[Sample], info: BaseModelInfo, method: Method, digest: bool, priors: Priors | None
 ) -> tuple[dict[str, Any], torch.device]:
-    return prepare_pass(model, samples, info, method, digest, parts=1), next(model.parameters()).device
+    device = next(model.parameters()).device
+    return prepare_pass(model, samples, info, method, digest, parts=1, priors=priors), device
+
+
+def _prepare_prior_pass(model: Any, samples: Sequence[Sample], method: Method) -> tuple[dict[str, Any], torch.device]:
+    return prior_identity(model, samples, method), next(model.parameters()).device
+
+
+@torch.no_grad()
+def _sum_priors(model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]) -> dict[int, np.ndarray]:
+    device = next(model.parameters()).device
+    state = PriorSums.zeros(dict.fromkeys(method.layers, device), info.intermediate_size)
+    with feeding_priors(model, info, method) as feed:
+        for batch in batches:
+            feed(batch, state)
+    return {i: total.cpu().numpy() for i, total in state.sums.items()}
+
+
+def _quality(model: Any, adapters: Adapters, samples: Sequence[Sample]) -> dict[str, Quality]:
+    return measure_adapters(model, adapters, samples)
 
 
 @torch.no_grad()
 def _sum_shard(
-    model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch]
+    model: Any, info: BaseModelInfo, method: Method, batches: Sequence[Batch], priors: Priors | None
 ) -> dict[int, list[np.ndarray]]:
     device = next(model.parameters()).device
     sums = {i: Moments.zeros(info.hidden_size, device) for i in method.layers}
-    with feeding(model, info, method) as feed:
+    with feeding(model, info, method, priors) as feed:
         for batch in batches:
             feed(batch, sums)
     return {i: [getattr(m, f.name).cpu().numpy() for f in fields(m)] for i, m in sums.items()}

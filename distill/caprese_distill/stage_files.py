@@ -1,0 +1,97 @@
+"""The files of a run beside its output: what the stages finished, the checkpoints, and the adapter itself."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from caprese_kernels.adapters import Adapters
+from caprese_kernels.errors import CapreseError
+
+from . import checkpoint
+
+
+def save(adapters: Adapters, path: Path) -> None:
+    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
+    try:
+        adapters.save(path)
+    except (OSError, SafetensorError) as error:
+        raise CapreseError(
+            f"output {path}",
+            expected="a file that can be written",
+            found=getattr(error, "strerror", None) or str(error),
+            fix="free some space, or give another --output; the same command continues from the last checkpoint",
+        ) from None
+
+
+def held_bytes(output: Path) -> int:
+    """Bytes of the files that a killed run left beside `output`."""
+    return sum(path.stat().st_size for path in hidden_files(output) if path.exists())
+
+
+def clean_up(output: Path) -> None:
+    """Remove the hidden files beside `output`, once it is written."""
+    for path in hidden_files(output):
+        checkpoint.remove(path)
+    shutil.rmtree(scratch_path(output), ignore_errors=True)
+
+
+def scratch_path(output: Path) -> Path:
+    """The directory for Ray Train's own files of a run."""
+    return output.with_name(f".{output.name}.ray")
+
+
+def keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
+    """Write what a stage made to `path`, and remove its checkpoint `resume`."""
+    marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
+    save(replace(adapters, config=marked), path)
+    checkpoint.remove(resume)
+
+
+def load_stage(path: Path, identity: str) -> Adapters | None:
+    """What a stage with the same identity left at `path`; None without it."""
+    if path.exists():
+        with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
+            found = Adapters.load(path)
+            if found.config.training.pop("identity", None) == identity:
+                return found
+    return None
+
+
+def stage_identity(settings: Mapping[str, Any]) -> str:
+    """A hash of all that a stage depends on."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def hidden_files(output: Path) -> list[Path]:
+    """All that a killed run may leave beside the output, but for Ray's directory."""
+    paths = (checkpoint.resume_path, prior_resume_path, prior_path, layer_wise_path, weighted_path)
+    return [path(output) for path in paths]
+
+
+def prior_path(output: Path) -> Path:
+    """The priors."""
+    return output.with_name(f".{output.name}.prior")
+
+
+def prior_resume_path(output: Path) -> Path:
+    """The checkpoint of the pass for the priors."""
+    return output.with_name(f".{output.name}.prior-resume")
+
+
+def layer_wise_path(output: Path) -> Path:
+    """The adapters of the layer-wise stage."""
+    return output.with_name(f".{output.name}.layer-wise")
+
+
+def weighted_path(output: Path) -> Path:
+    """The adapters of the weighted closed form."""
+    return output.with_name(f".{output.name}.weighted")
