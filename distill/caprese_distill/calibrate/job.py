@@ -20,9 +20,10 @@ from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
 from caprese_kernels.selection import LayerSelector
 
 from ..blocks import find_blocks, resolve_method
+from ..data.bad_rows import BadRows
 from ..data.batches import pack
 from ..data.samples import Sample, split
-from ..inputs import check_writable, encode_rows, read_rows
+from ..inputs import chat_renderer, check_writable, encode_rows, read_rows
 from ..loading import find_device, load_model_on, load_small_parts
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
@@ -62,14 +63,17 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     CapreseError for data, model or settings that do not fit.
     """
     console, started = console or Console(quiet=True), time.monotonic()
-    source = read_rows(config)
+    bad_rows = BadRows(config.max_bad_rows)
+    source = read_rows(config, bad_rows)
     check_writable(config.output)
     device = find_device(config.device)
-    console.print(str(source), highlight=False, markup=False)
+    for note in (str(source), *source.notes):
+        console.print(note, highlight=False, markup=False)
     model_config, tokenizer = load_small_parts(config.model)
     info, method = resolve_method(model_config, config.model, config.method, config.density, 1, config.layers)
     method = replace(method, rank=0, score=config.score, prior=config.prior or 0.0, core=config.core or 0.0)
-    samples = encode_rows(config, source, model_config, tokenizer, console)
+    renderer = chat_renderer(config, model_config, tokenizer, console)
+    samples = encode_rows(config, source, model_config, renderer, bad_rows, console)
     model = load_model_on(config.model, config.dtype, device).eval()
     blocks = find_blocks(model, info, method.layers)
     fit, held_out = split(samples)
