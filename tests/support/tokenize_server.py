@@ -1,4 +1,4 @@
-"""vLLM's own `/tokenize` for any model directory, without an engine: the app of `vllm launch render`, in this process."""
+"""vLLM's own `/tokenize` for any model directory, without an engine: the app of `vllm launch render`."""
 
 from __future__ import annotations
 

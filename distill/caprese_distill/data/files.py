@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -88,10 +89,10 @@ def _data_files(directory: Path, split: str | None) -> list[Path]:
         return []  # a slice
     from datasets.data_files import get_data_patterns, resolve_pattern
 
-    patterns = get_data_patterns(str(directory.absolute()))
-    if (split or "train") not in patterns:
-        return []
-    found = {Path(each) for pattern in patterns[split or "train"] for each in resolve_pattern(pattern, "")}
+    base, found = str(directory.absolute()), set[Path]()
+    for pattern in get_data_patterns(base).get(split or "train", ()):
+        with contextlib.suppress(FileNotFoundError):  # one of a split's patterns is enough
+            found.update(map(Path, resolve_pattern(pattern, base)))
     return [path for path in files if path.absolute() in found]
 
 
@@ -199,7 +200,7 @@ def _object(value: Any) -> Mapping[str, Any] | BadRow:
     """The JSON object of a line or of a list's value."""
     if isinstance(value, bytes):
         try:
-            value = json.loads(value.decode("utf-8"))
+            value = json.loads(value.decode("utf-8").rstrip())
         except UnicodeDecodeError as error:
             return BadRow("text in UTF-8", f"byte {error.start} is not", "convert the file")
         except json.JSONDecodeError as error:

@@ -113,9 +113,9 @@ def _message(column: str, message: Any) -> Message:
 
 
 def _content(column: str, content: Any) -> Any:
-    """Text, or a list of parts of text."""
+    """Text, or a list of parts of text; no part for none."""
     if content is None:
-        return ""
+        return []
     if isinstance(content, list):
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else "text"

@@ -74,7 +74,7 @@ def choose_columns(
     for given, option in ((prompt, "--prompt-column"), (response, "--response-column")):
         if given is not None and given not in names:
             _refuse(where, f"a column {given!r}", names, f"correct {option}")
-    known = {name.lower(): name for name in reversed(names) if 2 * counts[name] > len(sample)}
+    known = {name.lower(): name for name in reversed(names) if 2 * counts[name] >= len(sample)}
     talks = [known[name] for name in CONVERSATION_COLUMNS if name in known and _most(sample, known[name])]
     texts = [known[name] for name in PROMPT_COLUMNS if name in known]
     # A conversation without a response is of use only if there is no text, or another column responds.
@@ -214,9 +214,9 @@ def instructed(row: Row, instruction: str) -> Row:
 
 
 def _most(sample: Sequence[Mapping[str, Any]], column: str, test: Any = is_conversation) -> bool:
-    """Whether `test` holds for more than half of the column's values."""
+    """Whether `test` holds for half of the column's values or more."""
     values = [row[column] for row in sample if row.get(column) is not None]
-    return 2 * sum(map(test, values)) > len(values)
+    return bool(values) and 2 * sum(map(test, values)) >= len(values)
 
 
 def _has_text(value: Any) -> bool:
