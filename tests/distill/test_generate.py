@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,25 @@ def test_a_killed_engine_continues_to_the_same_rows(
     for sample, again in zip(parts.samples, encode(ChatRenderer(tokenizer), read, 10_000)[0], strict=True):
         text = tokenizer.decode(again.ids)
         assert text.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
+
+
+def test_a_cpu_samples_from_prompts_longer_than_its_batches(
+    ask: Callable[..., module.Generated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would cut them into chunks, after which its CPU runner cannot draw by a seed."""
+    shown: list[str] = []
+    pace = module._pace
+    monkeypatch.setattr(module, "_pace", lambda *words: shown.append(pace(*words)) or shown[-1])
+    monkeypatch.setattr(module, "CHUNK", 64)
+    rows = [Row(line, " ".join([row["prompt"]] * 14), "") for line, row in enumerate(make_rows(40), start=1)]
+    made = ask(tmp_path / "a.safetensors", rows, 400, engine={"enforce_eager": True}, max_new_tokens=40)
+    prompt_tokens = sum(sample.prompt_length for sample in made.samples)
+    assert prompt_tokens > 4096  # more than a step takes
+    assert len(made.samples) == 40
+    assert made.provenance["sampling"] == {"temperature": 0.8}
+    tokens = made.provenance["tokens"]
+    assert shown[0] == "responses (0 tokens)"
+    assert re.fullmatch(rf"responses \({tokens:,} tokens, [\d,]+ tok/s\)", shown[-1])
 
 
 def fake_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:

@@ -165,7 +165,7 @@ def test_the_instruction_joins_the_first_part() -> None:
 
 
 BAD = [
-    ('{"messages": ', "a JSON object; found Expecting value at character 13"),
+    ('{"messages": ', "a JSON object; found Expecting value at character 12"),
     ("3", "a JSON object; found int"),
     ('{"other": 1}', "a key 'messages', as in the first rows; found the columns other"),
     (

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,7 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
         )
         first = total - len(job["prompts"])
         line = bar.add_task("starting vLLM", total=total, completed=first, first=first, start=False)
+        started = 0.0  # when the engine was ready
         try:
             assert process.stdout is not None
             for message in map(json.loads, process.stdout):
@@ -232,8 +234,8 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
                     parts = message["error"]
                     raise CapreseError(parts.pop("what"), **parts)
                 bar.start_task(line)
-                tokens = f"responses ({message['tokens']:,} tokens)"
-                bar.update(line, completed=first + message["done"], description=tokens)
+                bar.update(line, completed=first + message["done"], description=_pace(message["tokens"], started))
+                started = started or time.monotonic()
             code = process.wait()
         finally:
             if process.poll() is None:
@@ -241,6 +243,12 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
                 process.wait()
     if code:
         raise _failed(output, f"exit code {code}: {_last_error(log)}")
+
+
+def _pace(tokens: int, started: float) -> str:
+    """How many tokens were sampled, and how fast, since the time `started` (0: just now)."""
+    seconds = time.monotonic() - started if started else 0.0
+    return f"responses ({tokens:,} tokens" + (f", {tokens / seconds:,.0f} tok/s)" if tokens and seconds else ")")
 
 
 def _failed(output: Path, found: str) -> CapreseError:
