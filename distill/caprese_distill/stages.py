@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from . import checkpoint
 from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
 from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
+from .kept import kept_files, set_aside, take_back
 from .layer_wise.adam import AdamSettings, Descent
 from .layer_wise.closed_form import distill_layer_wise
 from .layer_wise.passes import pass_identity
@@ -140,6 +140,8 @@ def run_stages(
     adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
     if work.weighting:
         adapters = _weighted_stage(model, work, output, keep, console, adapters)
+    elif _weighted_path(output).exists():
+        set_aside(_weighted_path(output))
     if work.recipe is None:
         return adapters
     return_freed()
@@ -167,9 +169,10 @@ def held_bytes(output: Path) -> int:
 
 
 def clean_up(output: Path) -> None:
-    """Remove the hidden files beside `output`, once it is written."""
+    """Remove the hidden files of this run beside `output`, once it is written; those of other runs stay."""
     checkpoint.remove(checkpoint.resume_path(output))
-    _layer_wise_path(output).unlink(missing_ok=True)
+    if not kept_files(checkpoint.resume_path(output)):  # which may go on from here
+        _layer_wise_path(output).unlink(missing_ok=True)
     _weighted_path(output).unlink(missing_ok=True)
     shutil.rmtree(scratch_path(output), ignore_errors=True)
 
@@ -183,10 +186,12 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
     """The layer-wise adapters: those that an earlier run with the same settings left, or new ones."""
     path, resume = _layer_wise_path(output), checkpoint.resume_path(output)
     identity = _identity(executor, replace(work, weighting=False))
-    found = _load_stage(path, identity)
+    found = _earlier_stage(path, identity, console)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
+        if not keep and resume.exists():  # of a run that goes on from here, which this one does not
+            set_aside(resume)
         return found
     adapters = executor.layer_wise(work, resume, console)
     if keep:
@@ -200,7 +205,7 @@ def _weighted_stage(
     """The adapters of the weighted closed form: those that an earlier run left, or new ones."""
     path, resume = _weighted_path(output), checkpoint.resume_path(output)
     identity = _identity(LocalExecutor(model), work)
-    found = _load_stage(path, identity)
+    found = _earlier_stage(path, identity, console)
     if found is not None:
         if console:
             console.print(f"weighted closed form: done before, {path}")
@@ -212,13 +217,28 @@ def _weighted_stage(
     return adapters
 
 
-def _keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
+def _keep_stage(adapters: Adapters, path: Path, identity: dict[str, Any], resume: Path) -> None:
     marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
     save(Adapters(marked, adapters.left, adapters.right), path)
     checkpoint.remove(resume)
 
 
-def _load_stage(path: Path, identity: str) -> Adapters | None:
+def _earlier_stage(path: Path, identity: dict[str, Any], console: Console | None) -> Adapters | None:
+    """The stage's adapters, if an earlier run left them; those of another run are kept beside."""
+    take_back(path, lambda each: _load_stage(each, identity) is not None)
+    found = _load_stage(path, identity)
+    if found is None and path.exists():
+        with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
+            there = Adapters.load(path).config.training.get("identity")
+            other = [key for key in identity if not isinstance(there, dict) or there.get(key) != identity[key]]
+            aside = set_aside(path)
+            if console:
+                belongs = f"it belongs to a run with other {', '.join(other)}"
+                console.print(f"{path}: {belongs}; starting anew (kept: {aside.name})")
+    return found
+
+
+def _load_stage(path: Path, identity: dict[str, Any]) -> Adapters | None:
     if path.exists():
         with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
             found = Adapters.load(path)
@@ -227,13 +247,12 @@ def _load_stage(path: Path, identity: str) -> Adapters | None:
     return None
 
 
-def _identity(executor: Executor, work: Work) -> str:
-    """A hash of all that the last layer-wise stage of `work` depends on."""
+def _identity(executor: Executor, work: Work) -> dict[str, Any]:
+    """All that the last layer-wise stage of `work` depends on, as JSON values."""
     method, adam = work.method, work.adam
     settings: dict[str, Any] = {"method": method.name, "density": method.density, "layers": list(method.layers)}
     settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": work.weighting}
-    identity = json.dumps(executor.fingerprint(work.samples, **settings))
-    return hashlib.sha256(identity.encode()).hexdigest()
+    return json.loads(json.dumps(executor.fingerprint(work.samples, **settings)))
 
 
 def _layer_wise_path(output: Path) -> Path:
