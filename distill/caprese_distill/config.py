@@ -116,6 +116,15 @@ class AdapterSettings(Settings):
         Device, Option(Group.MACHINES, "Where the model runs; auto: cuda if there is a GPU, else cpu.")
     ] = "auto"
     output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
+    push_to_hub: Annotated[
+        str | None,
+        Option(
+            Group.OUTPUT,
+            "Upload adapter, model card and report to this model repository when done.",
+            "OWNER/NAME",
+            recorded=False,
+        ),
+    ] = None
 
 
 class DistillConfig(AdapterSettings):

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.hub import check_upload
 
 from .blocks import find_blocks, resolve_method
 from .card import write_card
@@ -46,6 +47,7 @@ from .loading import (
 )
 from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
+from .push import push
 from .result import Result
 from .scale.cluster import Cluster, connect
 from .scale.ray_training import Workers
@@ -112,7 +114,10 @@ class Job:
 
     def run(self) -> Result:
         """Run the stages that an earlier run has not finished; write the adapter, then its card."""
-        config, plan, estimate = self.config, self.plan(), self.estimate()
+        config = self.config
+        if config.push_to_hub is not None:
+            check_upload(config.push_to_hub)
+        plan, estimate = self.plan(), self.estimate()
         output = config.output
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -131,7 +136,10 @@ class Job:
         save(adapters, output)
         responses = self._generated.keep() if self._generated else None  # before a killed run's files are removed
         clean_up(output)
-        return Result(output, write_card(adapters, output), responses, adapters)
+        result = Result(output, write_card(adapters, output), responses, adapters)
+        if config.push_to_hub is not None:
+            self._note(f"uploaded: {push(config.push_to_hub, output, result.record(), adapters)}")
+        return result
 
     def _make_plan(self) -> DistillationPlan:
         config = self.config

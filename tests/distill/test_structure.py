@@ -24,6 +24,7 @@ FLOORS = [
     {"result"},
     {"report"},
     {"card"},
+    {"push"},
     {"calibrate", "job"},
     {"cli"},
 ]

@@ -52,6 +52,9 @@ class EvaluationSettings(OutputSettings):
         str | None,
         typer.Option(help="A running Caprese server: measures Full and what it serves. It must have no other clients."),
     ] = None
+    api_key: Annotated[
+        str | None, typer.Option(help="Key of the server at --url. Default: OPENAI_API_KEY, or VLLM_API_KEY.")
+    ] = None
     data: Annotated[
         list[str] | None, typer.Option(metavar="TASK=FILE", help="Local JSONL instead of the Hub; may be repeated.")
     ] = None
@@ -65,13 +68,16 @@ class EvaluationSettings(OutputSettings):
 
     def served_model(self) -> ServedModel:
         """The model and its variants. Raises CapreseError if the options contradict each other."""
-        from .variants import load_served_model
+        from caprese_serve.address import server_url
+
+        from .variants import RemoteServer, load_served_model
 
         if self.url is not None and self.serve_args:
             raise CapreseError(
                 "--url", expected="no flags for a running server", found="--serve-args", fix="leave one of them out"
             )
-        return load_served_model(self.model, self.weights or [], self.url, self.serve_args, self.variants)
+        remote = None if self.url is None else RemoteServer(server_url(self.url), self.api_key)
+        return load_served_model(self.model, self.weights or [], remote, self.serve_args, self.variants)
 
     def evaluation_runs(self, repeats: int | None) -> list[EvaluationRun]:
         """Each task with its problems, asked as it says; `repeats` replaces the number of runs of sampled tasks."""
@@ -106,7 +112,7 @@ class EvaluationSettings(OutputSettings):
         }
         asked: dict[str, Any] = {
             "model": model.name,
-            "url": model.url,
+            "url": model.remote.url if model.remote else None,
             "flags": list(model.flags),
             "data": list(self.data or []),
         }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
+from caprese_kernels.hub import check_upload
 from caprese_kernels.selection import LayerSelector
 
 from ..blocks import find_blocks, resolve_method
@@ -27,6 +28,7 @@ from ..inputs import chat_renderer, check_writable, encode_rows, read_rows
 from ..loading import find_device, load_model_on, load_small_parts
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
+from ..push import push
 from ..stages import save
 from .config import CalibrateConfig
 from .prior import PriorSums, neuron_norms
@@ -63,6 +65,8 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     CapreseError for data, model or settings that do not fit.
     """
     console, started = console or Console(quiet=True), time.monotonic()
+    if config.push_to_hub is not None:
+        check_upload(config.push_to_hub)
     bad_rows = BadRows(config.max_bad_rows)
     source = read_rows(config, bad_rows)
     check_writable(config.output)
@@ -97,8 +101,13 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     adapters = Adapters(_adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     save(adapters, config.output)
-    by_density = {float(name): found for name, found in quality.items()}
-    return Calibration(config.output, adapters, by_density, plain, seconds)
+    result = Calibration(
+        config.output, adapters, {float(name): found for name, found in quality.items()}, plain, seconds
+    )
+    if config.push_to_hub is not None:
+        address = push(config.push_to_hub, config.output, result.record(), adapters)
+        console.print(f"uploaded: {address}", highlight=False, markup=False)
+    return result
 
 
 @torch.no_grad()
