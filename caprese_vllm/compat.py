@@ -200,11 +200,11 @@ vllm.config.offload UVAOffloadConfig: cpu_offload_gb
 vllm.config.offload PrefetchOffloadConfig: offload_group_size
 vllm.exceptions VLLMValidationError: parameter value
 vllm.logger init_logger: name
-vllm.platforms current_platform: device_type get_device_total_memory
+vllm.platforms current_platform: device_type get_device_total_memory is_cpu
 vllm LLM: llm_engine
 vllm.outputs RequestOutput: request_id outputs finished
 vllm.outputs CompletionOutput: token_ids finish_reason
-vllm.sampling_params RequestOutputKind: FINAL_ONLY
+vllm.sampling_params RequestOutputKind: DELTA
 vllm.sampling_params SamplingParams: extra_args max_tokens seed detokenize output_kind
 vllm.v1.engine.llm_engine LLMEngine: add_request step has_unfinished_requests
 vllm.compilation.breakable_cudagraph eager_break_during_capture:

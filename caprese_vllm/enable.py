@@ -56,8 +56,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
 
     refusals.check_engine(vllm_config)
     hf_config = vllm_config.model_config.hf_text_config
-    served = BaseModelInfo.from_hf(hf_config, vllm_config.model_config.model)
-    served.architecture = vllm_config.model_config.architectures[0]
+    model = vllm_config.model_config
+    served = BaseModelInfo.from_hf(hf_config, model.model, model.architectures)
     method, warnings = resolve(config, adapters.config if adapters else None, served)
     refusals.check_tensor_parallel(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:

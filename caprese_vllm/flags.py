@@ -16,9 +16,13 @@ from .settings import KEY, user_value
 
 
 def install() -> None:
-    """Wrap vLLM's argument parser and engine configuration, once vllm.engine.arg_utils can be imported."""
-    compat.wrap(compat.ADD_CLI_ARGS, _add_cli_args)
+    """Wrap vLLM's engine configuration and argument parser, once vllm.engine.arg_utils can be imported.
+
+    The configuration first: should a vLLM's parser be unknown, settings in additional_config are still refused, and not
+    ignored.
+    """
     compat.wrap(compat.CREATE_ENGINE_CONFIG, _create_engine_config)
+    compat.wrap(compat.ADD_CLI_ARGS, _add_cli_args)
 
 
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:

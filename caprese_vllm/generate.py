@@ -11,9 +11,9 @@ Finished responses are appended to the output, `chunk` at a time and at least ev
 disk: {"row": N, "ids": [token id], "finish": "stop" | "length"}. A row's ids end with the stop token, if one was
 sampled. Each row samples from its own seed, so that other rows affect it only through rounding.
 
-Standard output: a JSON line {"done": responses, "tokens": N} when the engine is ready and after each chunk, or
-{"error": {...}}, the parts of a CapreseError. All other output goes to standard error. The process ends when its parent
-does.
+Standard output: a JSON line {"done": responses, "tokens": N} when the engine is ready and every second, with the tokens
+of unfinished responses too; or {"error": {...}}, the parts of a CapreseError. All other output goes to standard error.
+The process ends when its parent does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,8 @@ from caprese_kernels.errors import CapreseError
 from . import compat
 
 FLUSH_SECONDS = 5.0
+REPORT_SECONDS = 1.0
+CPU_BATCH_TOKENS = 4096  # of a step, or as many as the longest prompt and response have
 
 
 def main(job: str) -> int:
@@ -63,26 +66,41 @@ def run(job: Mapping[str, Any], send: Callable[..., None]) -> None:
             "vLLM", expected="an installation that can be imported", found=str(error), fix="install it again"
         ) from None
     compat.check_version(vllm.__version__)
-    engine = LLM(job["model"], **job["engine"]).llm_engine
+    engine = LLM(job["model"], **_engine_arguments(job)).llm_engine
     for prompt in job["prompts"]:
         engine.add_request(str(prompt["row"]), {"prompt_token_ids": prompt["ids"]}, _params(job, prompt))
     done = tokens = 0
     send(done=done, tokens=tokens)
+    ids: defaultdict[str, list[int]] = defaultdict(list)  # of unfinished responses
     pending: list[dict[str, Any]] = []
-    saved = time.monotonic()
+    saved = sent = time.monotonic()
     while engine.has_unfinished_requests():
         for output in engine.step():
+            answer = output.outputs[0]
+            ids[output.request_id] += answer.token_ids
+            tokens += len(answer.token_ids)
             if output.finished:
-                answer = output.outputs[0]
-                ids = list(answer.token_ids)
-                pending.append({"row": int(output.request_id), "ids": ids, "finish": answer.finish_reason})
-                tokens += len(ids)
-        due = len(pending) >= job["chunk"] or time.monotonic() - saved > FLUSH_SECONDS
-        if pending and (due or not engine.has_unfinished_requests()):
+                response = ids.pop(output.request_id)
+                pending.append({"row": int(output.request_id), "ids": response, "finish": answer.finish_reason})
+        now, last = time.monotonic(), not engine.has_unfinished_requests()
+        if pending and (len(pending) >= job["chunk"] or now - saved > FLUSH_SECONDS or last):
             _append(Path(job["output"]), pending)
-            done, saved = done + len(pending), time.monotonic()
+            done, saved = done + len(pending), now
             pending = []
+        if now - sent > REPORT_SECONDS or last:
             send(done=done, tokens=tokens)
+            sent = now
+
+
+def _engine_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's, and on a CPU prompts whole: vLLM's V1 runner cannot draw by a seed after a part of a prompt there."""
+    from vllm.platforms import current_platform
+
+    given = dict(job["engine"])
+    if not current_platform.is_cpu():
+        return given
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(given["max_model_len"], CPU_BATCH_TOKENS)}
+    return whole | given
 
 
 def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
@@ -93,7 +111,7 @@ def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
         max_tokens=prompt["max_tokens"],
         seed=job["seed"] * 1_000_003 + prompt["row"],
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA,
     )
 
 

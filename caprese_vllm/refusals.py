@@ -11,7 +11,7 @@ from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
 from caprese_kernels.backend import Backend, choose
-from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of
+from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of, find_architecture
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.reference import griffin_count
 
@@ -31,9 +31,10 @@ def check_config(config: CapreseConfig) -> Backend:
 def check_arguments(args: Any) -> None:
     """Refuse what vLLM's own configuration would fail on first, with a long traceback; raises CapreseError."""
     settings = _model_settings(Path(args.model) / "config.json")
-    named = settings.get("architectures")
-    if named and named[0] not in ARCHITECTURES and not args.hf_overrides:
-        _refuse_feature(f"architecture {named[0]}", _one_of(ARCHITECTURES))
+    if settings and not args.hf_overrides:
+        named = find_architecture(settings.get("architectures"), args.model)
+        if named not in ARCHITECTURES:
+            _refuse_feature(f"architecture {named}", _one_of(ARCHITECTURES))
     quantized = settings.get("quantization_config") or {}
     _refuse_quantized_blocks(
         args.quantization or quantized.get("quant_method"), f"{quantized} {args.quantization_config}"

@@ -47,8 +47,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     if settings is None:
         return model
     method, config, parallel = settings.method, vllm_config.model_config, vllm_config.parallel_config
-    served = BaseModelInfo.from_hf(config.hf_text_config, config.model)
-    served.architecture = config.architectures[0]
+    served = BaseModelInfo.from_hf(config.hf_text_config, config.model, config.architectures)
     device = next(model.parameters()).device
     stage = get_pp_group()
     stage_layers = range(*get_pp_indices(served.num_hidden_layers, stage.rank_in_group, stage.world_size))

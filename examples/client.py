@@ -4,6 +4,7 @@ vllm serve serve/caprese_serve/demo/model --dtype float32 --max-model-len 512 \
     --caprese-weights serve/caprese_serve/demo/adapters/griffin.safetensors
 """
 
+import os
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ PROMPT = "Leo has 27 apples. Then Leo triples the number of apples. How many app
 
 
 def main(url: str = "http://localhost:8000") -> None:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
     model = client.models.list().data[0].id
 
     def answer(**options: Any) -> str:

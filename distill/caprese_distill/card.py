@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from caprese_kernels.adapters import Adapters
@@ -59,7 +61,7 @@ def make_card(adapters: Adapters, name: str) -> str:
         f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_choice(config)}. "
         f"Prompts run through the original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
         "## Serve it",
-        f'```\npip install "caprese-vllm[cuda]"\nvllm serve {model} --caprese-weights {name}\n```',
+        f'```\npip install "caprese-vllm[cuda]"\nvllm serve {quote(model)} --caprese-weights {quote(name)}\n```',
         "## What it is",
         _table(
             ("", ""),
@@ -109,7 +111,10 @@ def make_card(adapters: Adapters, name: str) -> str:
         _table(
             ("", ""),
             [
-                ("data", ", ".join(f"{key} `{value}`" for key, value in source.items())),
+                (
+                    "data",
+                    ", ".join(f"{key} {_code(value)}" for key, value in source.items() if value not in (None, "")),
+                ),
                 ("samples", f"{training['samples']:,}, {training['tokens']:,} response tokens"),
                 ("versions", ", ".join(f"{key} {value}" for key, value in versions.items())),
                 *(
@@ -153,6 +158,14 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _code(value: Any) -> str:
+    """Inline code, in more backticks than the value has in a row."""
+    text = str(value)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _is_ours(path: Path, name: str) -> bool:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from caprese_kernels.errors import CapreseError
 
 from .data.samples import Sample
+from .kept import set_aside, take_back
 from .placement import aligned
 
 CHECKPOINT_SECONDS = 60.0
+_UNREADABLE = "it cannot be read"
 _SUMMED = 2**22  # weights summed at a time: on a CPU torch copies them to float64
 
 
@@ -85,7 +87,7 @@ def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, progress
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        return f"it cannot be read ({type(error).__name__})"
+        return f"{_UNREADABLE} ({type(error).__name__})"
 
 
 def load_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -135,6 +137,8 @@ class Resumable(Protocol):
 class CheckpointStore:
     """Restores `state` from the checkpoint at `path` if it belongs to this run, and writes it there as work goes on.
 
+    A checkpoint of another run is kept beside it, as `kept.set_aside` does.
+
     Without a `path`, it does nothing.
     """
 
@@ -146,10 +150,13 @@ class CheckpointStore:
         identity: Mapping[str, Any],
     ):
         self.state, self.path, self.identity = state, path, identity
+        if path:
+            take_back(path, lambda each: load_progress(each, self.identity) is not None)
         if path and path.exists():
             found = load(path, self.identity)
             if isinstance(found, str):
-                outcome = f"{found}; starting anew"
+                kept = "" if found.startswith(_UNREADABLE) else f" (kept: {set_aside(path).name})"
+                outcome = f"{found}; starting anew{kept}"
             else:
                 state.resume(*found)
                 outcome = f"going on after {state.position}"

@@ -7,6 +7,7 @@ adapter file and its model card record. This module imports neither torch nor tr
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -51,7 +52,8 @@ class DataSettings(Settings):
         Field(min_length=1),
         Option(
             Group.DATA,
-            "JSONL, .parquet or .csv file, directory of such files, or Hub dataset as owner/name:config@split.",
+            "JSON (lines or list, also .gz or .zst), .parquet or .csv file, directory of such files, or Hub dataset as "
+            "owner/name:config@split.",
             "DATA",
         ),
     ]
@@ -59,7 +61,7 @@ class DataSettings(Settings):
         str | None,
         Option(
             Group.DATA,
-            "Column of prompts: text or chat messages. Default: the first of prompt, question, problem ... found.",
+            "Column of prompts: text or chat messages. Default: the first of messages, prompt, question ... found.",
             "NAME",
         ),
     ] = None
@@ -75,6 +77,24 @@ class DataSettings(Settings):
     instruction: Annotated[
         str, Option(Group.DATA, "Prepended to every prompt that lacks it, as in the paper; '' for none.", "TEXT")
     ] = INSTRUCTION
+    chat_template: Annotated[
+        str | None,
+        Option(Group.DATA, "Chat template, as for vllm serve: a file or the text. Default: the model's own.", "JINJA"),
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(parse_json),
+        Option(Group.DATA, 'Arguments of the chat template, as {"enable_thinking": false}.', "JSON"),
+    ] = None
+    date: Annotated[
+        datetime.date | None,
+        Option(Group.DATA, "What a chat template that prints the date prints. Default: today's.", "YYYY-MM-DD"),
+    ] = None
+    max_bad_rows: Annotated[
+        Number,
+        Field(ge=0.0, lt=1.0),
+        Option(Group.DATA, "Share of rows that may be unusable: one row always, unless 0. They are named.", "X"),
+    ] = 0.01
     samples: Annotated[Integer, Field(ge=2), Option(Group.DATA, "Most rows to use, drawn with --seed.", "N")] = SAMPLES
     max_length: Annotated[
         Integer,
@@ -120,6 +140,15 @@ class AdapterSettings(DataSettings):
         ),
     ] = None
     output: Annotated[Path, Option(Group.OUTPUT, "Adapter file to write.", "FILE")] = Path("adapters.safetensors")
+    push_to_hub: Annotated[
+        str | None,
+        Option(
+            Group.OUTPUT,
+            "Upload adapter, model card and report to this model repository when done.",
+            "OWNER/NAME",
+            recorded=False,
+        ),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod

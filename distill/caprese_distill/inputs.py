@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -15,13 +16,15 @@ from caprese_kernels.errors import CapreseError
 
 from .blocks import resolve_method
 from .config import AdapterSettings, DataSettings
+from .data.bad_rows import BadRows
+from .data.chat import ChatRenderer, Rendering, load_template, stop_ids
 from .data.samples import Sample, encode
 from .data.sources import Source, read_source
 from .loading import max_sample_tokens
 from .progress import progress_bar
 
 
-def read_rows(config: DataSettings, responses: bool = True) -> Source:
+def read_rows(config: DataSettings, bad_rows: BadRows, responses: bool = True) -> Source:
     """The rows that the settings name; `responses` False: prompts alone."""
     return read_source(
         config.data,
@@ -31,6 +34,7 @@ def read_rows(config: DataSettings, responses: bool = True) -> Source:
         response_column=config.response_column,
         responses=responses,
         instruction=config.instruction,
+        bad_rows=bad_rows,
     )
 
 
@@ -42,22 +46,52 @@ def resolve_selection(config: AdapterSettings, model_config: Any, rank: int) -> 
     return info, replace(method, rank=rank, score=config.score, prior=config.prior or 0.0, core=config.core or 0.0)
 
 
+def chat_renderer(config: DataSettings, model_config: Any, tokenizer: Any, console: Console) -> ChatRenderer:
+    """What makes tokens of the rows, with a remark on what prompts depend on."""
+    template = None if config.chat_template is None else load_template(config.chat_template)
+    rendering = Rendering(template, config.chat_template_kwargs, config.date)
+    renderer = ChatRenderer(tokenizer, rendering, stop_ids(config.model, model_config))
+    if not renderer.has_template:
+        _note(console, "the tokenizer has no chat template: prompts are used as plain text")
+    elif renderer.prints_date:
+        today = datetime.date.today()
+        _note(console, f"the chat template prints the date: continue this run on another day with --date {today}")
+    return renderer
+
+
 def encode_rows(
-    config: DataSettings, source: Source, model_config: Any, tokenizer: Any, console: Console
+    config: DataSettings,
+    source: Source,
+    model_config: Any,
+    renderer: ChatRenderer,
+    bad_rows: BadRows,
+    console: Console,
 ) -> list[Sample]:
-    """The rows as samples, with a remark on those that are skipped. CapreseError for fewer than two samples."""
+    """The rows as samples, with remarks on what is not used. CapreseError for fewer than two samples."""
     with progress_bar(console, "rows/s") as bar:
         line = bar.add_task("tokens", total=len(source.rows))
         limit = max_sample_tokens(model_config, config.max_length)
-        samples, skipped = encode(tokenizer, source.rows, limit, lambda: bar.advance(line))
-    check_samples(config, samples, skipped, len(source.rows), console)
+        samples, skipped = encode(renderer, source.rows, limit, bad_rows, lambda: bar.advance(line))
+    for remark, count in renderer.remarks.items():
+        _note(console, f"{count} of {len(source.rows)} rows: {remark}")
+    check_samples(config, samples, skipped, bad_rows, source, console)
     return samples
 
 
 def check_samples(
-    config: DataSettings, samples: list[Sample], skipped: Counter[str], rows: int, console: Console
+    config: DataSettings,
+    samples: list[Sample],
+    skipped: Counter[str],
+    bad_rows: BadRows,
+    source: Source,
+    console: Console,
 ) -> None:
-    """CapreseError for too few samples; a remark on those that were skipped."""
+    """CapreseError for too few samples or too many bad rows; a remark on those that were skipped."""
+    rows = source.provenance["drawn"]
+    bad_rows.check(config.data, rows)
+    if bad_rows:
+        source.provenance["bad_rows"] = len(bad_rows)
+        _note(console, f"skipped {len(bad_rows)} of {rows} rows that cannot be used: {bad_rows.reasons()}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if len(samples) < 2:
         raise CapreseError(
@@ -67,8 +101,7 @@ def check_samples(
             fix="give more data, or a higher --max-length",
         )
     if skipped:
-        text = f"skipped {skipped.total()} of {rows} samples: {reasons}"
-        console.print(text, highlight=False, markup=False)
+        _note(console, f"skipped {skipped.total()} of {rows} samples: {reasons}")
 
 
 def check_writable(output: Path) -> None:
@@ -80,6 +113,10 @@ def check_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False)
 
 
 def _unwritable(output: Path, found: str) -> CapreseError:

@@ -24,16 +24,19 @@ from rich.console import Console
 
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.hub import check_upload
 
 from .blocks import find_blocks
 from .calibration import check_calibration, read_calibration
 from .card import write_card
 from .config import DistillConfig
+from .data.bad_rows import BadRows
+from .data.chat import ChatRenderer
 from .data.generate import Generated, Generation, generate_samples
 from .data.samples import Sample, split
 from .data.sources import Source
 from .end_to_end.train import Recipe, default_learning_rate
-from .inputs import check_samples, check_writable, encode_rows, read_rows, resolve_selection
+from .inputs import chat_renderer, check_samples, check_writable, encode_rows, read_rows, resolve_selection
 from .layer_wise.adam import AdamSettings
 from .loading import (
     find_device,
@@ -45,6 +48,7 @@ from .loading import (
 )
 from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
+from .push import push
 from .quality import MAX_HELD_OUT
 from .result import Result
 from .scale.cluster import Cluster
@@ -115,7 +119,10 @@ class Job:
 
     def run(self) -> Result:
         """Run the stages that an earlier run has not finished; write the adapter, then its card."""
-        config, plan, estimate = self.config, self.plan(), self.estimate()
+        config = self.config
+        if config.push_to_hub is not None:
+            check_upload(config.push_to_hub)
+        plan, estimate = self.plan(), self.estimate()
         output = config.output
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -137,26 +144,29 @@ class Job:
         save(adapters, output)
         responses = self._generated.keep() if self._generated else None  # before a killed run's files are removed
         clean_up(output)
-        return Result(output, write_card(adapters, output), responses, adapters)
+        result = Result(output, write_card(adapters, output), responses, adapters)
+        if config.push_to_hub is not None:
+            self._note(f"uploaded: {push(config.push_to_hub, output, result.record(), adapters)}")
+        return result
 
     def _make_plan(self) -> DistillationPlan:
         config = self.config
         if config.tensorboard is not None:
             _check_tensorboard(config.tensorboard)
-        source = read_rows(config, responses=not config.generate)
-        self._provenance = dict(source.provenance)
+        bad_rows = BadRows(config.max_bad_rows)
+        source = read_rows(config, bad_rows, responses=not config.generate)
         check_writable(config.output)
         device = self._device  # checked before the tokenizer is loaded
-        self._note(str(source))
+        for note in (str(source), *source.notes):
+            self._note(note)
         model_config, tokenizer = load_small_parts(config.model)
         info, method = resolve_selection(config, model_config, config.rank)
         if self._calibrated:
             check_calibration(config, self._calibrated.config, info)
         skeleton = load_skeleton(config.model, model_config, config.dtype)
         find_blocks(skeleton, info, method.layers)
-        if tokenizer.chat_template is None:
-            self._note("the tokenizer has no chat template: prompts are used as plain text")
-        samples = self._make_samples(source, model_config, tokenizer)
+        renderer = chat_renderer(config, model_config, tokenizer, self.console)
+        samples = self._make_samples(source, model_config, renderer, bad_rows)
         fed = sum(s.num_rows for s in samples)
         if fed < info.hidden_size:
             self._note(f"only {fed} response tokens for hidden size {info.hidden_size}: give more samples")
@@ -164,25 +174,34 @@ class Job:
         memory = estimate_memory(skeleton, work, device, stored_dtype(model_config))
         return DistillationPlan(work, sum(p.numel() for p in skeleton.parameters()), len(source.rows), memory)
 
-    def _make_samples(self, source: Source, model_config: Any, tokenizer: Any) -> list[Sample]:
+    def _make_samples(
+        self, source: Source, model_config: Any, renderer: ChatRenderer, bad_rows: BadRows
+    ) -> list[Sample]:
         """Token ids of the data's responses, or of those that the model generates."""
-        config = self.config
+        config, self._provenance = self.config, source.provenance
         if not config.generate:
-            return encode_rows(config, source, model_config, tokenizer, self.console)
+            return encode_rows(config, source, model_config, renderer, bad_rows, self.console)
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        settings = Generation(config.temperature, config.max_new_tokens, config.seed, config.dtype, config.engine or {})
+        settings = Generation(
+            config.max_length,
+            config.temperature,
+            config.max_new_tokens,
+            config.seed,
+            config.dtype,
+            config.engine or {},
+        )
         self._generated = generate_samples(
             source.rows,
-            tokenizer,
+            renderer,
             config.model,
             model_config,
             config.output,
             settings,
-            config.max_length,
+            bad_rows,
             self.console,
         )
         self._provenance["generated"] = self._generated.provenance
-        check_samples(config, self._generated.samples, self._generated.skipped, len(source.rows), self.console)
+        check_samples(config, self._generated.samples, self._generated.skipped, bad_rows, source, self.console)
         return self._generated.samples
 
     def _make_work(self, samples: list[Sample], info: BaseModelInfo, method: Method) -> Work:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors import SafetensorError
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
+from .kept import kept_files, set_aside, take_back
+
+Identity = dict[str, Any]  # JSON values
 
 
 def save(adapters: Adapters, path: Path) -> None:
@@ -38,9 +41,11 @@ def held_bytes(output: Path) -> int:
 
 
 def clean_up(output: Path) -> None:
-    """Remove the hidden files beside `output`, once it is written."""
+    """Remove this run's hidden files beside `output`, once it is written; those of other runs stay."""
+    layer_wise = layer_wise_path(output)
     for path in hidden_files(output):
-        checkpoint.remove(path)
+        if path != layer_wise or not kept_files(checkpoint.resume_path(output)):  # which may go on from there
+            checkpoint.remove(path)
     shutil.rmtree(scratch_path(output), ignore_errors=True)
 
 
@@ -49,14 +54,14 @@ def scratch_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.ray")
 
 
-def keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
+def keep_stage(adapters: Adapters, path: Path, identity: Identity, resume: Path) -> None:
     """Write what a stage made to `path`, and remove its checkpoint `resume`."""
     marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
     save(replace(adapters, config=marked), path)
     checkpoint.remove(resume)
 
 
-def load_stage(path: Path, identity: str) -> Adapters | None:
+def load_stage(path: Path, identity: Identity) -> Adapters | None:
     """What a stage with the same identity left at `path`; None without it."""
     if path.exists():
         with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
@@ -66,9 +71,25 @@ def load_stage(path: Path, identity: str) -> Adapters | None:
     return None
 
 
-def stage_identity(settings: Mapping[str, Any]) -> str:
-    """A hash of all that a stage depends on."""
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+def earlier_stage(path: Path, identity: Identity, console: Console | None) -> Adapters | None:
+    """As `load_stage`; besides, what another run left at `path` is kept beside it, and taken back by its own run."""
+    take_back(path, lambda each: load_stage(each, identity) is not None)
+    found = load_stage(path, identity)
+    if found is None and path.exists():
+        with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
+            there = Adapters.load(path).config.training.get("identity")
+            other = [key for key in identity if not isinstance(there, dict) or there.get(key) != identity[key]]
+            aside = set_aside(path)
+            if console:
+                belongs = f"it belongs to a run with other {', '.join(other)}"
+                console.print(f"{path}: {belongs}; starting anew (kept: {aside.name})", markup=False)
+    return found
+
+
+def stage_identity(settings: Mapping[str, Any]) -> Identity:
+    """All that a stage depends on, as the JSON values that a file's header gives back."""
+    found: Identity = json.loads(json.dumps(settings))
+    return found
 
 
 def hidden_files(output: Path) -> list[Path]:

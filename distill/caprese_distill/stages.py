@@ -19,6 +19,7 @@ from .blocks import adapter_config
 from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
 from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
+from .kept import set_aside
 from .layer_wise.adam import AdamSettings, Descent
 from .layer_wise.closed_form import distill_layer_wise
 from .layer_wise.passes import pass_identity
@@ -29,6 +30,8 @@ from .quality import Quality, measure_adapters
 from .scale.cluster import Cluster
 from .selection import Priors, selection_settings, uniform_priors
 from .stage_files import (
+    Identity,
+    earlier_stage,
     keep_stage,
     layer_wise_path,
     load_stage,
@@ -186,6 +189,8 @@ def run_stages(
     adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
     if work.weighting:
         adapters = _weighted_stage(model, work, output, keep, console, adapters)
+    elif weighted_path(output).exists():
+        set_aside(weighted_path(output))
     if work.recipe is None:
         return adapters
     return_freed()
@@ -197,7 +202,7 @@ def _prior_stage(executor: Executor, work: Work, output: Path, console: Console 
     """The priors: those that an earlier run with the same settings left, or new ones."""
     path, resume = prior_path(output), prior_resume_path(output)
     identity = _prior_identity(executor, work)
-    found = load_stage(path, identity)
+    found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
             console.print(f"priors: made before, {path}")
@@ -212,10 +217,12 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
     """The layer-wise adapters: those that an earlier run with the same settings left, or new ones."""
     path, resume = layer_wise_path(output), checkpoint.resume_path(output)
     identity = _identity(executor, replace(work, weighting=False))
-    found = load_stage(path, identity)
+    found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}")
+        if not keep and resume.exists():  # of a run that goes on from here, which this one does not
+            set_aside(resume)
         return found
     adapters = executor.layer_wise(work, resume, console)
     if keep:
@@ -229,7 +236,7 @@ def _weighted_stage(
     """The adapters of the weighted closed form: those that an earlier run left, or new ones."""
     path, resume = weighted_path(output), checkpoint.resume_path(output)
     identity = _identity(LocalExecutor(model), work)
-    found = load_stage(path, identity)
+    found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
             console.print(f"weighted closed form: done before, {path}")
@@ -253,15 +260,15 @@ def _summary_writer(logs: Path | None) -> Iterator[Any]:
         yield writer
 
 
-def _identity(executor: Executor, work: Work) -> str:
-    """A hash of all that the last layer-wise stage of `work` depends on."""
+def _identity(executor: Executor, work: Work) -> Identity:
+    """All that the last layer-wise stage of `work` depends on."""
     method, adam = work.method, work.adam
     settings = selection_settings(method, work.priors)
     settings |= {"rank": method.rank, "solver": asdict(adam) if adam else None, "weighting": work.weighting}
     return stage_identity(executor.fingerprint(work.samples, **settings))
 
 
-def _prior_identity(executor: Executor, work: Work) -> str:
-    """A hash of all that the priors depend on; another density, prior's weight or core have the same."""
+def _prior_identity(executor: Executor, work: Work) -> Identity:
+    """All that the priors depend on; another density, prior's weight or core have the same."""
     settings = {"stage": "prior", "score": work.method.score, "layers": list(work.method.layers)}
     return stage_identity(executor.fingerprint(split(work.samples)[0], **settings))

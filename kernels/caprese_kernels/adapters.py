@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__
+from . import __version__, hub
 from .config import AdapterConfig
 from .errors import CapreseError
+from .hub import DEFAULT_FILE_NAME
 from .validation import validate
 
 FORMAT, FORMAT_VERSIONS = "caprese", ("1", "2")
 VERSION_2_SETTINGS = {"score", "prior", "core"}
-DEFAULT_FILE_NAME = "adapters.safetensors"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRIOR_SUM_ERROR = 1e-3  # how far from 1 a prior may sum: float32's rounding over a million neurons, with room
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9]\d*)\.(L|R|prior)")
@@ -175,7 +175,7 @@ def is_adapter_file(path: str | os.PathLike[str]) -> bool:
 
 
 def find_adapter(weights: str) -> Path:
-    """The adapter file that `weights` names: a file, a directory that holds one, or a Hub id."""
+    """The adapter file that `weights` names: a file, a directory that holds one, or owner/name[/file]."""
     try:
         return _find(Path(os.path.expanduser(weights)), weights)
     except OSError as error:
@@ -200,27 +200,14 @@ def _find(path: Path, weights: str) -> Path:
             found=", ".join(p.name for p in found) or "none",
             fix="name the file itself",
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not weights.endswith(".safetensors"):
-        return _download(weights)
+    if hub.names_hub(weights):
+        return hub.fetch(weights, lambda directory: _find(directory, weights))
     raise CapreseError(
-        "adapter weights", expected="a file, a directory or a Hub id (owner/name)", found=f"nothing at {weights}",
+        "adapter weights",
+        expected="a file, a directory, or owner/name[/file] on the Hub",
+        found=f"nothing at {weights}",
         fix="correct the path",
-    )  # fmt: skip
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, DEFAULT_FILE_NAME))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CapreseError(
-            "adapter weights",
-            expected=f"a local path, or a Hub id whose {DEFAULT_FILE_NAME} can be fetched",
-            found=f"{repo!r} ({type(error).__name__})",
-            fix="check the path, the Hub id, and the network",
-        ) from None
+    )
 
 
 def _check_layers(config: AdapterConfig, names: Mapping[str, Tensor], where: str) -> None:

@@ -71,6 +71,21 @@ def _intermediate_size(hf_config: Any) -> int:
     return hf_config.ffn_dim if hasattr(hf_config, "ffn_dim") else hf_config.intermediate_size
 
 
+def find_architecture(architectures: Sequence[str] | None, model: str) -> str:
+    """The architecture that a model's config.json names.
+
+    CapreseError for none: vLLM would take the base model without its head, and adapters could not say what they fit.
+    """
+    if not architectures:
+        raise CapreseError(
+            f"model {model}",
+            expected='"architectures" in its config.json, as ["LlamaForCausalLM"]',
+            found="none",
+            fix="add the name of the model's class in transformers",
+        )
+    return architectures[0]
+
+
 class BaseModelInfo(BaseModel):
     """The dimensions of the model that an adapter was made for."""
 
@@ -83,11 +98,14 @@ class BaseModelInfo(BaseModel):
     hidden_act: str
 
     @classmethod
-    def from_hf(cls, hf_config: Any, name_or_path: str) -> BaseModelInfo:
-        """From a transformers config."""
+    def from_hf(cls, hf_config: Any, name_or_path: str, architectures: Sequence[str] | None = None) -> BaseModelInfo:
+        """From a transformers config; `architectures` where that is a part of the model's.
+
+        CapreseError if neither names the architecture.
+        """
         return cls(
             name_or_path=name_or_path,
-            architecture=(getattr(hf_config, "architectures", None) or [type(hf_config).__name__])[0],
+            architecture=find_architecture(architectures or getattr(hf_config, "architectures", None), name_or_path),
             hidden_size=hf_config.hidden_size,
             intermediate_size=_intermediate_size(hf_config),
             num_hidden_layers=hf_config.num_hidden_layers,

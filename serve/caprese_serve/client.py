@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from .address import client_key, server_url
+
 Item = TypeVar("Item")
 # Seconds to connect, to read, to write, to get a connection. A long response in a full batch can take over an hour.
 TIMEOUTS = (30.0, None, None, None)
@@ -24,12 +26,17 @@ class Reply:
 
 
 class Client:
-    """A client of the model `model` at the server `url`; an async context manager."""
+    """A client of the model `model` at the server `url`, with or without /v1; an async context manager.
 
-    def __init__(self, url: str, model: str) -> None:
-        self.url, self.model = url, model
+    api_key: by default OPENAI_API_KEY or VLLM_API_KEY.
+    """
+
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+        self.url, self.model = server_url(url), model
         http = DefaultAsyncHttpxClient(trust_env=False, timeout=TIMEOUTS)  # no proxies: the server is local
-        self.openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http)
+        self.openai = AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=client_key(api_key), max_retries=0, http_client=http
+        )
 
     async def __aenter__(self) -> Client:
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+PLUGIN = "caprese"
 PACKAGES = ("torch", "triton", "vllm", "transformers", "safetensors")
 # Instruction sets that matter to the kernels, as Linux names them.
 CPU_FLAGS = (
@@ -37,8 +38,9 @@ def collect() -> dict[str, Any]:
         **hardware(),
         "compiler": _first_line("c++", "--version"),
         "vllm_plugin_registered": any(
-            point.name == "caprese" for point in metadata.entry_points(group="vllm.general_plugins")
+            point.name == PLUGIN for point in metadata.entry_points(group="vllm.general_plugins")
         ),
+        "vllm_plugins": os.environ.get("VLLM_PLUGINS"),
     }
 
 
@@ -79,10 +81,21 @@ def render(found: dict[str, Any]) -> Table:
     if not found["gpus"]:
         table.add_row("gpu", "none")
     table.add_row("c++", found["compiler"] or "none")
-    table.add_row(
-        "vLLM plugin", "registered" if found["vllm_plugin_registered"] else "not registered: install caprese-vllm"
-    )
+    table.add_row("vLLM plugin", _plugin(found))
     return table
+
+
+def _plugin(found: dict[str, Any]) -> str:
+    """Whether vLLM loads the plugin, by what vLLM itself goes by: its entry point, and the names in VLLM_PLUGINS."""
+    if not found["vllm_plugin_registered"]:
+        return "not registered: install caprese-vllm"
+    allowed = found["vllm_plugins"]
+    if allowed is None or PLUGIN in allowed.split(","):
+        return "registered"
+    return (
+        f"registered, but kept out by VLLM_PLUGINS={allowed!r}: vLLM serves dense and ignores "
+        f'additional_config["caprese"]; add {PLUGIN} to the list, or unset it'
+    )
 
 
 def _version(distribution: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import Tensor
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.hub import use_cache_if_unreachable
 from caprese_kernels.selection import LayerSelector
+
+# Of held-out samples, after the layer-wise stage: what `training` has of every layer, by the columns' titles.
+ERRORS = {
+    "error_before": "error without L R",
+    "error_after": "with L R",
+    "remaining": "remaining",
+    "remaining_fit": "remaining (fitted)",
+}
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
@@ -55,17 +65,22 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
 def model_info(model: str) -> BaseModelInfo:
     """The dimensions of a model directory or Hub id, from its config.json. Raises CapreseError if unreadable."""
     path = Path(model) / "config.json"
+    if not path.parent.is_dir():
+        use_cache_if_unreachable()
     try:
         try:
             from transformers import AutoConfig
         except ImportError:  # without transformers only a local file can be read
             return BaseModelInfo.from_hf(SimpleNamespace(**json.loads(path.read_text())), model)
-        return BaseModelInfo.from_hf(AutoConfig.from_pretrained(model).get_text_config(), model)
+        config = AutoConfig.from_pretrained(model)
+        return BaseModelInfo.from_hf(config.get_text_config(), model, config.architectures)
+    except CapreseError:
+        raise
     except Exception as error:  # transformers raises many types for a configuration that it cannot read
         raise CapreseError(
             f"model {model}",
             expected="a directory or Hub id of a language model whose config.json can be read",
-            found=f"{type(error).__name__}: {str(error)[:200]}",
+            found=f"{type(error).__name__}: {shorten(str(error), 200)}",
             fix="check the path, the Hub id, and the network",
         ) from None
 
@@ -85,7 +100,13 @@ def render(report: dict[str, Any]) -> Group:
     facts.add_row("dtype", report["dtype"] or "no L and R")
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
-    facts.add_row("training", ", ".join(f"{k} {v}" for k, v in report["training"].items()) or "not recorded")
+    training = report["training"]
+    facts.add_row("training", ", ".join(_facts(training)) or "not recorded")
+    for name in ("data", "end_to_end", "resources", "versions"):
+        if isinstance(training.get(name), dict):
+            facts.add_row(name.replace("_", " "), ", ".join(_facts(training[name])))
+    if "command" in training:
+        facts.add_row("command", str(training["command"]))
     facts.add_row("written by", f"caprese {report['caprese_version'] or 'unknown'}")
     if report["fits_model"] is not None:
         facts.add_row("fits", f"{report['fits_model']}: yes")
@@ -94,9 +115,31 @@ def render(report: dict[str, Any]) -> Group:
     shown = {title: column for title, column in columns.items() if column[0]}
     for title in shown:
         layers.add_column(title, justify="right")
+    errors = training.get("errors")
+    errors = errors if isinstance(errors, dict) else {}
+    for title in ERRORS.values() if errors else ():
+        layers.add_column(title, justify="right")
     for layer in map(str, report["layers"]):
-        layers.add_row(layer, *(format(values[layer], spec) for values, spec in shown.values()))
+        cells = [format(values[layer], spec) for values, spec in shown.values()]
+        layers.add_row(layer, *cells, *(_share(errors.get(layer), key) for key in (ERRORS if errors else ())))
     return Group(facts, "", layers)
+
+
+def _facts(values: dict[str, Any]) -> list[str]:
+    """The values that are not tables themselves, nor shown apart."""
+    shown = ((key, value) for key, value in values.items() if key != "command" and not isinstance(value, dict))
+    return [
+        f"{key} {', '.join(map(_number, value)) if isinstance(value, list) else _number(value)}" for key, value in shown
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _share(errors: Any, key: str) -> str:
+    value = errors.get(key) if isinstance(errors, dict) else None
+    return f"{value:.2%}" if isinstance(value, (int, float)) else "-"
 
 
 def _core_mass(config: AdapterConfig, prior: Tensor) -> float:

@@ -21,6 +21,7 @@ from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
 
 from . import guard
+from .address import NO_KEY, authorization, client_key, served_key, server_url
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 600.0  # seconds; large models load for minutes
@@ -56,6 +57,7 @@ class VllmServer:
         self.command = [*(command or (vllm_program(),)), "serve", os.fspath(model), "--host", HOST]
         self.command += ["--port", str(self.port), *flags]
         self.env = {**os.environ, **(env or {})}
+        self.api_key = served_key(flags, self.env)
         self.startup_seconds = 0.0
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -94,7 +96,7 @@ class VllmServer:
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON that the server returns at `path`. Raises CapreseError for any status but 200."""
-        return get_json(self.url, path, f"see {self.log}")
+        return get_json(self.url, path, f"see {self.log}", self.api_key)
 
     def failure(self, found: str) -> CapreseError:
         """The error for a server that does not work; its message points to the log."""
@@ -135,20 +137,28 @@ class VllmServer:
         return reasons[-1] if reasons else " | ".join(lines[-3:]) or "no output"
 
 
-def get_json(url: str, path: str, fix: str) -> dict[str, Any]:
-    """The JSON that a server returns at `path`. Raises CapreseError, with `fix` as what to do, for any other answer."""
+def get_json(url: str, path: str, fix: str, api_key: str | None = None) -> dict[str, Any]:
+    """The JSON that a server returns at `path`; `url` with or without /v1, `api_key` as for `address.client_key`.
+
+    Raises CapreseError, with `fix` as what to do, for any other answer.
+    """
+    url = server_url(url)
     try:
-        response = _get(url + path)
+        response = _get(url + path, client_key(api_key))
         found = f"{response.status_code} {response.reason_phrase}"
     except httpx.TransportError as error:
         response, found = None, f"{type(error).__name__}: {error}"
+    if response is not None and response.status_code in (401, 403):
+        fix = "give --api-key, or set OPENAI_API_KEY"
     if response is None or response.status_code != 200:
         raise CapreseError(f"GET {url}{path}", expected="status 200", found=found, fix=fix)
     return response.json()
 
 
-def _get(url: str) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=30) as client:  # no proxies: the server is local
+def _get(url: str, key: str = NO_KEY) -> httpx.Response:
+    with httpx.Client(
+        trust_env=False, timeout=30, headers=authorization(key)
+    ) as client:  # no proxies: the server is local
         return client.get(url)
 
 

@@ -15,7 +15,9 @@ from caprese_bench.lora.training import Lora, begin, fit, lora_rank, tensors
 from caprese_distill import checkpoint
 from caprese_distill.blocks import find_blocks, resolve_method
 from caprese_distill.data.batches import Batch
-from caprese_distill.data.samples import Row, Sample, encode
+from caprese_distill.data.chat import ChatRenderer
+from caprese_distill.data.rows import Row
+from caprese_distill.data.samples import Sample, encode
 from caprese_distill.end_to_end.train import Recipe, Trainer, distill_end_to_end
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.selection import selectors_of
@@ -130,7 +132,7 @@ def test_training_lowers_the_held_out_error(stage: Any, method: str) -> None:
     model, tokenizer = demo()
     info, resolved = resolve_method(model.config, "demo", method, density=0.3, rank=48, layers=[0, 1])
     rows = [Row(n, p.prompt, p.response) for task in TASKS for n, p in enumerate(problems(task, "train", 40))]
-    samples, lora = encode(tokenizer, rows, 512)[0], begin(info, resolved, 0, CPU)
+    samples, lora = encode(ChatRenderer(tokenizer), rows, 512)[0], begin(info, resolved, 0, CPU)
     before, start = ({k: t.clone() for k, t in d.items()} for d in (model.state_dict(), tensors(lora)))
     trainer = fit(stage, model, samples, info, resolved, lora, Recipe(5e-3, batch=8, epochs=3))
     assert len(trainer.errors) == 4

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from caprese_distill.data.samples import Row, Sample, encode, split
+from caprese_distill.data.chat import ChatRenderer
+from caprese_distill.data.rows import Row
+from caprese_distill.data.samples import Sample, encode, split
 from caprese_kernels.errors import CapreseError
 from tests.support.distill import make_samples
 from tests.support.models import BOS, EOS, make_tokenizer
@@ -13,7 +15,7 @@ from tests.support.models import BOS, EOS, make_tokenizer
 
 def test_tokens_are_those_a_server_would_feed() -> None:
     tokenizer = make_tokenizer()
-    (sample,), skipped = encode(tokenizer, [Row(1, "one two", "three four")], 100)
+    (sample,), skipped = encode(ChatRenderer(tokenizer), [Row(1, "one two", "three four")], 100)
     messages = [{"role": "user", "content": "one two"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     response = tokenizer.encode("three four", add_special_tokens=False)
@@ -30,7 +32,7 @@ def test_messages_are_rendered_whole() -> None:
         {"role": "user", "content": "three"},
     ]
     tokenizer = make_tokenizer()
-    (sample,), _ = encode(tokenizer, [Row(1, chat, "four")], 100)
+    (sample,), _ = encode(ChatRenderer(tokenizer), [Row(1, chat, "four")], 100)
     assert (
         tokenizer.decode(sample.ids[: sample.prompt_length])
         == f"{BOS}<|user|>one<|assistant|>two{EOS}<|user|>three<|assistant|>"
@@ -39,7 +41,7 @@ def test_messages_are_rendered_whole() -> None:
 
 def test_an_eos_in_the_response_is_not_doubled() -> None:
     tokenizer = make_tokenizer()
-    (plain, ended), _ = encode(tokenizer, [Row(1, "one", "two"), Row(2, "one", f"two{EOS}")], 100)
+    (plain, ended), _ = encode(ChatRenderer(tokenizer), [Row(1, "one", "two"), Row(2, "one", f"two{EOS}")], 100)
     assert torch.equal(plain.ids, ended.ids)
 
 
@@ -54,17 +56,17 @@ def test_the_last_token_sampled_is_never_fed() -> None:
 def test_without_a_chat_template_the_prompt_is_plain_text() -> None:
     tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.chat_template = None
-    (sample,), _ = encode(tokenizer, [Row(1, "one two", "three")], 100)
+    (sample,), _ = encode(ChatRenderer(tokenizer), [Row(1, "one two", "three")], 100)
     assert tokenizer.decode(sample.ids[: sample.prompt_length]) == "one two"
     with pytest.raises(CapreseError, match=r"line 4: expected a prompt that is text.*no chat template"):
-        encode(tokenizer, [Row(4, [{"role": "user", "content": "one"}], "two")], 100)
+        encode(ChatRenderer(tokenizer), [Row(4, [{"role": "user", "content": "one"}], "two")], 100)
 
 
 def test_unusable_samples_are_counted() -> None:
     long = "two three four five six seven " * 9
     blank = [{"role": "system", "content": ""}, {"role": "user", "content": " "}]
     rows = [Row(1, "one", long), Row(2, "one", ""), Row(3, "one", "two"), Row(4, " \n", "two"), Row(5, blank, "two")]
-    samples, skipped = encode(make_tokenizer(), rows, 30)
+    samples, skipped = encode(ChatRenderer(make_tokenizer()), rows, 30)
     assert [s.line for s in samples] == [3]
     assert skipped == {"longer than 30 tokens": 1, "empty response": 1, "empty prompt": 2}
 
@@ -88,4 +90,4 @@ def test_an_error_of_the_template_names_the_line() -> None:
     tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(CapreseError, match=r"data, line 7: expected messages that.*TemplateError: no system role"):
-        encode(tokenizer, [Row(7, [{"role": "system", "content": "one"}], "two")], 100)
+        encode(ChatRenderer(tokenizer), [Row(7, [{"role": "system", "content": "one"}], "two")], 100)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,15 +17,15 @@ from transformers import AutoConfig
 
 import caprese_distill.data.generate as module
 from caprese_distill.config import INSTRUCTION
+from caprese_distill.data.chat import ChatRenderer
 from caprese_distill.data.generate import (
     Generation,
-    cache_path,
     generate_samples,
-    model_identity,
-    responses_path,
     sampling_parameters,
 )
-from caprese_distill.data.samples import Row, encode
+from caprese_distill.data.responses import cache_path, model_identity, responses_path
+from caprese_distill.data.rows import Row
+from caprese_distill.data.samples import encode
 from caprese_distill.data.sources import read_source
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
@@ -47,10 +48,9 @@ def ask(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> Callable[..., m
 
     def run(output: Path, rows: list[Row], max_length: int = 150, **settings: Any) -> module.Generated:
         model = str(model_dir("llama"))
-        chosen = Generation(**{"temperature": 0.8, "engine": ENGINE} | settings)
-        return generate_samples(
-            rows, make_tokenizer(), model, AutoConfig.from_pretrained(model), output, chosen, max_length
-        )
+        chosen = Generation(max_length, **{"temperature": 0.8, "engine": ENGINE} | settings)
+        config = AutoConfig.from_pretrained(model)
+        return generate_samples(rows, ChatRenderer(make_tokenizer()), model, config, output, chosen)
 
     return run
 
@@ -128,9 +128,28 @@ def test_a_killed_engine_continues_to_the_same_rows(
     read = read_source(kept).rows
     assert [row.prompt for row in read] == [row.prompt for row in rows]
     assert not any(row.response.endswith(EOS) for row in read)
-    for sample, again in zip(parts.samples, encode(tokenizer, read, 10_000)[0], strict=True):
+    for sample, again in zip(parts.samples, encode(ChatRenderer(tokenizer), read, 10_000)[0], strict=True):
         text = tokenizer.decode(again.ids)
         assert text.startswith(tokenizer.decode(sample.ids))  # a cut response is fed to its last token
+
+
+def test_a_cpu_samples_from_prompts_longer_than_its_batches(
+    ask: Callable[..., module.Generated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would cut them into chunks, after which its CPU runner cannot draw by a seed."""
+    shown: list[str] = []
+    pace = module._pace
+    monkeypatch.setattr(module, "_pace", lambda *words: shown.append(pace(*words)) or shown[-1])
+    monkeypatch.setattr(module, "CHUNK", 64)
+    rows = [Row(line, " ".join([row["prompt"]] * 14), "") for line, row in enumerate(make_rows(40), start=1)]
+    made = ask(tmp_path / "a.safetensors", rows, 400, engine={"enforce_eager": True}, max_new_tokens=40)
+    prompt_tokens = sum(sample.prompt_length for sample in made.samples)
+    assert prompt_tokens > 4096  # more than a step takes
+    assert len(made.samples) == 40
+    assert made.provenance["sampling"] == {"temperature": 0.8}
+    tokens = made.provenance["tokens"]
+    assert shown[0] == "responses (0 tokens)"
+    assert re.fullmatch(rf"responses \({tokens:,} tokens, [\d,]+ tok/s\)", shown[-1])
 
 
 def fake_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:

@@ -46,8 +46,12 @@ def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
         ("", "expected two rows or more; found none"),
         ("\n \n", "expected two rows or more; found none"),
         ('{"prompt": "a", "response": "b"}\n{"prompt": ', "line 2: expected a JSON object; found Expecting value"),
-        ("[1]\n", "line 1: expected a JSON object; found list"),
-        ('\n{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 3: expected a key 'response'.*columns prompt;"),
+        ("[1]\n", "row 1: expected a JSON object; found int"),
+        ("1\n", "line 1: expected a JSON object; found int"),
+        (
+            '\n{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
+            "line 3: expected a key 'response', as in the first rows; found the columns prompt;",
+        ),
         (
             '{"prompt": "a", "id": 3}',
             "column of responses: one of response.*found the columns prompt, id; name it with",
@@ -58,7 +62,7 @@ def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
         ('{"prompt": {"a": 1}, "response": "b"}', "line 1: expected text or a list of chat messages in 'prompt'"),
         ('{"prompt": [], "response": "a"}', r"a user's message in 'prompt'; found \[\]"),
         ('{"prompt": ["a"], "response": "a"}', "a list of chat messages in 'prompt'; found 'a'"),
-        ('{"prompt": [{"role": "user", "content": [1]}], "response": "a"}', "text in 'prompt.content'; found list"),
+        ('{"prompt": [{"role": "user", "content": [1]}], "response": "a"}', "text in 'prompt.content'; found a part 1"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
             '{"messages": [{"role": "user", "content": "a"}]}',
@@ -67,7 +71,7 @@ def test_a_limit_draws_rows_by_seed_in_order(tmp_path: Path) -> None:
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
             '{"messages": "a"}',
-            "line 2: expected chat messages, as in the first row; found text",
+            "line 2: expected chat messages, as in the first rows; found text",
         ),
     ],
 )
@@ -179,14 +183,19 @@ def test_datasets_on_disk(tmp_path: Path, jsonl: Callable[..., Path], kind: str)
         (DatasetDict({"train": data, "test": data}) if kind == "saved splits" else data).save_to_disk(place)
     source = read_source(place, limit=6, seed=3)
     assert source.rows == read_source(jsonl(*PROBLEMS), limit=6, seed=3).rows
-    assert {"dataset": str(place), "split": "train", "rows": 20, "drawn": 6}.items() <= source.provenance.items()
+    kept = {"jsonl directory": {"file": "train.jsonl"}, "parquet directory": {"dataset": str(place / "train.parquet")}}
+    provenance = {"rows": 20, "drawn": 6} | kept.get(kind, {"dataset": str(place), "split": "train"})
+    assert provenance.items() <= source.provenance.items()
 
 
 def test_a_directory_takes_a_split(tmp_path: Path) -> None:
     Dataset.from_list(PROBLEMS).to_parquet(tmp_path / "test.parquet")
     assert len(read_source(f"{tmp_path}@test[:3]").rows) == 3
+    assert len(read_source(tmp_path).rows) == 20  # its one file
+    Dataset.from_list(PROBLEMS).to_parquet(tmp_path / "test-2.parquet")
     with pytest.raises(CapreseError, match=r"a dataset with a split \'train\'; found ValueError: .*\[\'test\'\]"):
         read_source(tmp_path)
+    (tmp_path / "test-2.parquet").unlink()
     Dataset.from_list([{"question": "a", "answer": 1}]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(CapreseError, match=r"DatasetGenerationError: An error.*Failed to parse string: '#### "):
         read_source(f"{tmp_path}@test")  # the columns of the splits differ

@@ -12,7 +12,7 @@ import caprese_distill
 ROOT = Path(caprese_distill.__file__).parent
 # From the bottom; a folder is one floor. A module imports from lower floors, or from its own folder.
 FLOORS = [
-    {"blocks", "head", "loading", "options", "placement", "progress", "schedule"},
+    {"blocks", "head", "kept", "loading", "options", "placement", "progress", "schedule"},
     {"command_line", "config", "data", "settings_file"},
     {"calibration", "checkpoint", "inputs"},
     {"selection"},
@@ -26,6 +26,7 @@ FLOORS = [
     {"result"},
     {"report"},
     {"card"},
+    {"push"},
     {"calibrate", "evaluate", "job"},
     {"cli"},
 ]

@@ -344,7 +344,12 @@ def test_find_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_find_adapter_refuses_paths_with_nothing_there(weights: str) -> None:
     with pytest.raises(CapreseError) as caught:
         find_adapter(weights)
-    assert_told(caught.value, f"nothing at {weights}", "a file, a directory or a Hub id", "correct the path")
+    assert_told(
+        caught.value,
+        f"nothing at {weights}",
+        "a file, a directory, or owner/name[/file] on the Hub",
+        "correct the path",
+    )
 
 
 def test_find_adapter_refuses_an_empty_directory(tmp_path: Path) -> None:
@@ -352,28 +357,6 @@ def test_find_adapter_refuses_an_empty_directory(tmp_path: Path) -> None:
     with pytest.raises(CapreseError) as caught:
         find_adapter(str(tmp_path))
     assert_told(caught.value, str(tmp_path), "adapters.safetensors", "found none")
-
-
-def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """owner/name downloads one file from the Hub; an error reports ids that are malformed or cannot be downloaded."""
-    import huggingface_hub
-
-    asked: list[tuple[str, str]] = []
-
-    def download(repo: str, name: str) -> str:
-        asked.append((repo, name))
-        if repo == "owner/absent":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-        huggingface_hub.utils.validate_repo_id(repo)
-        return str(tmp_path / "downloaded")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert find_adapter("owner/name") == tmp_path / "downloaded"
-    assert asked == [("owner/name", "adapters.safetensors")]
-    for weights in ("owner/absent", "../absent", "./absent"):
-        with pytest.raises(CapreseError) as caught:
-            find_adapter(weights)
-        assert_told(caught.value, f"'{weights}'", "local path", "check the path, the Hub id")
 
 
 # -- version 2 -------------------------------------------------------------------------------------------------------

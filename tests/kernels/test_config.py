@@ -274,8 +274,17 @@ def test_base_model_from_a_transformers_config() -> None:
     llama = SimpleNamespace(architectures=["LlamaForCausalLM"], hidden_act="silu", **sizes)
     assert BaseModelInfo.from_hf(llama, "tiny/llama") == BaseModelInfo.model_validate(BASE)
     gemma = SimpleNamespace(hidden_activation="gelu_pytorch_tanh", hidden_act="gelu", architectures=None, **sizes)
-    info = BaseModelInfo.from_hf(gemma, "g")
-    assert (info.architecture, info.hidden_act) == ("SimpleNamespace", "gelu_pytorch_tanh")
+    info = BaseModelInfo.from_hf(gemma, "g", ["Gemma2ForCausalLM"])
+    assert (info.architecture, info.hidden_act) == ("Gemma2ForCausalLM", "gelu_pytorch_tanh")
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_config_without_an_architecture_is_refused(architectures: list[str] | None) -> None:
+    config = SimpleNamespace(
+        architectures=architectures, hidden_act="silu", hidden_size=64, intermediate_size=160, num_hidden_layers=5
+    )
+    with pytest.raises(CapreseError, match=r'model m: expected "architectures" in its config.json, as \["LlamaFor'):
+        BaseModelInfo.from_hf(config, "m")
 
 
 def test_an_error_is_one_line_and_survives_pickling() -> None:

@@ -173,11 +173,13 @@ def prompts(model: TimedModel, data: str | None, count: int, length: int, seed: 
     if data is None:
         rng, vocabulary = random.Random(seed), model.config.vocab_size
         return [[rng.randrange(10, vocabulary) for _ in range(length)] for _ in range(count)]
+    from caprese_distill.data.messages import plain_text
+
     tokenizer, rows = _source(model.path, data)
     rows = random.Random(seed).sample(rows, len(rows))
     drawn: list[list[int]] = [[]]
     for row in rows * (1 + count * length // max(len(rows), 1)):
-        text = row.prompt if isinstance(row.prompt, str) else "\n".join(str(m["content"]) for m in row.prompt)
+        text = row.prompt if isinstance(row.prompt, str) else "\n".join(plain_text(m["content"]) for m in row.prompt)
         drawn[-1] += tokenizer(f"{text}\n")["input_ids"]
         if len(drawn[-1]) >= length:
             drawn[-1] = drawn[-1][:length]

@@ -83,7 +83,7 @@ class VariantRun:
         total = sum(len(repeat) for repeat in self.requests)
 
         async def request_all() -> None:
-            async with Client(endpoint.url, endpoint.model) as client:
+            async with Client(endpoint.url, endpoint.model, endpoint.api_key) as client:
 
                 async def one(request: Request) -> None:
                     self.store.add(await self._respond(client, request, check, session, endpoint.log))

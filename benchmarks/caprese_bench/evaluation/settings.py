@@ -56,6 +56,9 @@ class EvaluationSettings(OutputSettings):
         str | None,
         typer.Option(help="A running Caprese server: measures Full and what it serves. It must have no other clients."),
     ] = None
+    api_key: Annotated[
+        str | None, typer.Option(help="Key of the server at --url. Default: OPENAI_API_KEY, or VLLM_API_KEY.")
+    ] = None
     data: Annotated[
         list[str] | None, typer.Option(metavar="TASK=FILE", help="Local JSONL instead of the Hub; may be repeated.")
     ] = None
@@ -69,15 +72,18 @@ class EvaluationSettings(OutputSettings):
 
     def served_model(self) -> ServedModel:
         """The model and its variants. Raises CapreseError if the options contradict each other."""
-        from .variants import load_served_model
+        from caprese_serve.address import server_url
+
+        from .variants import RemoteServer, load_served_model
 
         if self.url is not None and (self.serve_args or self.configs):
             found = "--serve-args" if self.serve_args else "--config"
             raise CapreseError(
                 "--url", expected="no settings for a running server", found=found, fix="leave one of them out"
             )
+        remote = None if self.url is None else RemoteServer(server_url(self.url), self.api_key)
         return load_served_model(
-            self.model, self.weights or [], self.url, self.serve_args, self.variants, self.configs or []
+            self.model, self.weights or [], remote, self.serve_args, self.variants, self.configs or []
         )
 
     def evaluation_runs(self, repeats: int | None) -> list[EvaluationRun]:
@@ -113,7 +119,7 @@ class EvaluationSettings(OutputSettings):
         }
         asked: dict[str, Any] = {
             "model": model.name,
-            "url": model.url,
+            "url": model.remote.url if model.remote else None,
             "flags": list(model.flags),
             "data": list(self.data or []),
         }

@@ -73,21 +73,34 @@ class Endpoint:
     url: str
     model: str
     log: str
+    api_key: str | None = field(default=None, repr=False)
 
     def served(self) -> Served:
         """What GET /caprese reports."""
-        return Served.model_validate(get_json(self.url, "/caprese", self.log))
+        return Served.model_validate(get_json(self.url, "/caprese", self.log, self.api_key))
+
+
+@dataclass(frozen=True)
+class RemoteServer:
+    """A running server that was given, and the key that it asks for."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+
+    def get(self, path: str, fix: str) -> dict[str, Any]:
+        """The JSON that it returns at `path`."""
+        return get_json(self.url, path, fix, self.api_key)
 
 
 @dataclass
 class ServedModel:
-    """A model and its variants: one vLLM server for each method and adapter, started here, or the server at `url`."""
+    """A model and its variants: one vLLM server for each method and adapter, started here, or the server `remote`."""
 
     name: str
     model: str
     available: list[ServedVariant]
     chosen: list[ServedVariant]
-    url: str | None = None
+    remote: RemoteServer | None = None
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
 
@@ -116,8 +129,8 @@ class ServedModel:
         """A server that runs `host`. `seeded` says whether requests will have seeds."""
         import torch
 
-        if self.url is not None:
-            yield Endpoint(self.url, _served_name(self.url), f"the log of {self.url}")
+        if (remote := self.remote) is not None:
+            yield Endpoint(remote.url, _served_model(remote)["id"], f"the log of {remote.url}", remote.api_key)
             return
         flags = self.flags
         if seeded and not torch.cuda.is_available():
@@ -125,26 +138,27 @@ class ServedModel:
         console = terminal.notes()
         console.print(f"[bold]{host.label}[/bold]  [dim]{escape(shlex.join(host.flags()))}[/dim]", highlight=False)
         with VllmServer(self.model, *flags, *host.flags(), log=log, env=self.env, console=console) as server:
-            yield Endpoint(server.url, _served_name(server.url), f"see {log}")
+            here = RemoteServer(server.url, server.api_key)
+            yield Endpoint(server.url, _served_model(here)["id"], f"see {log}", server.api_key)
 
 
 def load_served_model(
     model: str | None,
     weights: Sequence[str],
-    url: str | None,
+    remote: RemoteServer | None,
     serve_args: str,
     variants: str | None,
     configs: Sequence[str] = (),
 ) -> ServedModel:
-    """The demo's model with its two adapters, or `model` with the adapters `weights`; with `url` what is served there.
+    """The demo's model with its two adapters, or `model` with the adapters `weights`; with `remote` what it serves.
 
     Variants are Full, the plain methods, the adapters, and each NAME=JSON of `configs`; without `weights` the plain
     methods only if `configs` is empty. `variants` is a comma-separated choice of them. Raises CapreseError for an
     unknown variant, and for an adapter of another model.
     """
     extra = tuple(shlex.split(serve_args))
-    if url is not None:
-        served = _remote(url.rstrip("/"), model, weights)
+    if remote is not None:
+        served = _remote(remote, model, weights)
     elif model is None:
         import torch
 
@@ -204,9 +218,9 @@ def _of_config(text: str, info: BaseModelInfo) -> ServedVariant:
     return ServedVariant(given.name, given.name, given.method, given.adapter, stage, settings)
 
 
-def _remote(url: str, model: str | None, weights: Sequence[str]) -> ServedModel:
+def _remote(remote: RemoteServer, model: str | None, weights: Sequence[str]) -> ServedModel:
     """Full and what GET /caprese reports. An adapter's file, if given, only identifies its responses."""
-    served = Served.model_validate(get_json(url, "/caprese", "start it with Caprese enabled"))
+    served = Served.model_validate(remote.get("/caprese", "start it with Caprese enabled"))
     assert served.method is not None
     more = {key: getattr(served, key) for key in METHOD_KEYS}
     method = Method(name=served.method, layers=tuple(served.layers), **more)  # type: ignore[arg-type]
@@ -217,16 +231,12 @@ def _remote(url: str, model: str | None, weights: Sequence[str]) -> ServedModel:
         variant = ServedVariant(f"caprese-{method.name}", f"Caprese ({label})", method, adapter, stage)
     else:
         variant = ServedVariant(method.name, label, method)
-    name = model or _served_model(url)["root"]
-    return ServedModel(name, name, [FULL, variant], [FULL, variant], url)
+    name = model or _served_model(remote)["root"]
+    return ServedModel(name, name, [FULL, variant], [FULL, variant], remote)
 
 
-def _served_model(url: str) -> dict[str, Any]:
-    return get_json(url, "/v1/models", "start it as an OpenAI server")["data"][0]
-
-
-def _served_name(url: str) -> str:
-    return _served_model(url)["id"]
+def _served_model(remote: RemoteServer) -> dict[str, Any]:
+    return remote.get("/v1/models", "start it as an OpenAI server")["data"][0]
 
 
 def _fingerprint(model: str) -> str | None:

@@ -110,13 +110,14 @@ def recovery(settings: RecoverySettings) -> None:
 
 def training_samples(tokenizer: Any, settings: RecoverySettings, max_length: int) -> list[Sample]:
     """Training problems of the demo with their responses, the tasks in turn, as token ids."""
-    from caprese_distill.data.samples import Row as Data
+    from caprese_distill.data.chat import ChatRenderer
+    from caprese_distill.data.rows import Row as Data
     from caprese_distill.data.samples import encode
 
     by_task = [problems(task, "train", settings.samples // 2, settings.seed) for task in TASKS]
     drawn = [problem for pair in zip(*by_task, strict=True) for problem in pair]
     rows = [Data(line, problem.prompt, problem.response) for line, problem in enumerate(drawn, start=1)]
-    return encode(tokenizer, rows, max_length=max_length)[0]
+    return encode(ChatRenderer(tokenizer), rows, max_length=max_length)[0]
 
 
 def plots(result: Result) -> list[Plot]:

@@ -36,7 +36,9 @@ def load_model_with_samples(model: str, data: str | None, count: int) -> ModelWi
 
     Raises CapreseError if fewer than two samples are usable.
     """
-    from caprese_distill.data.samples import Row, encode
+    from caprese_distill.data.chat import ChatRenderer, stop_ids
+    from caprese_distill.data.rows import Row
+    from caprese_distill.data.samples import encode
     from caprese_distill.data.sources import read_source
     from caprese_distill.loading import load_model, load_small_parts
     from caprese_kernels.config import BaseModelInfo
@@ -49,7 +51,7 @@ def load_model_with_samples(model: str, data: str | None, count: int) -> ModelWi
         each = [problems(task, "train", count // len(TASKS), seed=1) for task in TASKS]
         mixed = (problem for group in zip(*each, strict=True) for problem in group)
         rows = [Row(n, problem.prompt, problem.response) for n, problem in enumerate(mixed, start=1)]
-    samples, skipped = encode(tokenizer, rows, MAX_LENGTH)
+    samples, skipped = encode(ChatRenderer(tokenizer, stop_ids=stop_ids(model, config)), rows, MAX_LENGTH)
     if len(samples) < 2:
         raise CapreseError(
             f"samples of {data or 'the demo'}",

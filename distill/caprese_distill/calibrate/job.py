@@ -16,13 +16,16 @@ from torch import nn
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
+from caprese_kernels.hub import check_upload
 
 from ..blocks import adapter_config, find_blocks
+from ..data.bad_rows import BadRows
 from ..data.samples import Sample, split
-from ..inputs import check_writable, encode_rows, read_rows, resolve_selection
+from ..inputs import chat_renderer, check_writable, encode_rows, read_rows, resolve_selection
 from ..loading import find_device, load_model_on, load_small_parts
 from ..prior import collect_priors
 from ..progress import progress_bar
+from ..push import push
 from ..quality import MAX_HELD_OUT, Quality, SparseLayers, measure
 from ..selection import Priors, selectors_of
 from ..stage_files import save
@@ -58,13 +61,18 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     CapreseError for data, model or settings that do not fit.
     """
     console, started = console or Console(quiet=True), time.monotonic()
-    source = read_rows(config)
+    if config.push_to_hub is not None:
+        check_upload(config.push_to_hub)
+    bad_rows = BadRows(config.max_bad_rows)
+    source = read_rows(config, bad_rows)
     check_writable(config.output)
     device = find_device(config.device)
-    console.print(str(source), highlight=False, markup=False)
+    for note in (str(source), *source.notes):
+        console.print(note, highlight=False, markup=False)
     model_config, tokenizer = load_small_parts(config.model)
     info, method = resolve_selection(config, model_config, rank=0)
-    samples = encode_rows(config, source, model_config, tokenizer, console)
+    renderer = chat_renderer(config, model_config, tokenizer, console)
+    samples = encode_rows(config, source, model_config, renderer, bad_rows, console)
     model = load_model_on(config.model, config.dtype, device).eval()
     blocks = find_blocks(model, info, method.layers)
     fit, held_out = split(samples)
@@ -88,8 +96,13 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     adapters = Adapters(adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     save(adapters, config.output)
-    by_density = {float(name): found for name, found in quality.items()}
-    return Calibration(config.output, adapters, by_density, plain, seconds)
+    result = Calibration(
+        config.output, adapters, {float(name): found for name, found in quality.items()}, plain, seconds
+    )
+    if config.push_to_hub is not None:
+        address = push(config.push_to_hub, config.output, result.record(), adapters)
+        console.print(f"uploaded: {address}", highlight=False, markup=False)
+    return result
 
 
 def _measure(

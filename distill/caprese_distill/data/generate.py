@@ -6,6 +6,7 @@ Once the adapter is written they become NAME.responses.jsonl, rows of prompt and
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -13,10 +14,9 @@ import os
 import signal
 import subprocess
 import sys
-from array import array
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from caprese_kernels.errors import CapreseError
 
 from ..loading import max_sample_tokens
 from ..progress import progress_bar
-from .chat import prompt_ids
-from .samples import Row, Sample
+from .bad_rows import BadRow, BadRows
+from .chat import ChatRenderer
+from .responses import Response, cache_path, child_files, model_identity, read, responses_path, resume, writing
+from .rows import Row
+from .samples import Sample
 
 CHUNK = 64  # responses written at a time: the most that a kill loses
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -38,6 +41,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class Generation:
     """Settings of generation. dtype: a name, or "auto" for the checkpoint's; engine: further arguments of vllm.LLM."""
 
+    max_length: int = 2048
     temperature: float | None = None  # None: the model's own, see sampling_parameters
     max_new_tokens: int | None = None  # None: limited by --max-length alone
     seed: int = 0
@@ -50,14 +54,6 @@ class Prompt:
     line: int
     ids: list[int]
     max_tokens: int
-
-
-@dataclass(frozen=True)
-class Response:
-    """All sampled ids. The last is the stop token, unless the response was cut at max_tokens."""
-
-    ids: array[int]  # 4 bytes an id; a list takes 36, over a gigabyte for 20,000 long responses
-    cut: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class Generated:
                 found=error.strerror or type(error).__name__,
                 fix=f"free some space; their token ids are in {cache_path(self.output)}",
             ) from None
-        for rest in (cache_path(self.output), *_child_files(self.output)):
+        for rest in (cache_path(self.output), *child_files(self.output)):
             rest.unlink(missing_ok=True)
         return path
 
@@ -97,49 +93,41 @@ class Generated:
             if response := self.responses.get(row.line):
                 ids = response.ids.tolist() if response.cut else response.ids[:-1].tolist()
                 text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                yield json.dumps({"prompt": row.prompt, "response": text}, ensure_ascii=False) + "\n"
-
-
-def responses_path(output: Path) -> Path:
-    """The file of responses that stays beside the adapter `output`."""
-    return output.with_name(f"{output.stem}.responses.jsonl")
-
-
-def cache_path(output: Path) -> Path:
-    """The responses so far, from which a killed run continues."""
-    return output.with_name(f".{output.stem}.responses.jsonl")
-
-
-def _child_files(output: Path) -> tuple[Path, Path]:
-    """The files of the child process: its job and its log."""
-    return output.with_name(f".{output.stem}.generate.json"), output.with_name(f".{output.stem}.generate.log")
+                yield json.dumps({"prompt": row.prompt, "response": text, **row.options}, ensure_ascii=False) + "\n"
 
 
 def generate_samples(
     rows: Sequence[Row],
-    tokenizer: Any,
+    renderer: ChatRenderer,
     model: str,
     config: Any,
     output: Path,
     settings: Generation,
-    max_length: int,
+    bad_rows: BadRows | None = None,
     console: Console | None = None,
 ) -> Generated:
     """Let the model answer the prompts of `rows`; responses that a killed run left beside `output` are reused.
 
-    Prompt and response together have at most `max_length` tokens, and no more than the model has positions. Samples
-    have the sampled ids, because encoding the text again does not always give the same ones. A response that reaches
-    its limit is kept.
+    Prompt and response together have at most `settings.max_length` tokens, and no more than the model has positions.
+    Samples have the sampled ids, because encoding the text again does not always give the same ones. A response that
+    reaches its limit is kept. Rows that the template does not render are added to `bad_rows` and left out; without it,
+    CapreseError for the first.
 
     CapreseError when vLLM is missing or fails (with its error), and for responses of another run.
     """
     text_config = config.get_text_config()
-    max_length = max_sample_tokens(config, max_length)
+    max_length = max_sample_tokens(config, settings.max_length)
     skipped: Counter[str] = Counter()
     prompts = []
     with progress_bar(console, "prompts/s") as bar:
         for row in bar.track(rows, description="prompts"):
-            ids = prompt_ids(tokenizer, row.prompt, row.line)
+            try:
+                ids = renderer.prompt_ids(row)
+            except BadRow as bad:
+                if bad_rows is None:
+                    raise bad.at(f"data, line {row.line}") from None
+                bad_rows.add(row.line, bad)
+                continue
             room = min(settings.max_new_tokens or max_length, max_length - len(ids))
             if not ids:
                 skipped["empty prompt"] += 1
@@ -157,8 +145,8 @@ def generate_samples(
         "sampling": sampling,
         "dtype": dtype,
         "seed": settings.seed,
-    }
-    responses = _resume(cache_path(output), identity, len(prompts), console)
+    } | ({"date": str(datetime.date.today())} if renderer.prints_date else {})
+    responses = resume(cache_path(output), identity, len(prompts), console)
     missing = [p for p in prompts if p.line not in responses]
     if missing:
         job = {
@@ -173,7 +161,7 @@ def generate_samples(
             "parent": os.getpid(),
         }
         _run(job, output, len(prompts), console)
-        responses = _read(cache_path(output))[1]
+        responses = read(cache_path(output))[1]
     samples = []
     for prompt in prompts:
         if prompt.line not in responses:
@@ -190,7 +178,7 @@ def generate_samples(
         "cut": sum(r.cut for r in responses.values()),
         "tokens": sum(len(r.ids) for r in responses.values()),
     }
-    return Generated(samples, skipped, provenance, rows, responses, output, tokenizer)
+    return Generated(samples, skipped, provenance, rows, responses, output, renderer.tokenizer)
 
 
 def sampling_parameters(model: str, temperature: float | None) -> dict[str, float]:
@@ -212,70 +200,6 @@ def sampling_parameters(model: str, temperature: float | None) -> dict[str, floa
     return found
 
 
-def model_identity(model: str, config: Any) -> str:
-    """Identifies a model: the Hub's commit; or, of a directory, a hash of its weight files' sizes and ends."""
-    directory = Path(model)
-    if not directory.is_dir():
-        return f"{model}@{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".bin")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(2**20)
-            file.seek(max(0, size - 2**20))
-            digest.update(f"{path.name} {size} ".encode() + head + file.read())
-    return digest.hexdigest()
-
-
-def _read(cache: Path) -> tuple[dict[str, Any], dict[int, Response], int]:
-    """Identity, responses by line, and the number of bytes in whole lines: a kill may leave half of the last one."""
-    identity: dict[str, Any] = {}
-    responses: dict[int, Response] = {}
-    whole = 0
-    if not cache.exists():
-        return identity, responses, whole
-    with cache.open("rb") as file:
-        for line in file:
-            try:
-                value = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                value = None
-            if value is None:
-                break
-            if whole == 0:
-                identity = value
-            else:
-                responses[value["row"]] = Response(array("i", value["ids"]), value["finish"] != "stop")
-            whole += len(line)
-    return identity, responses, whole
-
-
-def _resume(cache: Path, identity: Mapping[str, Any], total: int, console: Console | None) -> dict[int, Response]:
-    """The responses in the cache, which is left ready for more to be appended.
-
-    CapreseError for those of another run: they may have taken hours, so they are not overwritten.
-    """
-    found, responses, whole = _read(cache)
-    if not responses:
-        partial = cache.with_name(f"{cache.name}.partial")
-        with _writing(cache):
-            partial.write_text(json.dumps(identity) + "\n")
-            os.replace(partial, cache)
-        return {}
-    other = [key for key, value in identity.items() if found.get(key) != value]
-    if other:
-        raise CapreseError(
-            f"{len(responses)} responses in {cache}",
-            expected="those of this run",
-            found=f"those of a run with other {', '.join(other)}",
-            fix="give the settings of that run or another --output, or delete the file",
-        )
-    os.truncate(cache, whole)
-    if console:
-        console.print(f"{cache}: {len(responses)} of {total} responses were made before")
-    return responses
-
-
 def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | None) -> None:
     """Run the child process to its end."""
     if importlib.util.find_spec("vllm") is None:
@@ -285,8 +209,8 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
             found="none",
             fix='pip install "caprese-vllm[cuda]" (or [cpu]), or give data with responses',
         )
-    job_file, log = _child_files(output)
-    with _writing(job_file):
+    job_file, log = child_files(output)
+    with writing(job_file):
         job_file.write_text(json.dumps(job))
     # Engine and driver in one process, so that killing it ends the engine too.
     environment = {"VLLM_NO_USAGE_STATS": "1"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -302,6 +226,7 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
         )
         first = total - len(job["prompts"])
         line = bar.add_task("starting vLLM", total=total, completed=first, first=first, start=False)
+        started = 0.0  # when the engine was ready
         try:
             assert process.stdout is not None
             for message in map(json.loads, process.stdout):
@@ -309,8 +234,8 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
                     parts = message["error"]
                     raise CapreseError(parts.pop("what"), **parts)
                 bar.start_task(line)
-                tokens = f"responses ({message['tokens']:,} tokens)"
-                bar.update(line, completed=first + message["done"], description=tokens)
+                bar.update(line, completed=first + message["done"], description=_pace(message["tokens"], started))
+                started = started or time.monotonic()
             code = process.wait()
         finally:
             if process.poll() is None:
@@ -320,22 +245,14 @@ def _run(job: Mapping[str, Any], output: Path, total: int, console: Console | No
         raise _failed(output, f"exit code {code}: {_last_error(log)}")
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Raise an OSError of writing `path` as a CapreseError."""
-    try:
-        yield
-    except OSError as error:
-        raise CapreseError(
-            f"responses, {path}",
-            expected="room for them beside the output",
-            found=error.strerror or type(error).__name__,
-            fix="free some space, or give another --output",
-        ) from None
+def _pace(tokens: int, started: float) -> str:
+    """How many tokens were sampled, and how fast, since the time `started` (0: just now)."""
+    seconds = time.monotonic() - started if started else 0.0
+    return f"responses ({tokens:,} tokens" + (f", {tokens / seconds:,.0f} tok/s)" if tokens and seconds else ")")
 
 
 def _failed(output: Path, found: str) -> CapreseError:
-    made, log = len(_read(cache_path(output))[1]), _child_files(output)[1]
+    made, log = len(read(cache_path(output))[1]), child_files(output)[1]
     fix = f"see {log}; the same command continues from the {made} responses made so far"
     return CapreseError("vLLM, answering prompts", expected="a response to each", found=found, fix=fix)
 

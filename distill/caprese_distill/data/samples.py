@@ -6,21 +6,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chat import Prompt, prompt_ids
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the data."""
-
-    line: int  # line of the file, or row of the dataset, counted from 1
-    prompt: Prompt
-    response: str  # empty if it is still to be generated
+from .bad_rows import BadRow, BadRows
+from .chat import ChatRenderer
+from .rows import Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +35,29 @@ class Sample:
 
 
 def encode(
-    tokenizer: Any, rows: Sequence[Row], max_length: int, advance: Callable[[], object] = lambda: None
+    renderer: ChatRenderer,
+    rows: Sequence[Row],
+    max_length: int,
+    bad_rows: BadRows | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> tuple[list[Sample], Counter[str]]:
     """Token ids of the rows, and the number of skipped rows by reason. `advance` is called after each row.
 
-    The prompt is encoded by `prompt_ids`. The response is encoded separately, because a model that generates it never
-    merges its first characters with the prompt's last; special tokens written in it become their ids, as when
-    generated. The eos token that ends it was sampled but never fed; if the tokenizer has no eos token, that holds for
-    the response's last token.
+    `ChatRenderer.ids` makes them. The token that ends a response was sampled but never fed; if the tokenizer has none,
+    that holds for the response's last token. Rows that the template does not render are added to `bad_rows` and left
+    out; without it, CapreseError for the first.
     """
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
     for row in rows:
-        prompt = prompt_ids(tokenizer, row.prompt, row.line)
-        response = tokenizer.encode(row.response, add_special_tokens=False)
-        if tokenizer.eos_token_id is not None and response[-1:] != [tokenizer.eos_token_id]:
-            response = [*response, tokenizer.eos_token_id]
+        advance()
+        try:
+            prompt, response = renderer.ids(row)
+        except BadRow as bad:
+            if bad_rows is None:
+                raise bad.at(f"data, line {row.line}") from None
+            bad_rows.add(row.line, bad)
+            continue
         if len(prompt) + len(response) > max_length:
             skipped[f"longer than {max_length} tokens"] += 1
         elif not prompt:
@@ -67,7 +66,6 @@ def encode(
             skipped["empty response"] += 1
         else:
             samples.append(Sample.of(prompt, response, row.line))
-        advance()
     return samples, skipped
 
 

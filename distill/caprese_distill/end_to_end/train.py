@@ -234,8 +234,13 @@ def train(
     ranks: RankContext | None = None,
 ) -> Trainer:
     """Train the student to the end, from the checkpoint `resume` if that belongs to a run with the same identity."""
-    trainer = Trainer(model, student, samples, recipe, ranks or RankContext())
+    ranks = ranks or RankContext()
+    trainer, barrier = Trainer(model, student, samples, recipe, ranks), torch.zeros(1)
+    if ranks.rank:  # rank 0 alone renames files of other runs
+        ranks.all_reduce(barrier)
     store = CheckpointStore(trainer, resume, console, identity)
+    if not ranks.rank:
+        ranks.all_reduce(barrier)
     trainer.check_same_step(resume)
     trainer.run(store, console)
     return trainer

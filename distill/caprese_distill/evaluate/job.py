@@ -13,7 +13,8 @@ from rich.console import Console
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import BaseModelInfo
 
-from ..inputs import encode_rows, read_rows
+from ..data.bad_rows import BadRows
+from ..inputs import chat_renderer, encode_rows, read_rows
 from ..loading import find_device, load_model_on, load_small_parts
 from ..quality import Quality, measure_adapters
 from .config import EvaluateConfig
@@ -47,12 +48,15 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     console, started = console or Console(quiet=True), time.monotonic()
     path = find_adapter(config.adapter)
     adapters = Adapters.load(path)
-    source = read_rows(config)
+    bad_rows = BadRows(config.max_bad_rows)
+    source = read_rows(config, bad_rows)
     device = find_device(config.device)
-    console.print(str(source), highlight=False, markup=False)
+    for note in (str(source), *source.notes):
+        console.print(note, highlight=False, markup=False)
     model_config, tokenizer = load_small_parts(config.model)
     adapters.config.base_model.check_serves(BaseModelInfo.from_hf(model_config, config.model), f"adapter {path}")
-    samples = encode_rows(config, source, model_config, tokenizer, console)
+    renderer = chat_renderer(config, model_config, tokenizer, console)
+    samples = encode_rows(config, source, model_config, renderer, bad_rows, console)
     model = load_model_on(config.model, config.dtype, device).eval()
     quality = measure_adapters(model, adapters, samples, console)
     return Evaluation(path, adapters, quality, source.provenance, time.monotonic() - started)

@@ -2,7 +2,7 @@
 
 In Python, for a transformers causal LM and its tokenizer:
 
-    samples, skipped = encode(tokenizer, read_source("math.jsonl").rows, max_length=2048)
+    samples, skipped = encode(ChatRenderer(tokenizer), read_source("math.jsonl").rows, max_length=2048)
     info, method = resolve_method(model.config, "Qwen/Qwen2.5-1.5B-Instruct", "griffin", density=0.5, rank=256)
     distill_layer_wise(model, samples, info, method).save("adapters.safetensors")
     distill_layer_wise(model, samples, info, method, adam=AdamSettings()).save("adapters-adam.safetensors")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..client import Client, in_turns
+from ..server import VllmServer
 from .problems import Problem, grade
 
 MAX_TOKENS = 160
@@ -28,21 +29,25 @@ class Answer:
 
 
 def ask(
-    url: str, model: str, problems: Sequence[Problem], concurrency: int, answered: Callable[[], object] = lambda: None
+    server: VllmServer,
+    model: str,
+    problems: Sequence[Problem],
+    concurrency: int,
+    answered: Callable[[], object] = lambda: None,
 ) -> tuple[list[Answer], float]:
     """Send all problems, `concurrency` at a time, and call `answered` after each answer.
 
     Returns the answers in the order of the problems, and the seconds from the first request to the last answer. Raises
     openai.OpenAIError.
     """
-    return asyncio.run(_ask(url, model, problems, concurrency, answered))
+    return asyncio.run(_ask(server, model, problems, concurrency, answered))
 
 
 async def _ask(
-    url: str, model: str, problems: Sequence[Problem], concurrency: int, answered: Callable[[], object]
+    server: VllmServer, model: str, problems: Sequence[Problem], concurrency: int, answered: Callable[[], object]
 ) -> tuple[list[Answer], float]:
     answers: dict[int, Answer] = {}
-    async with Client(url, model) as client:
+    async with Client(server.url, model, server.api_key) as client:
 
         async def one(index: int) -> None:
             problem = problems[index]

@@ -118,11 +118,11 @@ def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs:
     )
     with VllmServer(MODEL, *FLAGS, *device, *variant.flags(), log=log, env=ENV, console=console) as server:
         try:
-            ask(server.url, SERVED_NAME, warm_up, concurrency)
+            ask(server, SERVED_NAME, warm_up, concurrency)
             before = _counted(server, variant)
             with _progress(console) as progress:
                 bar = progress.add_task(f"  started in {server.startup_seconds:.0f} s, asking", total=len(asked))
-                answers, wall = ask(server.url, SERVED_NAME, asked, concurrency, lambda: progress.advance(bar))
+                answers, wall = ask(server, SERVED_NAME, asked, concurrency, lambda: progress.advance(bar))
             after = _counted(server, variant)
         except OpenAIError as error:
             raise server.failure(f"{type(error).__name__}: {error}") from None
