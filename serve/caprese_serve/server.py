@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from caprese_kernels import terminal
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable
 
 from . import guard
 
@@ -113,7 +113,7 @@ class VllmServer:
                 if self._healthy():
                     break
                 line = "".join(self._tail(1))[: max(self.console.width - 36, 20)]
-                status.update(f"starting vllm serve, {elapsed:.0f} s  [dim]{escape(line)}[/dim]")
+                status.update(Text.assemble(f"starting vllm serve, {elapsed:.0f} s  ", (printable(line), "dim")))
                 time.sleep(0.25)
         self.startup_seconds = time.monotonic() - begin
 

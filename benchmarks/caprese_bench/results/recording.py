@@ -120,5 +120,5 @@ def check_writable(out: Path) -> None:
 
 def progress() -> Progress:
     """A progress bar on stderr: description, bar, counts, time so far and time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=terminal.notes())
