@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from caprese_kernels import files
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
@@ -47,7 +48,7 @@ from .plan import DistillationPlan, Estimate
 from .result import Result
 from .scale.cluster import Cluster, connect
 from .scale.ray_training import Workers
-from .stages import clean_up, held_bytes, remaining_work, run_stages, save, scratch_path
+from .stages import clean_up, held_bytes, remaining_work, run_stages, scratch_path
 from .timing import estimate_seconds
 from .work import Work
 
@@ -59,7 +60,8 @@ def distill(config: DistillConfig, console: Console | None = None) -> Result:
     with the same settings. CapreseError for what cannot work: data, model or settings that do not fit, too little
     memory or disk.
     """
-    return Job(config, console).run()
+    with files.output_lock(config.output):
+        return Job(config, console).run()
 
 
 class Job:
@@ -126,7 +128,7 @@ class Job:
             | {"python": platform.python_version()},
             "resources": asdict(estimate.usage()) if estimate else None,
         }
-        save(adapters, output)
+        adapters.save(output)
         responses = self._generated.keep() if self._generated else None  # before a killed run's files are removed
         clean_up(output)
         return Result(output, write_card(adapters, output), responses, adapters)

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
-from caprese_kernels.adapters import Adapters
+from caprese_kernels.adapters import Adapters, is_adapter_file
 from caprese_kernels.errors import CapreseError
 
 from . import checkpoint
@@ -138,26 +137,15 @@ def run_stages(
     executor: Executor = model if isinstance(model, Cluster) else LocalExecutor(model)
     keep = work.recipe is not None
     adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
-    if work.weighting:
+    if not work.weighting:
+        _set_aside(_weighted_path(output), console)
+    else:
         adapters = _weighted_stage(model, work, output, keep, console, adapters)
     if work.recipe is None:
         return adapters
     return_freed()
     with _summary_writer(logs) as writer:
         return executor.end_to_end(work, adapters, resume, console, writer)
-
-
-def save(adapters: Adapters, path: Path) -> None:
-    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
-    try:
-        adapters.save(path)
-    except (OSError, SafetensorError) as error:
-        raise CapreseError(
-            f"output {path}",
-            expected="a file that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            fix="free some space, or give another --output; the same command continues from the last checkpoint",
-        ) from None
 
 
 def held_bytes(output: Path) -> int:
@@ -186,8 +174,9 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
     found = _load_stage(path, identity)
     if found is not None:
         if console:
-            console.print(f"layer-wise stage: done before, {path}")
+            console.print(f"layer-wise stage: done before, {path}", markup=False)
         return found
+    _set_aside(path, console)
     adapters = executor.layer_wise(work, resume, console)
     if keep:
         _keep_stage(adapters, path, identity, resume)
@@ -203,8 +192,9 @@ def _weighted_stage(
     found = _load_stage(path, identity)
     if found is not None:
         if console:
-            console.print(f"weighted closed form: done before, {path}")
+            console.print(f"weighted closed form: done before, {path}", markup=False)
         return found
+    _set_aside(path, console)
     return_freed()
     adapters = distill_weighted(model, work.samples, initial, resume, console)
     if keep:
@@ -214,8 +204,16 @@ def _weighted_stage(
 
 def _keep_stage(adapters: Adapters, path: Path, identity: str, resume: Path) -> None:
     marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
-    save(Adapters(marked, adapters.left, adapters.right), path)
+    Adapters(marked, adapters.left, adapters.right).save(path)
     checkpoint.remove(resume)
+
+
+def _set_aside(path: Path, console: Console | None) -> None:
+    """Keep an adapter that a run with other data or settings left where this run will write or remove one."""
+    if is_adapter_file(path):
+        kept = checkpoint.set_aside(path)
+        if console:
+            console.print(f"{path} belongs to a run with other data or settings: kept as {kept}", markup=False)
 
 
 def _load_stage(path: Path, identity: str) -> Adapters | None:

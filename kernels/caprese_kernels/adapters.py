@@ -117,7 +117,7 @@ class Adapters:
                 where,
                 expected="a file that can be written",
                 found=files.reason(error) if isinstance(error, OSError) else str(error),
-                fix="free some space, or give another path",
+                fix="free some space, or give another path; `caprese distill` continues from its last checkpoint",
             ) from None
 
     @classmethod

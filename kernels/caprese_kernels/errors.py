@@ -22,7 +22,9 @@ class CapreseError(ValueError):
     """
 
     def __init__(self, what: str, *, expected: str, found: str, fix: str):
-        self.what, self.expected, self.found, self.fix = map(_one_line, (what, expected, found, fix))
+        self.what, self.expected, self.found, self.fix = (
+            _one_line(part) or "nothing" for part in (what, expected, found, fix)
+        )
         super().__init__(f"{self.what}: expected {self.expected}; found {self.found}; {self.fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:  # the default would call __init__ without its keywords when unpickled

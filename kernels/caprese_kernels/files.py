@@ -88,6 +88,20 @@ def check_present(path: Path, what: str) -> None:
     raise CapreseError(what, expected="a file or a directory", found=found, fix="correct the path")
 
 
+def check_model(model: str) -> None:
+    """Raise CapreseError for a local model whose folder is a link to nothing, or whose config.json is no plain file:
+    transformers would ask the Hub for the first, and wait for the second."""
+    path = Path(model)
+    try:
+        check_present(path, f"model {model}")
+        if path.is_dir() and os.path.lexists(path / "config.json"):
+            open_regular(path / "config.json").close()
+    except OSError as error:
+        raise CapreseError(
+            f"model {model}", expected="a folder with a config.json", found=reason(error), fix="correct the folder"
+        ) from None
+
+
 def check_target(path: PathLike) -> None:
     """Raise OSError unless a regular file is at `path`, or nothing, or a link to either."""
     try:
@@ -176,10 +190,10 @@ def output_lock(output: PathLike) -> Iterator[None]:
 
     Raises CapreseError that names the holder, or says why nothing can be written there.
     """
-    path = Path(os.path.realpath(output))
     made: list[Path] = []
     try:
-        check_target(path)
+        check_target(output)
+        path = Path(os.path.realpath(output))
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(_hidden(path, "lock"))
@@ -189,7 +203,7 @@ def output_lock(output: PathLike) -> Iterator[None]:
             f"output {output}",
             expected="a file that can be written",
             found=reason(error),
-            fix="give another --output",
+            fix="give another output",
         ) from None
     try:
         yield
@@ -237,7 +251,7 @@ def _held(descriptor: int, output: PathLike) -> CapreseError:
         f"output {output}",
         expected="no other process that writes it",
         found=holder or "one that has its lock",
-        fix="wait for that process, stop it, or give another --output",
+        fix="wait for that process, stop it, or give another output",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from caprese_kernels import files
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.json_text import MAX_BYTES, parse_json
 from caprese_kernels.selection import LayerSelector
 
 
@@ -54,12 +55,13 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
 
 def model_info(model: str) -> BaseModelInfo:
     """The dimensions of a model directory or Hub id, from its config.json. Raises CapreseError if unreadable."""
+    files.check_model(model)
     path = Path(model) / "config.json"
     try:
         try:
             from transformers import AutoConfig
         except ImportError:  # without transformers only a local file can be read
-            return BaseModelInfo.from_hf(SimpleNamespace(**json.loads(path.read_text())), model)
+            return BaseModelInfo.from_hf(SimpleNamespace(**parse_json(files.read_bytes(path, MAX_BYTES))), model)
         return BaseModelInfo.from_hf(AutoConfig.from_pretrained(model).get_text_config(), model)
     except Exception as error:  # transformers raises many types for a configuration that it cannot read
         raise CapreseError(

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from caprese_kernels import files
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method
 from caprese_kernels.selection import LayerSelector
@@ -26,7 +27,6 @@ from ..inputs import check_writable, encode_rows, read_rows
 from ..loading import find_device, load_model_on, load_small_parts
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
-from ..stages import save
 from .config import CalibrateConfig
 from .prior import PriorSums, neuron_norms
 from .quality import Quality, measure
@@ -61,7 +61,12 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     One pass of the original model over the samples, a tenth of which is held out to measure what the selections cost.
     CapreseError for data, model or settings that do not fit.
     """
-    console, started = console or Console(quiet=True), time.monotonic()
+    with files.output_lock(config.output):
+        return _calibrate(config, console or Console(quiet=True))
+
+
+def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
+    started = time.monotonic()
     source = read_rows(config)
     check_writable(config.output)
     device = find_device(config.device)
@@ -92,7 +97,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     }
     adapters = Adapters(_adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    save(adapters, config.output)
+    adapters.save(config.output)
     by_density = {float(name): found for name, found in quality.items()}
     return Calibration(config.output, adapters, by_density, plain, seconds)
 
