@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable, quote
 from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, ff_kernels, refusals
@@ -61,7 +61,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
     method, warnings = resolve(config, adapters.config if adapters else None, served)
     refusals.check_tensor_parallel(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
-        logger.warning("Caprese: %s", warning)
+        logger.warning("Caprese: %s", printable(warning))
 
     _choose_graphs(vllm_config, kernels, config.kernel_extension)
     exact = keeps_values(method, vllm_config.model_config.dtype)
@@ -126,7 +126,7 @@ def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args
         error = CapreseError(
             'vllm_xargs["caprese"]',
             expected="'off', or no such key",
-            found=repr(extra[KEY]),
+            found=quote(extra[KEY]),
             fix="leave it out to run the request sparse",
         )
         raise VLLMValidationError(str(error), parameter="vllm_xargs", value=extra[KEY])  # other errors are HTTP 500

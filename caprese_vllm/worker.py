@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from caprese_kernels.adapters import is_adapter_file
 from caprese_kernels.backend import choose
 from caprese_kernels.config import BaseModelInfo, layer_spans
+from caprese_kernels.errors import printable
 
 from . import compat, ff_kernels
 from .blocks import pack_blocks, take_over
@@ -100,7 +101,7 @@ def _process_weights(
         "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, layer_spans(state.method.layers), state.kernels.NAME,
         extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, num_pages,
-        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, state.weights or "none (plain baseline)",
+        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, printable(state.weights or "none (plain baseline)"),
     )  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class Settings(BaseModel):
 
         def __init__(self, **values: Any) -> None:
             for name, value in values.items():
-                if isinstance(value, str | Path) and not _is_text(str(value)):
+                if not _is_text(name) or (isinstance(value, str | Path) and not _is_text(str(value))):
                     raise CapreseError(
                         name, expected="UTF-8 text without NUL", found=quote(str(value)), fix="correct it"
                     )
@@ -162,11 +162,13 @@ def _is_text(value: str) -> bool:
 
 def _first_error(error: ValidationError, settings: type[Settings]) -> CapreseError:
     """The first error as a CapreseError; `what` is the field's name."""
-    errors = error.errors()
+    errors = error.errors(include_url=False)
     first = errors[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, CapreseError):
         return cause
+    if not first["loc"]:  # a key or value that pydantic cannot read at all
+        return CapreseError("settings", expected="options by name", found=quote(first["input"]), fix="correct them")
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return CapreseError(

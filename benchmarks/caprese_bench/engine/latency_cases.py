@@ -52,7 +52,9 @@ def make_cases(setups: str, batch: str, samples: str) -> list[Case]:
     pairs = []
     for text in setups.split(","):
         prompt, _, generated = text.strip().partition("+")
-        if not (prompt.isdigit() and generated.isdigit() and int(prompt) and int(generated) > 1):
+        if not (
+            re.fullmatch(r"[0-9]{1,9}\+[0-9]{1,9}", f"{prompt}+{generated}") and int(prompt) and int(generated) > 1
+        ):
             raise CapreseError(
                 "--setups",
                 expected="P+G, for example 2048+256: prompt tokens from 1, generated tokens from 2",
