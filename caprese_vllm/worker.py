@@ -101,7 +101,8 @@ def _process_weights(
         "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, layer_spans(state.method.layers), state.kernels.NAME,
         extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, num_pages,
-        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, printable(state.weights or "none (plain baseline)"),
+        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part,
+        printable(state.weights or "none (plain baseline)"),
     )  # fmt: skip
 
 

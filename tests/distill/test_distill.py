@@ -182,7 +182,9 @@ def test_a_damaged_checkpoint_is_ignored(
 ) -> None:
     output = tmp_path / "a.safetensors"
     checkpoint.resume_path(output).write_bytes(b"half a file")
-    (tmp_path / ".a.safetensors.resume.partial").write_bytes(b"killed while writing")
+    left = tmp_path / "..a.safetensors.resume.x.partial"
+    left.mkdir()
+    (left / "new").write_bytes(b"killed while writing")
     run_distill(str(model_dir("llama")), write_rows(make_rows(3)), output, rank=2)
     assert "cannot be read (SafetensorError); starting anew" in " ".join(capsys.readouterr().err.split())
     Adapters.load(output)
@@ -229,7 +231,7 @@ def test_density_one_gives_zero_adapters(model_dir: ModelDir, write_rows: WriteR
         ),
         ({"temperature": 0.5}, "temperature: expected --generate with it; found none"),
         ({"engine": "[1]", "generate": True}, r"engine: expected a JSON object; found '\[1\]'"),
-        ({"engine": "{", "generate": True}, "engine: expected a JSON object; found '{'"),
+        ({"engine": "{", "generate": True}, r"engine: expected a JSON object \(.*\); found '{'"),
         ({"max_length": 5, "generate": True}, r"0 of 3 \(3 prompt too long for a response within 5 tokens\)"),
         ({"response_column": "text"}, "a column 'text'; found the columns prompt, response; correct --response-column"),
         ({"model": "/no/such/model"}, "model: expected a directory or a Hub id"),
@@ -302,7 +304,7 @@ def test_a_full_disk_raises_and_leaves_nothing(
     assert "expected a file that can be written; found" in line
     assert "File too large" in line
     assert "Traceback" not in done.stderr
-    assert not list(output.parent.iterdir())
+    assert not output.parent.exists(), "a folder that the run made and left empty is removed"
 
 
 def test_a_checkpoint_without_room(
@@ -317,7 +319,7 @@ def test_a_checkpoint_without_room(
     monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(CapreseError, match=r"expected room for .* beside the output; found .*No space left on device"):
         run_distill(str(model_dir("llama")), str(write_rows(make_rows(6))), output, rank=4)
-    assert not list(output.parent.iterdir())
+    assert not output.parent.exists()
 
 
 def test_unloadable_models(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:

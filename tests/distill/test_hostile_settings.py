@@ -56,7 +56,7 @@ def test_yaml_files(tmp_path: Path) -> None:
     path.write_text(good)
     assert not refused(lambda: load_config(DistillConfig, {}, path)), "the file that is mutated is right"
     started, count = time.monotonic(), 0
-    for number in range(1500):
+    for number in range(400):
         kind = number % 4
         if number < len(YAMLS):
             data = YAMLS[number].encode(errors="surrogatepass")
@@ -70,11 +70,11 @@ def test_yaml_files(tmp_path: Path) -> None:
                 errors="surrogatepass"
             )
         else:
-            data = rng.choice(TEXTS).encode(errors="surrogatepass")
+            data = TEXTS[number // 4 % len(TEXTS)].encode(errors="surrogatepass")
         path.write_bytes(data)
         count += refused(lambda: load_config(DistillConfig, {"data": "d"}, path))
-    assert count > 700
-    assert time.monotonic() - started < 120
+    assert count > 200
+    assert time.monotonic() - started < 300
 
 
 def test_flags_of_wrong_values() -> None:
