@@ -168,6 +168,9 @@ class CapreseConfig(BaseModel):
         description="prefix cache: MiB a device for pages of statistics; default 1% of its memory, 0 for no cache",
     )
     kernel: KernelName = Field("auto", description="implementation of the FF kernels")
+    start_up_check: Annotated[bool, Field(strict=True)] = Field(
+        True, description="compare one layer's kernels with plain arithmetic before serving"
+    )
     kernel_extension: str | None = Field(
         None,
         min_length=1,

@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         CapreseError, match=r"settings .*none.yaml: expected a readable YAML file of .*; found No such file"
     ):
         load_config(DistillConfig, GIVEN, tmp_path / "none.yaml")
-    with pytest.raises(CapreseError, match="expected a readable YAML file of .*; found a directory"):
+    with pytest.raises(CapreseError, match=r"expected a readable YAML file of .*; found a directory"):
         load_config(DistillConfig, GIVEN, tmp_path)
 
 

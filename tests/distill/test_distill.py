@@ -142,7 +142,10 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
     run(tmp_path / "other.safetensors", density=0.25)  # the checkpoint of another command
-    assert "run with other density; starting anew" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    kept = other.with_name(f"{other.name}.kept")
+    assert "run with other density; kept as " in said
+    assert kept.read_bytes(), "the other command can have it back"
     run(tmp_path / "anew.safetensors", density=0.25)
     other_bits, anew = load_file(tmp_path / "other.safetensors"), load_file(tmp_path / "anew.safetensors")
     assert all(torch.equal(other_bits[key], anew[key]) for key in anew)
