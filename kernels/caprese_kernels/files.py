@@ -26,6 +26,7 @@ from typing import BinaryIO
 from .errors import CapreseError
 
 PathLike = str | os.PathLike[str]
+MAX_MODEL_CONFIG = 1 << 24  # bytes
 _MAX_NAME = 180  # bytes of a name that a hidden one can repeat: file systems allow 255
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -95,7 +96,9 @@ def check_model(model: str) -> None:
     try:
         check_present(path, f"model {model}")
         if path.is_dir() and os.path.lexists(path / "config.json"):
-            open_regular(path / "config.json").close()
+            with open_regular(path / "config.json") as file:
+                if os.fstat(file.fileno()).st_size > MAX_MODEL_CONFIG:
+                    raise OSError(errno.EFBIG, f"a config.json of more than {MAX_MODEL_CONFIG:,} bytes", str(path))
     except OSError as error:
         raise CapreseError(
             f"model {model}", expected="a folder with a config.json", found=reason(error), fix="correct the folder"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from .json_text import parse_json
 
 MAX_HEADER = 1 << 20  # bytes: names, shapes and settings of thousands of layers
+LARGE = 1 << 28  # bytes; a larger file is not read if most of it was never written
 _CHUNK = 1 << 22
 
 
@@ -75,9 +76,11 @@ def private_copy(file: BinaryIO, nbytes: int) -> Iterator[tuple[Any, str]]:
     The copy is in memory, so that whoever truncates or overwrites the file while its tensors are used changes nothing.
     Raises ValueError if the file has another size, or changes it meanwhile; SafetensorError for wrong contents.
     """
-    size = os.fstat(file.fileno()).st_size
-    if size != nbytes:
-        raise ValueError(f"{size:,} bytes where its header announces {nbytes:,}")
+    found = os.fstat(file.fileno())
+    if found.st_size != nbytes:
+        raise ValueError(f"{found.st_size:,} bytes where its header announces {nbytes:,}")
+    if nbytes > LARGE and 512 * found.st_blocks < nbytes // 8:
+        raise ValueError(f"{nbytes:,} bytes, of which {512 * found.st_blocks:,} are written and the rest is a hole")
     digest = hashlib.sha256()
     descriptor = os.memfd_create("caprese-adapter", os.MFD_CLOEXEC)
     try:

@@ -13,9 +13,11 @@ from torch import Tensor
 from caprese_kernels import files
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, quote
 from caprese_kernels.json_text import MAX_BYTES, parse_json
 from caprese_kernels.selection import LayerSelector
+
+MAX_SHOWN = 24  # keys of `training` in the table
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def render(report: dict[str, Any]) -> Group:
     facts.add_row("dtype", report["dtype"] or "no L and R")
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
-    facts.add_row("training", ", ".join(f"{k} {v}" for k, v in report["training"].items()) or "not recorded")
+    facts.add_row("training", _shown(report["training"]) or "not recorded")
     facts.add_row("written by", f"caprese {report['caprese_version'] or 'unknown'}")
     if report["fits_model"] is not None:
         facts.add_row("fits", f"{report['fits_model']}: yes")
@@ -99,6 +101,14 @@ def render(report: dict[str, Any]) -> Group:
     for layer in map(str, report["layers"]):
         layers.add_row(layer, *(format(values[layer], spec) for values, spec in shown.values()))
     return Group(facts, "", layers)
+
+
+def _shown(training: dict[str, Any]) -> str:
+    """The first keys and values; --json has all."""
+    shown = [
+        f"{key:.40} {value if isinstance(value, int | float) else quote(value)}" for key, value in training.items()
+    ]
+    return ", ".join(shown[:MAX_SHOWN]) + (f", ... ({len(shown)} in all)" if len(shown) > MAX_SHOWN else "")
 
 
 def _core_mass(config: AdapterConfig, prior: Tensor) -> float:

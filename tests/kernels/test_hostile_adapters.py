@@ -208,7 +208,13 @@ def test_memory_and_time_are_bounded(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     huge = header()
     huge["layers.0.L"] |= {"shape": [4, 2**38], "data_offsets": [0, 2**42]}
-    for name, head, size in (("hole", huge, 2**42), ("hole behind", header(), 2**40)):
+    wide = CONFIG | {"rank": 2**16, "base_model": CONFIG["base_model"] | {"hidden_size": 2**16}}  # type: ignore[operator]
+    consistent = header(wide)
+    for number, entry in enumerate(list(consistent.values())[1:]):
+        entry |= {"shape": [2**16, 2**16], "data_offsets": [number * 2**34, (number + 1) * 2**34]}
+    length = len(pack(consistent, b"")) + 4 * 2**34
+    holes = (("hole", huge, 2**42), ("hole behind", header(), 2**40), ("hole of that size", consistent, length))
+    for name, head, size in holes:
         path = tmp_path / name
         path.write_bytes(pack(head))
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from caprese_kernels import files
 from caprese_kernels.errors import CapreseError, quote
 from caprese_kernels.json_text import parse_json
 
-MAX_DATA, MAX_ROW = 1 << 30, 1 << 24  # bytes of a file, and of one of its lines
+MAX_ROW = 1 << 22  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,8 @@ class Question:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one in each line. Raises CapreseError with the number of a line that is not one."""
-    try:
-        lines = files.read_text(path, MAX_DATA).split("\n")  # splitlines() would divide a text at U+2028
-    except OSError as error:
-        raise CapreseError(
-            f"--data {path}", expected="a JSONL file", found=files.reason(error), fix="correct the path"
-        ) from None
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -44,6 +38,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise _wrong_line(path, number, quote(row))
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Line by line, so that a long one is refused before it is in memory."""
+    try:
+        with files.open_regular(path) as file:
+            while line := file.readline(MAX_ROW + 1):
+                yield line
+    except OSError as error:
+        raise CapreseError(
+            f"--data {path}", expected="a JSONL file", found=files.reason(error), fix="correct the path"
+        ) from None
 
 
 def _wrong_line(path: Path, number: int, found: str) -> CapreseError:

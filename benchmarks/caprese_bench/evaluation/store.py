@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
-MAX_STORE = 1 << 32  # bytes
+MAX_STORE = 1 << 30  # bytes
 
 
 class Response(BaseModel):
@@ -77,6 +77,14 @@ class Store:
 
     def add(self, response: Response) -> None:
         """Append the response to the file."""
-        with self.path.open("a") as file:
-            file.write(response.model_dump_json() + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(response.model_dump_json() + "\n")
+        except OSError as error:
+            raise CapreseError(
+                str(self.path),
+                expected="room for a response",
+                found=files.reason(error),
+                fix="free some space, and run the same command again: it continues",
+            ) from None
         self.found[response.key] = response

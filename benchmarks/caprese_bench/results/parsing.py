@@ -12,7 +12,7 @@ from caprese_kernels.errors import CapreseError, quote
 from caprese_kernels.json_text import parse_json
 
 Schema = TypeVar("Schema", bound=BaseModel)
-MAX_RESULT = 1 << 26  # bytes
+MAX_RESULT = 1 << 24  # bytes
 
 
 def read_json(path: Path) -> Any:

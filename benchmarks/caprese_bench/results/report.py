@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,18 +91,34 @@ class Result:
     def write_json(self, folder: Path) -> Path:
         """Write `<name>.json` in one step, so that an interruption leaves the old or the new; returns its path."""
         path = folder / f"{self.name}.json"
-        files.write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        with _writing(path):
+            files.write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         return path
 
     def write(self, folder: Path, plots: Sequence[Plot] = (), columns: Columns | None = None) -> Path:
         """Write `<name>.json`, `.csv` and `.html` into `folder`; returns the JSON file's path."""
         path = self.write_json(folder)
-        with files.staged(path.with_suffix(".csv")) as new, new.open("w", newline="", encoding="utf-8") as file:
+        table = path.with_suffix(".csv")
+        with _writing(table), files.staged(table) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns_of(self.rows), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        files.write_text(path.with_suffix(".html"), page(self, plots, columns))
+        with _writing(path.with_suffix(".html")):
+            files.write_text(path.with_suffix(".html"), page(self, plots, columns))
         return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CapreseError(
+            f"result {path}",
+            expected="a file that can be written",
+            found=files.reason(error),
+            fix="free some space, or give another --out",
+        ) from None
 
 
 def columns_of(rows: list[Row]) -> list[str]:

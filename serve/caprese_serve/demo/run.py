@@ -80,9 +80,10 @@ def run(math: int, reading: int, variants: Sequence[str], concurrency: int, outp
     """
     chosen = _chosen(variants)
     asked = [*problems("math", "test", math), *problems("reading", "test", reading)]
-    rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs") for variant in chosen]
-    report = DemoReport(rows=rows, provenance=provenance())
-    files.write_text(output, report.model_dump_json(indent=2) + "\n")
+    with files.output_lock(output):  # before the work: raises if it cannot be written
+        rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs") for variant in chosen]
+        report = DemoReport(rows=rows, provenance=provenance())
+        files.write_text(output, report.model_dump_json(indent=2) + "\n")
     terminal.notes().print(f"Written to {output}.", highlight=False, soft_wrap=True, markup=False)
     return report
 
