@@ -40,8 +40,12 @@ def examine(model: str, weights: str | None = None, engine: str | None = None) -
     # Kernels alone are examined: graphs would only take time, and a short context leaves the memory to the weights.
     defaults = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2}
     llm = LLM(model, **{**defaults, **options, "additional_config": {"caprese": caprese}})
-    reports = llm.collective_rpc("caprese_report")
-    found = llm.collective_rpc("caprese_check")
+    try:
+        reports = llm.collective_rpc("caprese_report")
+        found = llm.collective_rpc("caprese_check")
+        dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    finally:
+        llm.llm_engine.engine_core.shutdown()
     blocks = [
         {"worker": worker, "layer": int(layer), **{key: _finite(value) for key, value in check.items()}}
         for worker, checks in enumerate(found)
@@ -51,7 +55,7 @@ def examine(model: str, weights: str | None = None, engine: str | None = None) -
     return {
         "model": model,
         "weights": weights,
-        "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
+        "dtype": dtype,
         **{key: reports[0][key] for key in settings},
         "blocks": blocks,
         "passed": bool(blocks) and all(block["passed"] for block in blocks),
