@@ -30,11 +30,16 @@ _TEXTS = {
 
 
 def pinned() -> dict[str, str]:
-    """The version of every package in requirements/*.txt, by name."""
+    """The version of every package in requirements/cpu.txt and dev.txt, by name."""
     found: dict[str, str] = {}
-    for path in sorted((ROOT / "requirements").glob("*.txt")):
-        found |= dict(re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE))
+    for name in ("cpu.txt", "dev.txt"):
+        found |= pins_of(ROOT / "requirements" / name)
     return found
+
+
+def pins_of(path: Path) -> dict[str, str]:
+    """The version of every package in one of them, by its name there."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(), re.MULTILINE))
 
 
 def licence(name: str) -> str:

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from tests.support.packaging import ROOT
-from tools.licences import PAGE, pinned
+from tools.licences import PAGE, pinned, pins_of
+from tools.lock import LOCK
 
 # Words that keep a licence from being one that an Apache-2.0 project can be installed with.
 NOT_ALLOWED = ("AGPL", "Affero", "not stated")
@@ -62,6 +63,15 @@ def test_every_requirement_is_pinned() -> None:
                 assert re.fullmatch(r"[\w.-]+==[\w.+!-]+(?: *\\)?|    --hash=sha256:[0-9a-f]{64}(?: \\)?", line), (
                     f"{path.name}: {line}"
                 )
+
+
+def test_the_hashed_file_has_the_same_pins() -> None:
+    def normal(pins: dict[str, str]) -> dict[str, str]:
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+
+    text = LOCK.read_text()
+    assert normal(pins_of(LOCK)) == normal(pinned())
+    assert text.count("--hash=sha256:") == len(pinned())
 
 
 def test_licences_are_listed() -> None:
