@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 LOCK = Path(__file__).parents[1] / "requirements" / "hashed-linux-x86_64-py311.txt"
-HEAD = """# The pins of cpu.txt and dev.txt with the SHA-256 of their wheels for Linux on x86-64, CPython 3.11; tools/lock.py
+HEAD = """# Pins of cpu.txt and dev.txt with the SHA-256 of their wheels: Linux, x86-64, CPython 3.11 (tools/lock.py).
 # pip install --no-deps --require-hashes -r requirements/hashed-linux-x86_64-py311.txt
 """
 
