@@ -7,14 +7,13 @@ from typing import Any
 
 import vllm
 from vllm.config import CUDAGraphMode
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import BaseModelInfo, CapreseConfig, Method, resolve
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable
 from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, ff_kernels, refusals
@@ -61,7 +60,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
     method, warnings = resolve(config, adapters.config if adapters else None, served)
     refusals.check_tensor_parallel(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
-        logger.warning("Caprese: %s", warning)
+        logger.warning("Caprese: %s", printable(warning))
 
     _choose_graphs(vllm_config, kernels, config.kernel_extension)
     exact = keeps_values(method, vllm_config.model_config.dtype)
@@ -69,6 +68,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
     EngineSettings(
         method=method,
         weights=config.weights,
+        digest=adapters.digest if adapters else None,
+        start_up_check=config.start_up_check,
         kernel=config.kernel,
         kernel_extension=config.kernel_extension,
         page_tokens=config.statistics_page,
@@ -119,17 +120,13 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
 
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Answer a wrong `vllm_xargs: {"caprese": ...}` with HTTP 400."""
+    """Refuse a wrong switch that came another way than through the server, whose requests `SwitchMiddleware` checks."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
-    if user_value(self.vllm_config.additional_config) is not None and extra.get(KEY, "off") != "off":
-        error = CapreseError(
-            'vllm_xargs["caprese"]',
-            expected="'off', or no such key",
-            found=repr(extra[KEY]),
-            fix="leave it out to run the request sparse",
-        )
-        raise VLLMValidationError(str(error), parameter="vllm_xargs", value=extra[KEY])  # other errors are HTTP 500
+    if user_value(self.vllm_config.additional_config) is not None and KEY in extra:
+        from .switch import check_switch  # the server's code: not for a process without requests of its own
+
+        check_switch(extra[KEY])
     return result
 
 

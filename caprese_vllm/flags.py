@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from caprese_kernels.config import CapreseConfig
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, quote
 
 from . import compat
 from .settings import KEY, user_value
@@ -58,7 +58,10 @@ def _merge(namespace: argparse.Namespace, settings: dict[str, Any]) -> None:
     if not isinstance(given, dict):
         _print_and_exit(
             CapreseError(
-                f'additional_config["{KEY}"]', expected="a JSON object", found=repr(given), fix="correct it, or drop it"
+                f'additional_config["{KEY}"]',
+                expected="a JSON object",
+                found=quote(given),
+                fix="correct it, or drop it",
             )
         )
     namespace.caprese_flags = {**getattr(namespace, "caprese_flags", {}), **settings}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,9 +9,11 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
+from caprese_kernels import files
 from caprese_kernels.backend import Backend, choose
 from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of, find_architecture
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.json_text import MAX_BYTES, parse_json
 from caprese_kernels.reference import griffin_count
 
 from . import ff_kernels
@@ -30,6 +31,7 @@ def check_config(config: CapreseConfig) -> Backend:
 
 def check_arguments(args: Any) -> None:
     """Refuse what vLLM's own configuration would fail on first, with a long traceback; raises CapreseError."""
+    files.check_model(args.model)
     settings = _model_settings(Path(args.model) / "config.json")
     if settings and not args.hf_overrides:
         named = find_architecture(settings.get("architectures"), args.model)
@@ -139,7 +141,7 @@ def _refuse_quantized_blocks(method: str | None, settings: str) -> None:
 def _model_settings(config: Path) -> dict[str, Any]:
     """A local model's config.json."""
     try:
-        settings = json.loads(config.read_text())
+        settings = parse_json(files.read_bytes(config, MAX_BYTES))
     except (OSError, ValueError):
         return {}  # a Hub id, or a file that vLLM will report
     return settings if isinstance(settings, dict) else {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from .metrics import RefreshedMetrics, gauges
 from .settings import EngineSettings
 from .state import merge
+from .switch import SwitchMiddleware
 
 
 class CapreseRoute:
@@ -19,6 +22,8 @@ class CapreseRoute:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        app.add_middleware(SwitchMiddleware)
+
         @app.get("/caprese")
         async def report(request: Request) -> dict[str, Any]:
             """Method, density, rank, layers, kernel, tokens that ran sparse, and the share of FF weights they needed.
@@ -26,6 +31,9 @@ class CapreseRoute:
             The tokens include rejected drafts, and those that were computed again after a preemption. With a core, the
             share of the prompts' activation mass outside of it, in the middle one of the sparse layers.
             """
+            guard = request.app.state.caprese_guard
+            if guard is not None and not guard.verify_token(request.headers):
+                raise HTTPException(401, "Unauthorized")
             return await _report(request.app.state)
 
         async def refresh() -> None:
@@ -41,6 +49,9 @@ class CapreseRoute:
         state.caprese_core = settings is not None and settings.method.has_core
         if state.caprese_core:
             gauges()  # there from the first scrape on
+        # vLLM guards its own paths only; GET /caprese wants the same key as /v1.
+        tokens = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        state.caprese_guard = AuthenticationMiddleware(self, tokens) if tokens else None
 
 
 async def _report(state: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class EngineSettings:
 
     method: Method
     weights: str | None  # absolute path of the adapter file; None: the plain baseline
+    digest: str | None  # SHA-256 of that file: workers refuse another one
+    start_up_check: bool  # whether one layer's kernels are compared with plain arithmetic before serving
     kernel: KernelName
     kernel_extension: str | None  # a name in `ff_kernels`
     page_tokens: int  # prefix cache: tokens between two pages of statistics, before rounding up to whole KV blocks

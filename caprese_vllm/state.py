@@ -12,6 +12,8 @@ from torch import Tensor
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import Method
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.self_check import SelfCheck, check_block
 
 from .ff import SparseFF, StepView
 from .pages import COMMANDS, Commands
@@ -37,7 +39,10 @@ class State:
     requests: RequestTable
     num_layers: int
     kernels: Backend
+    built_in: Backend | None = None  # the kernels that are checked at start-up: those of an extension differ on purpose
     weights: str | None = None  # the adapter file
+    digest: str | None = None  # its SHA-256 when the front end checked it
+    start_up_check: bool = True
     tensor_parallel_size: int = 1
     graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
@@ -85,6 +90,13 @@ class State:
     def fill_adapters(self) -> None:
         """Once weights are loaded: L, R and priors of the adapter file into every block."""
         adapters = Adapters.load(self.weights) if self.weights else None
+        if adapters is not None and self.digest is not None and adapters.digest != self.digest:
+            raise CapreseError(
+                f"adapter {self.weights}",
+                expected="the file that start-up checked",
+                found="another one in its place",
+                fix="start again, and replace files only while nobody loads them",
+            )
         for block in self.blocks:
             block.fill_adapter(adapters)
             if block.core is not None and block.layer == self.measured_layer and block.prompt_mass is None:
@@ -94,6 +106,12 @@ class State:
         """Compile what takes a prompt's statistic: no dummy batch runs it, so the first user's prompt would wait."""
         if self.blocks and self.method.needs_statistic:
             self.blocks[0].warm_up()  # blocks of one size: the same kernels
+
+    def check_kernels(self, all_blocks: bool = False) -> dict[int, SelfCheck]:
+        """The first block's, or every block's, output against plain arithmetic on its weights, by layer."""
+        assert self.built_in is not None
+        blocks = self.blocks if all_blocks else self.blocks[:1]
+        return {b.layer: check_block(self.built_in, self.method, b.packed, b.core, b.tail) for b in blocks}
 
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
         """Before the forward pass of a real batch, eager or replayed: everything that the step changes outside of it.

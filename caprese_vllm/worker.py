@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from vllm.logger import init_logger
 from caprese_kernels.adapters import is_adapter_file
 from caprese_kernels.backend import choose
 from caprese_kernels.config import BaseModelInfo, layer_spans
+from caprese_kernels.errors import printable
+from caprese_kernels.self_check import refuse
 
 from . import compat, ff_kernels
 from .blocks import pack_blocks, take_over
@@ -36,6 +39,13 @@ class WorkerExtension:
         assert state is not None
         return state.report()
 
+    def caprese_check(self) -> dict[int, dict[str, Any]]:
+        """This worker's part of `caprese doctor`: every block's kernels, by layer."""
+        state = state_of(self.vllm_config)  # type: ignore[attr-defined]
+        assert state is not None
+        found = state.check_kernels(all_blocks=True)
+        return {layer: {**asdict(check), "passed": check.passed} for layer, check in found.items()}
+
 
 # Model -----------------------------------------------------------------------------------------
 
@@ -53,14 +63,18 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     stage_layers = range(*get_pp_indices(served.num_hidden_layers, stage.rank_in_group, stage.world_size))
     packed = pack_blocks(model, method, stage_layers, served)
     weights = {block.layer: ff for block, ff, _ in packed}
-    kernels = ff_kernels.make(settings.kernel_extension, choose(settings.kernel, device), method, weights)
+    built_in = choose(settings.kernel, device)
+    kernels = ff_kernels.make(settings.kernel_extension, built_in, method, weights)
     slots = vllm_config.scheduler_config.max_num_seqs
     state = State(
         method,
         RequestTable(device, slots, method.needs_statistic),
         served.num_hidden_layers,
         kernels,
+        built_in=built_in,
         weights=settings.weights,
+        digest=settings.digest,
+        start_up_check=settings.start_up_check,
         tensor_parallel_size=parallel.tensor_parallel_size,
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
     )
@@ -89,6 +103,9 @@ def _process_weights(
         return
     state.fill_adapters()
     state.warm_up()
+    if state.start_up_check:
+        for layer, found in state.check_kernels().items():
+            refuse(found, state.kernels.NAME, layer)
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)
@@ -100,7 +117,8 @@ def _process_weights(
         "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, layer_spans(state.method.layers), state.kernels.NAME,
         extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, num_pages,
-        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part, state.weights or "none (plain baseline)",
+        sum(block.statistics.nbytes for block in state.blocks) / 2**20, part,
+        printable(state.weights or "none (plain baseline)"),
     )  # fmt: skip
 
 

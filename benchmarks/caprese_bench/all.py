@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from caprese_kernels import terminal
+from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError
 
 from .results.lists import names
@@ -144,9 +144,8 @@ def write_report(out: Path) -> Path:
     contents = "".join(f'<li><a href="#{step.verb}">{step.verb}</a>: {html.escape(step.title)}</li>' for step in pages)
     bodies = [f'<section id="{step.verb}">{body_of(path.read_text())}</section>' for step, path in pages.items()]
     path = out / "report.html"
-    path.write_text(
-        document("Caprese: benchmarks", "\n".join([f"<h1>Caprese: benchmarks</h1><ul>{contents}</ul>", *bodies]))
-    )
+    text = document("Caprese: benchmarks", "\n".join([f"<h1>Caprese: benchmarks</h1><ul>{contents}</ul>", *bodies]))
+    files.write_text(path, text)
     return path
 
 

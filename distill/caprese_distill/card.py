@@ -9,9 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from caprese_kernels import files
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, layer_spans
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable
 
 from .plan import ResourceUsage
 from .quality import ADAPTER, PAPER, SELECTION
@@ -19,6 +20,7 @@ from .report import describe_resources, describe_solver
 
 # A key of the front matter: a card that names the adapter file was written by this package, and may be overwritten.
 MARK = "caprese_adapter"
+MAX_CARD = 1 << 22  # bytes; larger ones are not ours
 
 
 def write_card(adapters: Adapters, output: Path) -> Path | None:
@@ -28,20 +30,16 @@ def write_card(adapters: Adapters, output: Path) -> Path | None:
     not this adapter's.
     """
     for path in (output.with_name("README.md"), output.with_name(f"{output.stem}.md")):
-        if not path.exists() or _is_ours(path, output.name):
-            partial = path.with_name(f".{path.name}.partial")
+        if not os.path.lexists(path) or _is_ours(path, output.name):
             try:
-                partial.write_text(make_card(adapters, output.name), encoding="utf-8")
-                os.replace(partial, path)
+                files.write_text(path, make_card(adapters, output.name))
             except OSError as error:
                 raise CapreseError(
                     f"model card {path}",
                     expected="room for it beside the adapter, which is written",
-                    found=error.strerror or type(error).__name__,
+                    found=files.reason(error),
                     fix="nothing: the adapter serves without it",
                 ) from None
-            finally:
-                partial.unlink(missing_ok=True)
             return path
     return None
 
@@ -156,7 +154,7 @@ def _front_matter(entries: dict[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
+    escaped = ([printable(" ".join(cell.split())).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
@@ -171,7 +169,7 @@ def _code(value: Any) -> str:
 def _is_ours(path: Path, name: str) -> bool:
     """Whether the front matter of the file `path` names that adapter file."""
     try:
-        head, _, rest = path.read_text(encoding="utf-8").partition("---\n")
-    except (OSError, UnicodeDecodeError):
+        head, _, rest = files.read_text(path, MAX_CARD).partition("---\n")
+    except OSError:
         return False
     return not head and f"{MARK}: {json.dumps(name, ensure_ascii=False)}" in rest.partition("\n---")[0].split("\n")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
 from .data.samples import Sample
@@ -24,6 +25,8 @@ from .placement import aligned
 
 CHECKPOINT_SECONDS = 60.0
 _UNREADABLE = "it cannot be read"
+# What a damaged or foreign file can raise while it is read.
+_READ_ERRORS = (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError)
 _SUMMED = 2**22  # weights summed at a time: on a CPU torch copies them to float64
 
 
@@ -60,61 +63,60 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def save(path: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Write tensors, progress and identity; CapreseError where the file cannot be written."""
-    partial = _partial(path)
     header = {"identity": json.dumps(identity), "progress": json.dumps(progress)}
     try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata=header)
-        os.replace(partial, path)
+        with files.staged(path) as new:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, new, metadata=header)
     except (OSError, SafetensorError) as error:
         size = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**30
         raise CapreseError(
             f"checkpoint {path}",
             expected=f"room for {size:.1f} GiB beside the output",
-            found=str(error),
+            found=files.reason(error) if isinstance(error, OSError) else str(error),
             fix="free some space, or choose another output",
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | str:
     """Tensors and progress; or, as a string, why this run cannot use the file."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             progress = _progress(file, identity)
             if isinstance(progress, str):
                 return progress
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, progress
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except _READ_ERRORS as error:
         return f"{_UNREADABLE} ({type(error).__name__})"
 
 
 def load_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The progress alone; None where this run cannot use the file, or there is none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with _open(path) as file:
             progress = _progress(file, identity)
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except _READ_ERRORS:
         return None
     return None if isinstance(progress, str) else progress
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The open file as safetensors reads it: a regular one, which cannot be exchanged between two reads."""
+    with files.open_regular(path) as file, safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt") as tensors:
+        yield tensors
 
 
 def _progress(file: Any, identity: Mapping[str, Any]) -> dict[str, Any] | str:
     header = file.metadata() or {}
     found = json.loads(header["identity"])
     other = [key for key, value in identity.items() if found.get(key) != value]
-    return f"it belongs to a run with other {', '.join(other)}" if other else json.loads(header["progress"])
+    return f"it belongs to a run with other {', '.join(other)}" if other else dict(json.loads(header["progress"]))
 
 
 def remove(path: Path) -> None:
     """Remove the checkpoint, and what a kill during a write left of it."""
-    path.unlink(missing_ok=True)
-    _partial(path).unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
+    files.remove(path)
 
 
 class Resumable(Protocol):
@@ -161,7 +163,7 @@ class CheckpointStore:
                 state.resume(*found)
                 outcome = f"going on after {state.position}"
             if console:
-                console.print(f"checkpoint {path}: {outcome}")
+                console.print(f"checkpoint {path}: {outcome}", markup=False)
         self.last_save, self.save_seconds = time.monotonic(), 0.0
 
     def save_if_due(self) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from caprese_kernels import terminal
+from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError
 
 from .command_line import given_options, take_options
 from .config import DistillConfig
 from .settings_file import load_config
+
+if TYPE_CHECKING:
+    from .job import Job
 
 
 def distill(context: typer.Context, config: Path | None, dry_run: bool, as_json: bool, **_: Any) -> None:
@@ -30,10 +34,15 @@ def distill(context: typer.Context, config: Path | None, dry_run: bool, as_json:
         )
     # These import torch and transformers, which takes seconds: neither --help nor a wrong option should wait for it.
     from .job import Job
+
+    with contextlib.nullcontext() if dry_run else files.output_lock(settings.output):
+        _run(Job(settings, terminal.notes()), dry_run, as_json)
+
+
+def _run(job: Job, dry_run: bool, as_json: bool) -> None:
     from .report import render_estimate, render_plan, render_result
 
     notes = terminal.notes()
-    job = Job(settings, notes)
     plan = job.plan()
     shown = terminal.result() if dry_run and not as_json else notes
     for part in render_plan(plan):

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from caprese_kernels import files
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 
@@ -106,9 +107,8 @@ def check_samples(
 
 def check_writable(output: Path) -> None:
     """CapreseError before the work, not after it."""
-    if output.is_dir():
-        raise _unwritable(output, "a directory")
     try:
+        files.check_target(output)
         with tempfile.TemporaryFile(dir=next(p for p in output.absolute().parents if p.exists())):
             pass
     except OSError as error:

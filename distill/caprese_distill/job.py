@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from caprese_kernels import files
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.hub import check_upload
@@ -54,7 +55,7 @@ from .result import Result
 from .scale.cluster import Cluster
 from .scale.pool import connect
 from .scale.ray_training import Workers
-from .stage_files import clean_up, held_bytes, save, scratch_path
+from .stage_files import clean_up, held_bytes, scratch_path
 from .stages import executor_of, remaining_work, run_stages
 from .timing import estimate_seconds
 from .work import Work
@@ -67,7 +68,8 @@ def distill(config: DistillConfig, console: Console | None = None) -> Result:
     with the same settings. CapreseError for what cannot work: data, model or settings that do not fit, too little
     memory or disk.
     """
-    return Job(config, console).run()
+    with files.output_lock(config.output):
+        return Job(config, console).run()
 
 
 class Job:
@@ -141,7 +143,7 @@ class Job:
             | {"python": platform.python_version()},
             "resources": asdict(estimate.usage()) if estimate else None,
         }
-        save(adapters, output)
+        adapters.save(output)
         responses = self._generated.keep() if self._generated else None  # before a killed run's files are removed
         clean_up(output)
         result = Result(output, write_card(adapters, output), responses, adapters)

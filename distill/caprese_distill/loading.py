@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
 
@@ -22,6 +23,7 @@ def find_device(device: str) -> torch.device:
 
 def load_small_parts(model: str) -> tuple[Any, Any]:
     """The model's configuration and tokenizer."""
+    files.check_model(model)
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CapreseError(
             "model", expected="a directory or a Hub id (owner/name)", found=f"no directory {model}", fix="correct it"

@@ -11,12 +11,14 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, quote
+from caprese_kernels.json_text import parse_json as parse_bounded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -61,12 +63,13 @@ def parse_layers(value: Any) -> Any:
 
 
 def parse_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+    """The object of a JSON text, or of a mapping of JSON values; ValueError for anything else but None."""
+    if value is None:
+        return None
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        found = None
+        found = parse_bounded(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"a JSON object ({error})") from None
     if not isinstance(found, dict):
         raise ValueError("a JSON object")
     return found
@@ -86,6 +89,11 @@ class Settings(BaseModel):
     if not TYPE_CHECKING:  # type checkers take the parameters from the fields
 
         def __init__(self, **values: Any) -> None:
+            for name, value in values.items():
+                if not _is_text(name) or (isinstance(value, str | Path) and not _is_text(str(value))):
+                    raise CapreseError(
+                        name, expected="UTF-8 text without NUL", found=quote(str(value)), fix="correct it"
+                    )
             try:
                 super().__init__(**values)
             except ValidationError as error:
@@ -150,13 +158,23 @@ def _as_text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be the name of a file and stand in one: the adapter file records the command."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def _first_error(error: ValidationError, settings: type[Settings]) -> CapreseError:
     """The first error as a CapreseError; `what` is the field's name."""
-    errors = error.errors()
+    errors = error.errors(include_url=False)
     first = errors[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, CapreseError):
         return cause
+    if not first["loc"]:  # a key or value that pydantic cannot read at all
+        return CapreseError("settings", expected="options by name", found=quote(first["input"]), fix="correct them")
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return CapreseError(
@@ -168,7 +186,7 @@ def _first_error(error: ValidationError, settings: type[Settings]) -> CapreseErr
         )
     # A union has an error for each of its members.
     expected = dict.fromkeys(_expected(each) for each in errors if each["loc"][0] == first["loc"][0])
-    return CapreseError(name, expected=" or ".join(expected), found=f"{first['input']!r:.60}", fix="correct it")
+    return CapreseError(name, expected=" or ".join(expected), found=quote(first["input"]), fix="correct it")
 
 
 def _expected(error: ErrorDetails) -> str:

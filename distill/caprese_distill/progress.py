@@ -24,5 +24,5 @@ class _Speed(ProgressColumn):
 
 def progress_bar(console: Console | None, unit: str) -> Progress:
     """A bar with the speed in `unit` (such as "tok/s") and the time left; silent without a console."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, _Speed(unit), TimeRemainingColumn(), console=console, disable=console is None)

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caprese_kernels.errors import CapreseError
+from caprese_kernels import files
+from caprese_kernels.errors import CapreseError, quote
 
 from .options import Settings, flag, label
 
@@ -51,27 +52,25 @@ def read_settings(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        with file.open("rb") as stream:
-            text = stream.read(MAX_BYTES + 1)
+        text = files.read_bytes(file, MAX_BYTES)
     except OSError as error:
-        raise _unreadable(file, "a readable YAML file", error.strerror or type(error).__name__) from None
-    if len(text) > MAX_BYTES:
-        raise _unreadable(file, f"a YAML file of at most {MAX_BYTES} bytes", "more")
+        raise _unreadable(file, f"a readable YAML file of at most {MAX_BYTES} bytes", files.reason(error)) from None
     try:
         _check_events(file, yaml.parse(text, Loader=yaml.SafeLoader))
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date or number that cannot be
-        if isinstance(error, CapreseError):
-            raise
+    except CapreseError:
+        raise
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        # All but the first come from PyYAML's readers of dates, numbers and sets that cannot be.
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise _unreadable(file, "YAML", f"{getattr(error, 'problem', None) or error}{where}"[:200]) from None
+        raise _unreadable(file, "YAML", f"{getattr(error, 'problem', None) or error}{where}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise _unreadable(file, "a mapping from options to values, as `rank: 256`", f"{values!r:.60}")
+        raise _unreadable(file, "a mapping from options to values, as `rank: 256`", quote(values))
     names = [key.value for key, _ in node.value]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise _unreadable(file, "every key once", f"{repeated[0]!r} {names.count(repeated[0])} times")
+        raise _unreadable(file, "every key once", f"{quote(repeated[0])} {names.count(repeated[0])} times")
     return values
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors import SafetensorError
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.errors import CapreseError
@@ -20,19 +19,6 @@ from . import checkpoint
 from .kept import kept_files, set_aside, take_back
 
 Identity = dict[str, Any]  # JSON values
-
-
-def save(adapters: Adapters, path: Path) -> None:
-    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
-    try:
-        adapters.save(path)
-    except (OSError, SafetensorError) as error:
-        raise CapreseError(
-            f"output {path}",
-            expected="a file that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            fix="free some space, or give another --output; the same command continues from the last checkpoint",
-        ) from None
 
 
 def held_bytes(output: Path) -> int:
@@ -57,7 +43,7 @@ def scratch_path(output: Path) -> Path:
 def keep_stage(adapters: Adapters, path: Path, identity: Identity, resume: Path) -> None:
     """Write what a stage made to `path`, and remove its checkpoint `resume`."""
     marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
-    save(replace(adapters, config=marked), path)
+    replace(adapters, config=marked).save(path)
     checkpoint.remove(resume)
 
 

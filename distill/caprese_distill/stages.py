@@ -205,7 +205,7 @@ def _prior_stage(executor: Executor, work: Work, output: Path, console: Console 
     found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
-            console.print(f"priors: made before, {path}")
+            console.print(f"priors: made before, {path}", markup=False)
         return found.prior
     priors = executor.priors(work, resume, console)
     config = adapter_config(work.info, replace(work.method, rank=0), {})
@@ -220,7 +220,7 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
     found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
-            console.print(f"layer-wise stage: done before, {path}")
+            console.print(f"layer-wise stage: done before, {path}", markup=False)
         if not keep and resume.exists():  # of a run that goes on from here, which this one does not
             set_aside(resume)
         return found
@@ -239,7 +239,7 @@ def _weighted_stage(
     found = earlier_stage(path, identity, console)
     if found is not None:
         if console:
-            console.print(f"weighted closed form: done before, {path}")
+            console.print(f"weighted closed form: done before, {path}", markup=False)
         return found
     return_freed()
     adapters = distill_weighted(model, work.samples, initial, resume, console)

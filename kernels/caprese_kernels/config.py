@@ -7,19 +7,23 @@ model into a `Method`, which has no open choices left.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import CapreseError
+from .errors import CapreseError, quote
+from .json_text import parse_json
 from .validation import validate
 
 MethodName = Literal["griffin", "cats"]
 KernelName = Literal["auto", "triton", "cpu", "reference"]
-LayerChoice = Literal["first-half", "all"] | list[Annotated[int, Field(ge=0, strict=True)]]
+# Bounds on what a file or a flag may ask for, far above any model: memory and time must not grow with a header's text.
+MAX_LAYERS, MAX_HIDDEN_SIZE, MAX_NEURONS, MAX_RANK = 4096, 1 << 20, 1 << 24, 1 << 16
+LayerIndices = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_LAYERS, strict=True)]], Field(max_length=MAX_LAYERS)]
+LayerChoice = Literal["first-half", "all"] | LayerIndices
+Name = Annotated[str, Field(max_length=4096)]
 Score = Literal["paper", "weighted"]
 Density = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False, strict=True)]
@@ -90,12 +94,12 @@ class BaseModelInfo(BaseModel):
     """The dimensions of the model that an adapter was made for."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-    name_or_path: str
-    architecture: str
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    hidden_act: str
+    name_or_path: Name
+    architecture: Name
+    hidden_size: int = Field(gt=0, le=MAX_HIDDEN_SIZE)
+    intermediate_size: int = Field(gt=0, le=MAX_NEURONS)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
+    hidden_act: Name
 
     @classmethod
     def from_hf(cls, hf_config: Any, name_or_path: str, architectures: Sequence[str] | None = None) -> BaseModelInfo:
@@ -142,13 +146,13 @@ class AdapterConfig(BaseModel):
     base_model: BaseModelInfo
     method: MethodName
     density: Density
-    rank: int = Field(ge=0, strict=True)
+    rank: int = Field(ge=0, le=MAX_RANK, strict=True)
     score: Score = "paper"
     prior: Share = 0.0
     core: Share = 0.0
-    layers: list[Annotated[int, Field(ge=0, strict=True)]] = Field(min_length=1)
+    layers: LayerIndices = Field(min_length=1)
     training: dict[str, Any] = Field(default_factory=dict)
-    caprese_version: str = ""
+    caprese_version: Name = ""
     version: str = Field(default="1", exclude=True)  # of the file that it was read from
 
     @property
@@ -182,6 +186,9 @@ class CapreseConfig(BaseModel):
         description="prefix cache: MiB a device for pages of statistics; default 1% of its memory, 0 for no cache",
     )
     kernel: KernelName = Field("auto", description="implementation of the FF kernels")
+    start_up_check: Annotated[bool, Field(strict=True)] = Field(
+        True, description="compare one layer's kernels with plain arithmetic before serving"
+    )
     kernel_extension: str | None = Field(
         None,
         min_length=1,
@@ -193,12 +200,12 @@ class CapreseConfig(BaseModel):
         """From a mapping or JSON text; `where` names the flag or key in the error."""
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:  # not JSON, a number too long, lists too deep
+                value = parse_json(value)
+            except ValueError as error:  # not JSON, a number too long, lists too deep
                 raise CapreseError(
                     where,
                     expected="a JSON object",
-                    found=f"{value[:60]!r} ({getattr(error, 'msg', error)})",
+                    found=f"{quote(value)} ({getattr(error, 'msg', error)})",
                     fix="quote it for the shell",
                 ) from None
         if not isinstance(value, Mapping):
@@ -214,7 +221,7 @@ class CapreseConfig(BaseModel):
             raise CapreseError(
                 f"{where}: key 'reselect_interval'",
                 expected="null, or no such key",
-                found=repr(interval),
+                found=quote(interval),
                 fix="leave it out: reselection is not available yet",
             )
         return validate(cls, value, where)
@@ -274,7 +281,7 @@ def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
         raise CapreseError(
             "layers",
             expected=f"one or more different indices from 0 to {num_layers - 1}",
-            found=str(choice),
+            found=quote(choice),
             fix="correct the list",
         )
     return tuple(sorted(choice))
@@ -356,8 +363,8 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
             if surplus:
                 raise CapreseError(
                     f"layers of adapter {config.weights}",
-                    expected=f"layers among {sorted(adapter.layers)}",
-                    found=f"{surplus} in the configuration",
+                    expected=f"layers among {quote(sorted(adapter.layers))}",
+                    found=f"{quote(surplus)} in the configuration",
                     fix="leave 'layers' out, or distill an adapter for these layers",
                 )
     if name == "griffin" and density * served.intermediate_size < 1:  # then k = floor(d F) is 0

@@ -1,7 +1,8 @@
 """What all verbs of the `caprese` command share: how much they print, JSON output, and exit codes.
 
 A verb prints its result to stdout (a table, or JSON with `--json`) and everything else (the plan, progress, warnings)
-to stderr through `notes()`, so that `caprese VERB --json > result.json` always writes clean JSON.
+to stderr through `notes()`, so that `caprese VERB --json > result.json` always writes clean JSON. Both show text as it
+is: no markup, no escape sequence of a file, path or server reaches the terminal.
 """
 
 from __future__ import annotations
@@ -10,25 +11,32 @@ import functools
 import inspect
 import json
 import logging
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
-from .errors import CapreseError
+from .errors import CapreseError, printable, quote
 
 PIPE_WIDTH = 150  # columns of a table that is not printed to a terminal
+WRONG_USAGE = 2
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 EXIT_CODES = (
     "Exit codes: 0 success; 1 an error, printed as one line on stderr (with -v after its traceback); 2 wrong usage, "
     f"such as an unknown option; {INTERRUPTED} interrupted (Ctrl-C); {TERMINATED} terminated (SIGTERM)."
 )
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Verbosity(IntEnum):
@@ -50,6 +58,23 @@ AsJson = Annotated[
 ]
 
 
+class PlainConsole(Console):
+    """A console that takes no text for markup or emoji codes, and escapes what a terminal would obey.
+
+    Styles come from `rich.text.Text`, or from `style=`.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, lines=True), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
+
+
 def verbosity() -> Verbosity:
     """What -q or -v of the running command chose."""
     return _verbosity
@@ -62,14 +87,14 @@ def set_verbosity(chosen: Verbosity) -> None:
     logging.getLogger("vllm.caprese").setLevel(_LOG_LEVELS[chosen])
 
 
-def notes() -> Console:
+def notes() -> PlainConsole:
     """The console for plans, progress and remarks: stderr; prints nothing with -q."""
-    return Console(stderr=True, quiet=_verbosity == Verbosity.QUIET)
+    return PlainConsole(stderr=True, quiet=_verbosity == Verbosity.QUIET)
 
 
-def result() -> Console:
+def result() -> PlainConsole:
     """The console for a verb's result: stdout, wide enough for tables where it is not a terminal."""
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
     return console
@@ -117,6 +142,15 @@ def run(app: typer.Typer, prog_name: str, arguments: Sequence[str] | None = None
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # an exception, so that `with` blocks clean up
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in a script's background jobs
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for number, argument in enumerate(arguments, start=1):
+        if _CONTROL.search(argument):  # typer would repeat it as it is
+            fix = "rename the file, or correct the option"
+            error = CapreseError(
+                f"argument {number}", expected="text without control characters", found=quote(argument), fix=fix
+            )
+            print(f"caprese: {error}", file=sys.stderr)
+            sys.exit(WRONG_USAGE)
     try:
         app(arguments, prog_name=prog_name)
     except CapreseError as error:

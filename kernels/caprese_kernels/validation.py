@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import CapreseError
+from .errors import CapreseError, quote
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -16,9 +16,9 @@ def validate(schema: type[Schema], value: Any, where: str) -> Schema:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        errors = error.errors()
+        errors = error.errors(include_url=False)
         if not errors[0]["loc"]:
-            raise CapreseError(where, expected="a JSON object", found=repr(value), fix="correct it") from None
+            raise CapreseError(where, expected="a JSON object", found=quote(value), fix="correct it") from None
 
         # A part of a location may name a branch of a union, which means nothing to a user.
         def key_of(e: Any) -> str:
@@ -35,7 +35,7 @@ def validate(schema: type[Schema], value: Any, where: str) -> Schema:
         raise CapreseError(
             f"{where}: key {key_of(first) or '.'.join(map(str, first['loc']))!r}",
             expected=" or ".join(expected),
-            found=repr(first["input"]) if first["type"] != "missing" else "nothing",
+            found=quote(first["input"]) if first["type"] != "missing" else "nothing",
             fix="correct it",
         ) from None
 

@@ -1,4 +1,4 @@
-"""The verbs `demo`, `inspect` and `collect-env`. Each imports what it needs when it runs."""
+"""The verbs `demo`, `inspect`, `doctor` and `collect-env`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,30 @@ def inspect(
         terminal.print_json(report)
     else:
         terminal.result().print(inspection.render(report))
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="Model directory or Hub id.")],
+    caprese_weights: Annotated[
+        str | None,
+        typer.Option(help="Adapter file, directory with one, or Hub id; default: plain GRIFFIN, all layers."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help='Arguments of vllm.LLM, as {"tensor_parallel_size": 4}.', metavar="JSON")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every FF block's kernels with plain arithmetic on the real weights and this hardware; for bug reports."""
+    from .doctor import examine, render
+
+    report = examine(model, caprese_weights, engine)
+    if as_json:
+        terminal.print_json(report)
+    else:
+        for part in render(report):
+            terminal.result().print(part)
+    if not report["passed"]:
+        raise typer.Exit(1)
 
 
 def collect_env(as_json: AsJson = False) -> None:

@@ -128,7 +128,10 @@ def _memory_gib() -> float:
 def _first_line(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return next(iter(done.stdout.splitlines()), None)
 
 

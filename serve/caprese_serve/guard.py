@@ -3,6 +3,9 @@
 The command runs in its own process group. When the process PARENT (a process id) ends in any way, or this one gets
 SIGTERM, SIGINT or SIGHUP, the whole group gets SIGTERM and, after a grace period, SIGKILL. A separate process does this
 because a process that is killed with SIGKILL cannot stop its own children. Standard library only; run as a script.
+
+vLLM makes UNIX sockets and vllm_dist_* files in the temporary folder and leaves them there when it stops. The command
+gets a temporary folder of its own, which is removed with it.
 """
 
 import contextlib
@@ -10,8 +13,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -28,12 +32,20 @@ def main(parent: int, command: Sequence[str]) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, stop)
-    try:
-        process = subprocess.Popen(command, start_new_session=True)
-    except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
-    while process.poll() is None and not stopped and os.getppid() == parent:
+    # torch keeps what it compiled in the temporary folder too: that stays where it was, for the next start.
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    with tempfile.TemporaryDirectory(prefix="caprese-", ignore_cleanup_errors=True) as folder:
+        env = {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": folder}
+        try:
+            process = subprocess.Popen(command, start_new_session=True, env=env)
+        except OSError as error:
+            print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+            return 127
+        return _watch(process, parent, lambda: stopped)
+
+
+def _watch(process: "subprocess.Popen[bytes]", parent: int, stopped: Callable[[], bool]) -> int:
+    while process.poll() is None and not stopped() and os.getppid() == parent:
         time.sleep(POLL)
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -12,10 +11,12 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from caprese_kernels import files
 from caprese_kernels.adapters import Adapters, find_adapter
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable, quote
 from caprese_kernels.hub import use_cache_if_unreachable
+from caprese_kernels.json_text import MAX_BYTES, parse_json
 from caprese_kernels.selection import LayerSelector
 
 # Of held-out samples, after the layer-wise stage: what `training` has of every layer, by the columns' titles.
@@ -25,6 +26,8 @@ ERRORS = {
     "remaining": "remaining",
     "remaining_fit": "remaining (fitted)",
 }
+MAX_TEXT = 2000  # characters of a value
+MAX_SHOWN = 24  # keys of `training`, and of each table in it
 
 
 def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
@@ -64,6 +67,7 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
 
 def model_info(model: str) -> BaseModelInfo:
     """The dimensions of a model directory or Hub id, from its config.json. Raises CapreseError if unreadable."""
+    files.check_model(model)
     path = Path(model) / "config.json"
     if not path.parent.is_dir():
         use_cache_if_unreachable()
@@ -71,7 +75,7 @@ def model_info(model: str) -> BaseModelInfo:
         try:
             from transformers import AutoConfig
         except ImportError:  # without transformers only a local file can be read
-            return BaseModelInfo.from_hf(SimpleNamespace(**json.loads(path.read_text())), model)
+            return BaseModelInfo.from_hf(SimpleNamespace(**parse_json(files.read_bytes(path, MAX_BYTES))), model)
         config = AutoConfig.from_pretrained(model)
         return BaseModelInfo.from_hf(config.get_text_config(), model, config.architectures)
     except CapreseError:
@@ -101,12 +105,12 @@ def render(report: dict[str, Any]) -> Group:
     share = report["share_of_ff_parameters"]
     facts.add_row("parameters", f"{report['parameters']:,} ({share:.2%} of the base model's FF parameters)")
     training = report["training"]
-    facts.add_row("training", ", ".join(_facts(training)) or "not recorded")
+    facts.add_row("training", _facts(training) or "not recorded")
     for name in ("data", "end_to_end", "resources", "versions"):
         if isinstance(training.get(name), dict):
-            facts.add_row(name.replace("_", " "), ", ".join(_facts(training[name])))
+            facts.add_row(name.replace("_", " "), _facts(training[name]))
     if "command" in training:
-        facts.add_row("command", str(training["command"]))
+        facts.add_row("command", _text(training["command"]))
     facts.add_row("written by", f"caprese {report['caprese_version'] or 'unknown'}")
     if report["fits_model"] is not None:
         facts.add_row("fits", f"{report['fits_model']}: yes")
@@ -125,16 +129,21 @@ def render(report: dict[str, Any]) -> Group:
     return Group(facts, "", layers)
 
 
-def _facts(values: dict[str, Any]) -> list[str]:
-    """The values that are not tables themselves, nor shown apart."""
-    shown = ((key, value) for key, value in values.items() if key != "command" and not isinstance(value, dict))
-    return [
-        f"{key} {', '.join(map(_number, value)) if isinstance(value, list) else _number(value)}" for key, value in shown
+def _facts(values: dict[str, Any]) -> str:
+    """The first values that are not tables themselves, nor shown apart; --json has all."""
+    shown = [
+        f"{printable(key):.40} {_text(value)}"
+        for key, value in values.items()
+        if key != "command" and not isinstance(value, dict)
     ]
+    return ", ".join(shown[:MAX_SHOWN]) + (f", ... ({len(shown)} in all)" if len(shown) > MAX_SHOWN else "")
 
 
-def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+def _text(value: Any) -> str:
+    """A value of a file's header: text as it is, except for what a terminal would obey, other values in few words."""
+    if isinstance(value, str):
+        return printable(shorten(value, MAX_TEXT))
+    return f"{value:.5g}" if isinstance(value, float) else quote(value)
 
 
 def _share(errors: Any, key: str) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from caprese_kernels import terminal
-from caprese_kernels.errors import CapreseError
+from caprese_kernels import files, terminal
+from caprese_kernels.errors import CapreseError, printable
 
 from . import guard
 from .address import NO_KEY, authorization, client_key, served_key, server_url
@@ -64,6 +64,12 @@ class VllmServer:
     def __enter__(self) -> VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command]
+        try:
+            files.check_target(self.log)
+        except OSError as error:
+            raise CapreseError(
+                f"log {self.log}", expected="a file that can be written", found=files.reason(error), fix="remove it"
+            ) from None
         with open(self.log, "wb") as log:
             self._guard = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True
@@ -115,7 +121,7 @@ class VllmServer:
                 if self._healthy():
                     break
                 line = "".join(self._tail(1))[: max(self.console.width - 36, 20)]
-                status.update(f"starting vllm serve, {elapsed:.0f} s  [dim]{escape(line)}[/dim]")
+                status.update(Text.assemble(f"starting vllm serve, {elapsed:.0f} s  ", (printable(line), "dim")))
                 time.sleep(0.25)
         self.startup_seconds = time.monotonic() - begin
 

@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from caprese_kernels import terminal
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -106,7 +106,8 @@ class LazyGroup(TyperGroup, ABC):
             except Exception as error:  # as in `Verb.load`
                 verb = self._verbs[cmd_name]
                 reason = f"{type(error).__name__}: {error}"
-                print(f"caprese: warning: no verb {cmd_name} of {verb.distribution}: {reason}", file=sys.stderr)
+                warning = f"caprese: warning: no verb {cmd_name} of {verb.distribution}: {reason}"
+                print(printable(warning), file=sys.stderr)
                 return None
         return command
 

@@ -49,6 +49,7 @@ PARSED = {
     "caprese calibrate": "needs a model of the Hub; tests/distill/test_calibrate.py runs it",
     "caprese evaluate": "needs a model of the Hub; tests/distill/test_selected.py runs it",
     "caprese inspect": "needs a model of the Hub, or names placeholders",
+    "caprese doctor": "needs a model of the Hub; tests/engine/test_doctor.py runs it",
     "caprese bench": "minutes to hours; tests/benchmarks runs every verb in small",
     "caprese --install-completion": "changes the user's shell",
     "vllm serve": "starts a server: tests/e2e and tests/examples do",

@@ -74,6 +74,34 @@ def test_a_request_can_turn_caprese_off(server: VllmServer, client: OpenAI, aske
         answer("perhaps")
 
 
+ENDPOINTS = {
+    "chat/completions": {"messages": [{"role": "user", "content": "1 + 1?"}]},
+    "completions": {"prompt": "1 + 1 ="},
+    "responses": {"input": "1 + 1?"},
+    "messages": {"messages": [{"role": "user", "content": "1 + 1?"}]},
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_wrong_switch_is_status_400_everywhere(server: VllmServer, endpoint: str, stream: bool) -> None:
+    """And no traceback in the log; beam search, which cannot have the switch, says so."""
+    logged = server.log.read_text().count("Traceback")
+    body = {"model": SERVED_NAME, "max_tokens": 4, "stream": stream, **ENDPOINTS[endpoint]}
+    wrong = [{"vllm_xargs": {"caprese": "on"}}, {"vllm_xargs": {"caprese": 1}}]
+    if endpoint.endswith("completions") and not stream:
+        wrong.append({"use_beam_search": True, "n": 2, "vllm_xargs": {"caprese": "off"}})
+    for change in wrong:
+        found = httpx.post(f"{server.url}/v1/{endpoint}", json=body | change, timeout=60, trust_env=False)
+        assert found.status_code == 400, found.text
+        assert "caprese" in found.text
+    right = httpx.post(
+        f"{server.url}/v1/{endpoint}", json=body | {"vllm_xargs": {"caprese": "off"}}, timeout=60, trust_env=False
+    )
+    assert right.status_code == 200, right.text
+    assert server.log.read_text().count("Traceback") == logged
+
+
 def test_report(server: VllmServer, asked: list[Problem]) -> None:
     ask(server.url, SERVED_NAME, asked[:2], concurrency=2)
     adapter, report = read_config(ADAPTERS["griffin"]), server.get("/caprese")

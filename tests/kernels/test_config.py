@@ -294,7 +294,7 @@ def test_an_error_is_one_line_and_survives_pickling() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, CapreseError)
     assert isinstance(again, ValueError)
-    assert (str(again), again.what, again.fix) == (str(error), "a\nb", "g")
+    assert (str(again), again.what, again.fix) == (str(error), "a b", "g")
 
 
 def test_when_a_prompts_own_statistic_takes_part() -> None:

@@ -1,7 +1,9 @@
 """What the sdist and the wheel contain, and what their metadata says."""
 
 import ast
+import os
 import re
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from caprese_kernels import __version__
-from tests.support.packaging import ROOT, build
+from tests.support.packaging import NOT_COPIED, ROOT, build
 
 PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "caprese_bench")
 IN_TREE = {
@@ -82,6 +84,18 @@ def test_the_sdist_is_enough_to_test_and_to_build(sdist: Path, wheel: Path, tmp_
         assert rebuilt[name] == original[name], name
 
 
+def test_a_wheel_built_twice_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two copies of the tree, made at different times, with the date that reproducible builds set."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    wheels = []
+    for number in (1, 2):
+        copy = Path(shutil.copytree(ROOT, tmp_path / f"tree{number}", ignore=NOT_COPIED, copy_function=shutil.copyfile))
+        for path in copy.rglob("*"):
+            os.utime(path, (1.7e9 + number, 1.7e9 + number))
+        wheels.append(build("wheel", copy, tmp_path / f"wheel{number}").read_bytes())
+    assert wheels[0] == wheels[1]
+
+
 def test_metadata(distribution: Distribution) -> None:
     assert distribution.version == __version__
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
@@ -121,7 +135,7 @@ def test_extras_of_verbs(distribution: Distribution) -> None:
     """The extra that an error names is the verb's, and enough for it."""
     verbs = distribution.entry_points.select(group="caprese.commands").names
     metadata = Parser().parsestr(distribution.read_text("METADATA") or "")
-    assert verbs == {"demo", "distill", "calibrate", "evaluate", "inspect", "bench", "collect-env"}
+    assert verbs == {"demo", "distill", "calibrate", "evaluate", "inspect", "doctor", "bench", "collect-env"}
     assert verbs & set(metadata.get_all("Provides-Extra", [])) == {"demo", "distill", "calibrate", "evaluate", "bench"}
     for verb in ("calibrate", "evaluate"):
         assert requirements(distribution, verb) == requirements(distribution, "distill")

@@ -1,7 +1,8 @@
 """Stands in for the `vllm` command in tests of how a server is started and stopped.
 
 `FAKE_MODE`: "ok" answers, "exit" fails with code 3, "hang" never answers, "stubborn" answers and ignores SIGTERM. Like
-vLLM it has a child process; both process ids go to the file `FAKE_PIDS`.
+vLLM it has a child process; both process ids go to the file `FAKE_PIDS`. The temporary folder, where it leaves a file,
+is named in the file "temporary" beside it.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -31,6 +33,9 @@ def main(arguments: list[str], mode: str) -> None:
         sys.exit(3)
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", ignore])
+    folder = Path(tempfile.gettempdir())
+    (folder / "vllm_dist_0").touch()  # vLLM leaves such files, and sockets
+    Path(os.environ["FAKE_PIDS"]).with_name("temporary").write_text(str(folder))
     Path(os.environ["FAKE_PIDS"]).write_text(f"{os.getpid()} {child.pid}")
     if mode == "hang":
         time.sleep(600)

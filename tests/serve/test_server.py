@@ -55,6 +55,11 @@ def wait_until_gone(pids: Path, seconds: float) -> None:
     while running(pids):
         assert time.monotonic() < deadline, f"still running: {running(pids)}"
         time.sleep(0.05)
+    folder = Path(pids.with_name("temporary").read_text())
+    assert folder.name.startswith("caprese-")
+    while folder.exists():
+        assert time.monotonic() < deadline, f"left behind: {list(folder.iterdir())}"
+        time.sleep(0.05)
 
 
 def test_serves_and_stops(serve: Serve, tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, quote
 
 from ..results.lists import counts
 from ..results.report import Row
@@ -52,11 +53,12 @@ def make_cases(setups: str, batch: str, samples: str) -> list[Case]:
     pairs = []
     for text in setups.split(","):
         prompt, _, generated = text.strip().partition("+")
-        if not (prompt.isdigit() and generated.isdigit() and int(prompt) and int(generated) > 1):
+        digits = re.fullmatch(r"[0-9]{1,9}\+[0-9]{1,9}", text.strip())
+        if not (digits and int(prompt) and int(generated) > 1):
             raise CapreseError(
                 "--setups",
                 expected="P+G, for example 2048+256: prompt tokens from 1, generated tokens from 2",
-                found=repr(text),
+                found=quote(text),
                 fix="correct the list",
             )
         pairs.append((int(prompt), int(generated)))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caprese_kernels.errors import CapreseError
+from caprese_kernels import files
+from caprese_kernels.errors import CapreseError, quote
+from caprese_kernels.json_text import parse_json
+
+MAX_ROW = 1 << 22  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,34 @@ class Question:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one in each line. Raises CapreseError with the number of a line that is not one."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CapreseError(
-            f"--data {path}", expected="a JSONL file", found=str(error), fix="correct the path"
-        ) from None
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+            row = parse_json(line, MAX_ROW)
+        except ValueError as error:
+            raise _wrong_line(path, number, str(error)) from None
         if not isinstance(row, dict):
-            raise CapreseError(
-                f"--data {path}, line {number}", expected="a JSON object", found=line[:60], fix="correct the line"
-            )
+            raise _wrong_line(path, number, quote(row))
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Line by line, so that a long one is refused before it is in memory."""
+    try:
+        with files.open_regular(path) as file:
+            while line := file.readline(MAX_ROW + 1):
+                yield line
+    except OSError as error:
+        raise CapreseError(
+            f"--data {path}", expected="a JSONL file", found=files.reason(error), fix="correct the path"
+        ) from None
+
+
+def _wrong_line(path: Path, number: int, found: str) -> CapreseError:
+    return CapreseError(f"--data {path}, line {number}", expected="a JSON object", found=found, fix="correct the line")
 
 
 def hub(name: str, load: Callable[[Any], Any]) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
+
+MAX_STORE = 1 << 30  # bytes
 
 
 class Response(BaseModel):
@@ -47,15 +51,20 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not keep and path.exists():
             path.replace(path.with_suffix(".jsonl.old"))
-        text = path.read_text() if path.exists() else ""
-        *lines, incomplete = text.split("\n")
-        if incomplete:
-            path.write_text("".join(f"{line}\n" for line in lines))
+        try:
+            text = files.read_text(path, MAX_STORE) if os.path.lexists(path) else ""
+            *lines, incomplete = text.split("\n")
+            if incomplete:
+                files.write_text(path, "".join(f"{line}\n" for line in lines))
+        except OSError as error:
+            raise CapreseError(
+                str(path), expected="stored responses", found=files.reason(error), fix="give another --out"
+            ) from None
         for number, line in enumerate(lines, start=1):
             try:
                 response = Response.model_validate_json(line)
             except ValidationError as error:
-                reason = error.errors()[0]["msg"]
+                reason = error.errors(include_url=False)[0]["msg"]
                 raise CapreseError(
                     f"{path}, line {number}", expected="a stored response", found=reason, fix="remove the line"
                 ) from None
@@ -64,12 +73,18 @@ class Store:
     def discard(self, session: str) -> None:
         """Remove a session's responses, from the file too."""
         self.found = {key: response for key, response in self.found.items() if response.session != session}
-        new = self.path.with_suffix(".jsonl.new")
-        new.write_text("".join(f"{response.model_dump_json()}\n" for response in self.found.values()))
-        new.replace(self.path)
+        files.write_text(self.path, "".join(f"{response.model_dump_json()}\n" for response in self.found.values()))
 
     def add(self, response: Response) -> None:
         """Append the response to the file."""
-        with self.path.open("a") as file:
-            file.write(response.model_dump_json() + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(response.model_dump_json() + "\n")
+        except OSError as error:
+            raise CapreseError(
+                str(self.path),
+                expected="room for a response",
+                found=files.reason(error),
+                fix="free some space, and run the same command again: it continues",
+            ) from None
         self.found[response.key] = response

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from caprese_kernels import terminal
 from caprese_kernels.adapters import find_adapter, read_config
@@ -136,7 +136,7 @@ class ServedModel:
         if seeded and not torch.cuda.is_available():
             flags += ("--no-enable-chunked-prefill",)  # vLLM's CPU runner cannot rewind a seeded generator
         console = terminal.notes()
-        console.print(f"[bold]{host.label}[/bold]  [dim]{escape(shlex.join(host.flags()))}[/dim]", highlight=False)
+        console.print(Text.assemble((host.label, "bold"), "  ", (shlex.join(host.flags()), "dim")))
         with VllmServer(self.model, *flags, *host.flags(), log=log, env=self.env, console=console) as server:
             here = RemoteServer(server.url, server.api_key)
             yield Endpoint(server.url, _served_model(here)["id"], f"see {log}", server.api_key)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
@@ -106,12 +106,13 @@ def run(
                 result.errors += measured.errors
                 record.add(*measured.rows)
                 for error in measured.errors:
-                    bar.console.print(f"[red]failed:[/red] {escape(error)}", soft_wrap=True)
+                    bar.console.print(Text.assemble(("failed:", "red"), f" {error}"), soft_wrap=True)
             bar.advance(line)
     if noisy := sum(row["iqr_us"] > NOISY * row["time_us"] for row in result.rows):
         notes.print(
-            f"[yellow]{noisy} of {len(result.rows)} times scatter by more than {NOISY:.0%}[/yellow] (interquartile "
-            "range / median): is the machine busy?"
+            f"{noisy} of {len(result.rows)} times scatter by more than {NOISY:.0%} (interquartile range / median): "
+            "is the machine busy?",
+            style="yellow",
         )
     notes.print(f"bandwidth: {memory.source}")
     return result

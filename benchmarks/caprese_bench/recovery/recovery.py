@@ -8,9 +8,9 @@ the paired differences.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caprese_kernels import terminal
+from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError
 from caprese_serve.demo import MODEL
 from caprese_serve.demo.problems import TASKS, Problem, Task, problems
 from caprese_serve.demo.results import Score
 from caprese_serve.provenance import git_commit, provenance
 
+from ..results.parsing import read_json
 from ..results.plots import Plot
 from ..results.recording import recording
 from ..results.report import Columns, Result, Row, show
@@ -171,13 +172,12 @@ class Evaluator:
         """The findings of the original model or, with a correction, of the store's method; kept as NAME.json."""
         path, identity = self.folder / f"{name}.json", self._identity(store, correction)
         if path.exists():
-            kept = json.loads(path.read_text())
-            if kept.pop("identity") == identity:
-                return Findings(**kept)
+            with contextlib.suppress(CapreseError, TypeError, AttributeError):  # a damaged file is measured again
+                kept = read_json(path)
+                if kept.pop("identity", None) == identity:
+                    return Findings(**kept)
         findings = self._measure(name, store, correction)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(findings) | {"identity": identity}, indent=1) + "\n")
-        os.replace(partial, path)
+        files.write_text(path, json.dumps(asdict(findings) | {"identity": identity}, indent=1) + "\n")
         return findings
 
     def _identity(self, store: CorrectionStore | None, correction: Correction | None) -> str:

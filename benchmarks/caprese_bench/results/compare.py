@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from caprese_kernels import terminal
 from caprese_kernels.errors import CapreseError
@@ -37,7 +37,7 @@ def compare(
     console = terminal.result()
     console.print(table(f"{first.name}, {len(rows)} cases", rows, columns(first)))
     for doubt in doubts:
-        console.print(f"[yellow]warning:[/yellow] {escape(doubt)}", soft_wrap=True)
+        console.print(Text.assemble(("warning:", "yellow"), f" {doubt}"), soft_wrap=True)
 
 
 def side_by_side(a: Result, b: Result) -> list[Row]:

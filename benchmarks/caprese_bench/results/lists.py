@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from caprese_kernels.errors import CapreseError
@@ -26,7 +27,7 @@ def one_name(option: str, text: str, known: Collection[str]) -> str:
 def counts(option: str, text: str) -> list[int]:
     """The whole numbers from 1 in `text`; none if it is empty. Raises CapreseError for anything else."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(re.fullmatch(r"[0-9]{1,15}", part) and int(part) for part in parts):
         raise CapreseError(
             option, expected="comma-separated whole numbers from 1", found=repr(text), fix="correct the list"
         )

@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from caprese_kernels import terminal
+from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError
 
 from .plots import Plot, can_plot
@@ -57,10 +57,21 @@ def recording(
     """
     check_writable(out)
     path = out / f"{result.name}.json"
+    with files.output_lock(path):
+        yield from _recording(result, path, plots, resume, columns)
+
+
+def _recording(
+    result: Result,
+    path: Path,
+    plots: Sequence[Plot] | Callable[[Result], Sequence[Plot]],
+    resume: bool | None,
+    columns: Columns | None,
+) -> Iterator[Recording]:
     earlier = previous(path, result) if resume else None
     if earlier is not None:
         result.rows = earlier.rows
-        result.provenance["command"] = f"{earlier.provenance['command']} && {result.provenance['command']}"
+        result.provenance["command"] = f"{earlier.provenance.get('command')} && {result.provenance['command']}"
     try:
         yield Recording(result, path)
         result.partial = False
@@ -69,7 +80,7 @@ def recording(
         terminal.notes().print(f"interrupted: {len(result.rows)} rows are kept; {command} continues", soft_wrap=True)
         raise
     finally:
-        result.write(out, plots(result) if callable(plots) else plots, columns)
+        result.write(path.parent, plots(result) if callable(plots) else plots, columns)
     written = f"Written: {path}, .csv, .html"
     if not can_plot():
         written += ' (without plots: pip install "caprese-vllm[bench]")'
@@ -120,5 +131,5 @@ def check_writable(out: Path) -> None:
 
 def progress() -> Progress:
     """A progress bar on stderr: description, bar, counts, time so far and time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=terminal.notes())

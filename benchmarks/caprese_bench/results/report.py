@@ -9,16 +9,19 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from caprese_kernels import terminal
-from caprese_kernels.errors import CapreseError
+from caprese_kernels import files, terminal
+from caprese_kernels.errors import CapreseError, quote
 
+from .parsing import parse, read_json
 from .plots import Plot, Row, can_plot, svg
 
 # A table's columns: header -> (key of the row, how its value is formatted).
@@ -34,6 +37,19 @@ th:first-child, td:first-child { text-align: left; } h2 { margin-top: 2em; }
 .side svg { max-width: 100%; height: auto; } .rows { max-height: 70vh; overflow: auto; max-width: 100%; }
 pre { background: #f6f6f6; padding: 1em; overflow: auto; } .warn { color: #a40000; font-weight: bold; }
 """
+
+
+class _File(BaseModel):
+    """What any benchmark's file has; `schemas` describes the rows of each."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Annotated[str, Field(max_length=200)]
+    provenance: dict[str, Any]
+    keys: list[str]
+    measures: list[str]
+    rows: list[dict[str, str | bool | int | float | None]] = Field(max_length=1_000_000)
+    errors: list[str] = []
+    partial: bool = True
 
 
 @dataclass
@@ -62,38 +78,47 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> Result:
         """Read a JSON file that `write` made. Raises CapreseError for any other."""
-        try:
-            result = cls(**json.loads(path.read_text()))
-            for row in result.rows:
-                if not isinstance(row, dict) or any(isinstance(row.get(name), str) for name in result.measures):
-                    raise ValueError("rows that are not objects of figures")
-            return result
-        except (OSError, ValueError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "other content"
-            raise CapreseError(
-                f"result {path}",
-                expected="a JSON file that a benchmark wrote",
-                found=reason or str(error),
-                fix="correct the path",
-            ) from None
+        found = parse(_File, read_json(path), f"result {path}")
+        result = cls(**found.model_dump())
+        for row in result.rows:
+            wrong = [name for name in result.measures if isinstance(row.get(name), str)]
+            if wrong:
+                raise CapreseError(
+                    f"result {path}", expected=f"figures as {wrong[0]}", found=quote(row[wrong[0]]), fix="measure again"
+                )
+        return result
 
     def write_json(self, folder: Path) -> Path:
         """Write `<name>.json` in one step, so that an interruption leaves the old or the new; returns its path."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path, new = folder / f"{self.name}.json", folder / f".{self.name}.json.new"
-        new.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-        new.replace(path)
+        path = folder / f"{self.name}.json"
+        with _writing(path):
+            files.write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         return path
 
     def write(self, folder: Path, plots: Sequence[Plot] = (), columns: Columns | None = None) -> Path:
         """Write `<name>.json`, `.csv` and `.html` into `folder`; returns the JSON file's path."""
         path = self.write_json(folder)
-        with path.with_suffix(".csv").open("w", newline="") as file:
+        table = path.with_suffix(".csv")
+        with _writing(table), files.staged(table) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns_of(self.rows), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows)
-        path.with_suffix(".html").write_text(page(self, plots, columns))
+        with _writing(path.with_suffix(".html")):
+            files.write_text(path.with_suffix(".html"), page(self, plots, columns))
         return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CapreseError(
+            f"result {path}",
+            expected="a file that can be written",
+            found=files.reason(error),
+            fix="free some space, or give another --out",
+        ) from None
 
 
 def columns_of(rows: list[Row]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from caprese_kernels import terminal
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable
 
 
 def validate(
@@ -28,6 +28,6 @@ def validate(
     for file in files:
         checked.append({"file": str(file), "rows": check(file)})
         if not as_json:
-            print(f"{file}: {checked[-1]['rows']} rows, valid")
+            print(printable(f"{file}: {checked[-1]['rows']} rows, valid"))
     if as_json:
         terminal.print_json(checked)

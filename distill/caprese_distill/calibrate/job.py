@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from caprese_kernels import files
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method
 from caprese_kernels.hub import check_upload
@@ -28,7 +29,6 @@ from ..progress import progress_bar
 from ..push import push
 from ..quality import MAX_HELD_OUT, Quality, SparseLayers, measure
 from ..selection import Priors, selectors_of
-from ..stage_files import save
 from .config import CalibrateConfig
 
 DENSITIES = (0.25, 0.5, 0.75)  # reported beside the chosen one
@@ -60,9 +60,14 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     One pass of the original model over the samples, a tenth of which is held out to measure what the selections cost.
     CapreseError for data, model or settings that do not fit.
     """
-    console, started = console or Console(quiet=True), time.monotonic()
     if config.push_to_hub is not None:
         check_upload(config.push_to_hub)
+    with files.output_lock(config.output):
+        return _calibrate(config, console or Console(quiet=True))
+
+
+def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
+    started = time.monotonic()
     bad_rows = BadRows(config.max_bad_rows)
     source = read_rows(config, bad_rows)
     check_writable(config.output)
@@ -95,7 +100,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Calibr
     }
     adapters = Adapters(adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    save(adapters, config.output)
+    adapters.save(config.output)
     result = Calibration(
         config.output, adapters, {float(name): found for name, found in quality.items()}, plain, seconds
     )

@@ -1,10 +1,15 @@
-"""Compile the C++ kernels for this machine's processor, once, and keep the result in a cache."""
+"""Compile the C++ kernels for this machine's processor, once, and keep the result in a cache.
+
+A library's name in the cache ends with the SHA-256 of its contents. One that does not have it (truncated, replaced) is
+removed and compiled again, with a warning: loading it could end the process, or run somebody else's code.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -16,10 +21,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from .. import files
+from ..errors import printable
+
+logger = logging.getLogger("vllm.caprese")
+
 HERE = Path(__file__).parent
 SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
 HEADERS = ("block.h", "rows.h", "vector.h")
 # -fopenmp: the threads are torch's, whose libgomp is already loaded under the same name.
+COMPILE_SECONDS = 600  # a compiler that takes longer waits for something
+MAX_LIBRARY = 1 << 28  # bytes
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -29,7 +41,13 @@ class Unavailable(RuntimeError):
 
 def compiler() -> list[str]:
     """$CXX, with options if it has any, or g++, which vLLM's CPU backend needs too (torch.compile)."""
-    command = shlex.split(os.environ.get("CXX") or "g++")
+    given = os.environ.get("CXX") or "g++"
+    try:
+        command = shlex.split(given)
+    except ValueError as error:  # a quote that is not closed
+        raise Unavailable(f"$CXX cannot be read as a command ({error})") from None
+    if not command:
+        raise Unavailable("$CXX is empty")
     if shutil.which(command[0]) is None:
         raise Unavailable(f"no C++ compiler ({command[0]} is not on the PATH)")
     return command
@@ -76,10 +94,13 @@ def compiled(name: str, sources: Sequence[Path], march: str = "native") -> ctype
 
     Raises Unavailable with the reason.
     """
+    path = _compiled(name, sources, march)
     try:
-        return ctypes.CDLL(str(_compiled(name, sources, march)))
+        return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(str(error)) from None
+        with suppress(OSError):  # so that the next process compiles it again
+            path.unlink()
+        raise Unavailable(printable(str(error))) from None
 
 
 def _compiled(name: str, sources: Sequence[Path], march: str) -> Path:
@@ -88,21 +109,60 @@ def _compiled(name: str, sources: Sequence[Path], march: str) -> Path:
     cxx = compiler()
     macros = _run([*cxx, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])  # the compiler, and what `native` is
     texts = [path.read_text() for path in (*sources, *(HERE / header for header in HEADERS))]
-    key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *texts]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}-{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
+    key = hashlib.sha256("\0".join([macros, *cxx, *FLAGS, *texts]).encode(errors="replace")).hexdigest()[:16]
+    folder = cache_folder()
+    try:
+        kept = _cached(folder, f"{name}-{key}-")
+        if kept is not None:
+            return kept
+        with files.staging_folder(folder, f".{name}-") as scratch:
+            made = scratch / f"{name}.so"
             _run([*cxx, *FLAGS, f"-march={march}", f"-I{HERE}", *map(str, sources), "-o", str(made)])
             with made.open("rb") as file:
                 os.fsync(file.fileno())
+            path = folder / f"{name}-{key}-{_digest(made)}.so"
             made.replace(path)  # atomic, also when several processes compile at once
+    except OSError as error:
+        raise Unavailable(f"no compiled kernels in {folder}: {files.reason(error)}") from None
     return path
 
 
+def _cached(folder: Path, prefix: str) -> Path | None:
+    """The library in the cache, if its contents are those that were put there; others are removed."""
+    for path in sorted(folder.glob(f"{prefix}*.so")):
+        try:
+            if path.stem == prefix + _digest(path):
+                return path
+            found = "other contents than those compiled"
+        except OSError as error:
+            found = files.reason(error)
+        logger.warning("Caprese: cached kernels %s: %s; compiling them again", printable(str(path)), found)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(files.read_bytes(path, MAX_LIBRARY)).hexdigest()
+
+
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The command's output. Raises Unavailable if it fails, cannot be started, or takes too long."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_SECONDS,
+        )
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be started: {files.reason(error)}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} took more than {COMPILE_SECONDS} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise Unavailable(f"{command[0]} failed: {lines[0] if lines else f'exit {done.returncode}'}")
+        reason = printable(lines[0])[:300] if lines else f"exit {done.returncode}"
+        raise Unavailable(f"{command[0]} failed: {reason}")
     return done.stdout

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from openai import OpenAIError
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from caprese_kernels import terminal
+from caprese_kernels import files, terminal
 from caprese_kernels.adapters import read_config
 from caprese_kernels.errors import CapreseError
 
@@ -80,10 +80,10 @@ def run(math: int, reading: int, variants: Sequence[str], concurrency: int, outp
     """
     chosen = _chosen(variants)
     asked = [*problems("math", "test", math), *problems("reading", "test", reading)]
-    rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs") for variant in chosen]
-    report = DemoReport(rows=rows, provenance=provenance())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report.model_dump_json(indent=2) + "\n")
+    with files.output_lock(output):  # before the work: raises if it cannot be written
+        rows = [_measure(variant, asked, concurrency, output.parent / "demo-logs") for variant in chosen]
+        report = DemoReport(rows=rows, provenance=provenance())
+        files.write_text(output, report.model_dump_json(indent=2) + "\n")
     terminal.notes().print(f"Written to {output}.", highlight=False, soft_wrap=True, markup=False)
     return report
 
@@ -113,9 +113,7 @@ def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs:
     device = () if torch.cuda.is_available() else ("--dtype", "float32")
     log = logs / f"{variant.id}.log"
     warm_up = list(problems("math", "train", WARM_UP))
-    console.print(
-        f"[bold]{variant.label}[/bold]  [dim]{escape(' '.join(variant.flags()))}[/dim]", highlight=False, soft_wrap=True
-    )
+    console.print(Text.assemble((variant.label, "bold"), "  ", (" ".join(variant.flags()), "dim")), soft_wrap=True)
     with VllmServer(MODEL, *FLAGS, *device, *variant.flags(), log=log, env=ENV, console=console) as server:
         try:
             ask(server, SERVED_NAME, warm_up, concurrency)

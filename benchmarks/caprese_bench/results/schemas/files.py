@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from caprese_kernels.errors import CapreseError
 
-from ..parsing import parse
+from ..parsing import parse, read_json
 from .analysis import Ablation, Parameters, Recovery, Residual, Selection
 from .answers import Accuracy, Coverage, Exactness, Length
 from .fields import Amount, Row
@@ -97,18 +96,13 @@ def check(path: Path) -> int:
     Raises CapreseError naming the first key that breaks the schema, a column that does not exist, or two rows for one
     case.
     """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CapreseError(
-            f"result {path}", expected="a JSON file that a benchmark wrote", found=reason, fix="correct the path"
-        ) from None
+    found = read_json(path)
     if isinstance(found, dict) and "name" not in found:
         from caprese_serve.demo.results import DemoReport
 
         return len(parse(DemoReport, found, str(path)).rows)
-    result = parse(file_model(found["name"] if isinstance(found, dict) else ""), found, str(path))
+    name = found["name"] if isinstance(found, dict) else ""
+    result = parse(file_model(name if isinstance(name, str) else ""), found, str(path))
     columns = set(ROWS[result.name].model_fields)
     if unknown := [column for column in (*result.keys, *result.measures) if column not in columns]:
         raise CapreseError(

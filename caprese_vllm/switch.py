@@ -1,0 +1,96 @@
+"""The per-request switch `vllm_xargs: {"caprese": "off"}`, checked before any endpoint sees the request.
+
+vLLM checks sampling parameters when a request enters the engine: a streamed response has begun by then, and beam search
+makes parameters of its own. So the server reads the switch in the request's body: one place for all endpoints, those of
+other plugins included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
+
+from caprese_kernels.errors import CapreseError, quote
+
+from .settings import KEY
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def check_switch(value: Any, beam_search: bool = False) -> None:
+    """Raise VLLMValidationError, which the server answers with HTTP 400, for any value but "off".
+
+    With beam search, whose requests to the engine carry no switch, for any value.
+    """
+    if value == "off" and not beam_search:
+        return
+    error = CapreseError(
+        f'vllm_xargs["{KEY}"]',
+        expected="no such key with beam search" if beam_search else "'off', or no such key",
+        found=quote(value),
+        fix="leave it out to run the request sparse",
+    )
+    raise VLLMValidationError(str(error), parameter="vllm_xargs", value=quote(value))
+
+
+class SwitchMiddleware:
+    """ASGI middleware that answers HTTP 400 to a POST whose JSON body has a wrong switch."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        messages, body = await _read_body(receive)
+        try:
+            _check_body(body)
+        except VLLMValidationError as error:
+            content = create_error_response(error).model_dump()
+            return await JSONResponse(content, status_code=400)(scope, receive, send)
+        replayed = iter(messages)
+
+        async def replay() -> Message:
+            message = next(replayed, None)
+            return await receive() if message is None else message
+
+        return await self.app(scope, replay, send)
+
+
+async def _read_body(receive: Receive) -> tuple[list[Message], bytes]:
+    """All messages up to the body's end, or the client's, and the body."""
+    messages: list[Message] = []
+    while True:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return messages, b"".join(each.get("body", b"") for each in messages)
+
+
+def _check_body(body: bytes) -> None:
+    if KEY.encode() not in body and b"\\u" not in body:  # nearly all requests; an escape could spell the key
+        return
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return  # vLLM reports what is no JSON
+    for part in request if isinstance(request, list) else [request]:
+        if isinstance(part, dict):
+            for switches in _extra_arguments(part):
+                if KEY in switches:
+                    check_switch(switches[KEY], bool(part.get("use_beam_search")))
+
+
+def _extra_arguments(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What becomes `SamplingParams.extra_args`: `vllm_xargs`, or that itself where tokens go in and out."""
+    params = request.get("sampling_params")
+    for found in (request.get("vllm_xargs"), params.get("extra_args") if isinstance(params, dict) else None):
+        if isinstance(found, dict):
+            yield found
