@@ -20,11 +20,10 @@ import typer
 
 from caprese_serve.provenance import provenance
 
-from ..configured import ConfigOption
 from ..results.plots import Plot
 from ..results.recording import check_writable, progress, recording
 from ..results.report import Columns, Result, Row, show
-from ..results.settings import ResumableSettings, options_of
+from ..results.settings import ConfigOption, ResumableSettings, options_of
 from .latency_cases import BATCH, ONE, SAMPLES, Case, make_cases
 from .models import ARCHS
 from .variants import PAPER, VARIANTS, choose_variants

@@ -50,7 +50,7 @@ def rows(case: Case, model: TimedModel, runs: list[Run], bandwidth: float) -> li
             row |= {f"{name}_{unit}": median(values), f"{name}_iqr_{unit}": iqr(values)}
         row |= {"tpot_p50_ms": 1e3 * centiles[49], "tpot_p99_ms": 1e3 * centiles[98]}
         row |= {"tokens_per_s": case.requests / tpot, "ratio": median(ratios), "ratio_iqr": iqr(ratios)}
-        row |= {"step_ratio": median(steps), "throughput_ratio": median(1 / ratio for ratio in steps)}
+        row |= {"step_ratio": median(steps), "throughput_ratio": 1 / median(steps)}
         row |= {"predicted_ratio": needed(run) / needed(runs[0]), "predicted_flop_ratio": flops(run) / flops(runs[0])}
         row |= {"e2e_ratio": median(e2e)}
         row |= {"full_tpot_ms": 1e3 * median(each["tpot"] for each in full), "mb_a_step": needed(run) / 1e6}

@@ -13,8 +13,8 @@ from caprese_kernels.adapters import find_adapter, read_config
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, MethodName
 from caprese_kernels.errors import CapreseError
 
-from ..configured import check_new, parse_config
 from ..kernels.floor import Weights
+from ..results.configured import check_new, parse_config
 from .models import write_arch
 from .variants import PRIOR, VARIANTS, Variant
 

@@ -16,7 +16,7 @@ from ..results.lists import names
 if TYPE_CHECKING:
     from caprese_kernels.config import MethodName
 
-    from ..configured import ConfiguredMethod
+    from ..results.configured import ConfiguredMethod
 
 PRIOR, TAILED = 0.5, 0.8  # the prior's weight; the core's share of a selection that has a tail
 

@@ -12,8 +12,7 @@ import typer
 from caprese_kernels.errors import CapreseError
 from caprese_serve.provenance import provenance
 
-from ..configured import ConfigOption
-from ..results.settings import OutputSettings
+from ..results.settings import ConfigOption, OutputSettings
 from .tasks import GROUPS, Sampling, Task, chosen, names
 
 if TYPE_CHECKING:

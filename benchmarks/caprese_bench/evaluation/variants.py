@@ -22,8 +22,8 @@ from caprese_serve.environment import versions
 from caprese_serve.provenance import hardware_slug, source_digest
 from caprese_serve.server import VllmServer, get_json
 
-from ..configured import check_new, parse_config
 from ..paper.families import model_config
+from ..results.configured import check_new, parse_config
 from ..results.lists import names
 
 LABELS = {"griffin": "GRIFFIN", "cats": "CATS"}

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
+# Of benchmarks whose variants a user can add to (configured.py).
+ConfigOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config", metavar="NAME=JSON", help="One more variant, served with this --caprese-config; may be repeated."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

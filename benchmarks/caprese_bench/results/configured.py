@@ -6,20 +6,11 @@ import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from caprese_kernels.adapters import find_adapter, read_config
 from caprese_kernels.config import AdapterConfig, BaseModelInfo, CapreseConfig, Method, resolve
 from caprese_kernels.errors import CapreseError
-
-ConfigOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--config", metavar="NAME=JSON", help="One more variant, served with this --caprese-config; may be repeated."
-    ),
-]
 
 
 @dataclass(frozen=True)
