@@ -110,16 +110,19 @@ class Compiled:
 
 
 @contextmanager
-def launches_recorded() -> Iterator[list[Launch]]:
-    """Within the block, launches of Triton kernels are recorded instead of run."""
-    recorded: list[Launch] = []
+def intercepted(on_launch: Callable[[Launch], object]) -> Iterator[None]:
+    """Within the block, `on_launch` is called for each launch of a Triton kernel, and nothing is run."""
 
     def subscript(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(0 < n < 65_536 for n in grid[1:]), grid
-        return lambda *args, **kwargs: recorded.append(launch_of(kernel, grid, args, kwargs))
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            on_launch(launch_of(kernel, grid, args, kwargs))
+
+        return launch
 
     with patch.object(JITFunction, "__getitem__", subscript):
-        yield recorded
+        yield
 
 
 def launch_of(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
