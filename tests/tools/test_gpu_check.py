@@ -315,21 +315,23 @@ def test_packages_of_a_part_are_found(tmp_path: Path, own: bool) -> None:
     (unpacked,), (used,) = cli.results(steps, time.monotonic() + 60, tmp_path, tmp_path / "work", {})
     assert unpacked["status"] == "passed", unpacked["output"]
     assert (used["status"], used["output"]) == ("passed", "5\n")
-    assert (site / ".complete").exists()
+    (site / machine.COMPLETE).unlink()
+    assert machine.absent(("packed_here",), site) == ["packed_here"], "half of a package is none"
 
 
 def test_the_environment_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    variables = machine.environment(tmp_path / "site", tmp_path / "registered", {"NAME": "value"})
+    site, registered = tmp_path / "site", tmp_path / "registered"
+    (site / "flashinfer").mkdir(parents=True)
+    (site / "flashinfer/__init__.py").touch()
+    variables = machine.environment(site, registered, {"NAME": "value"})
     assert variables["NAME"] == "value"
     assert variables["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
-    assert variables["PYTHONPATH"].split(os.pathsep) == [
-        *map(str, (tmp_path / "site", tmp_path / "registered")),
-        "/somewhere",
-    ]
-    (tmp_path / "site/flashinfer").mkdir(parents=True)
-    (tmp_path / "site/flashinfer/__init__.py").touch()
-    assert machine.environment(tmp_path / "site", tmp_path, {})["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(registered), "/somewhere"]
+    (site / machine.COMPLETE).touch()
+    variables = machine.environment(site, registered, {})
+    assert variables["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(site), str(registered), "/somewhere"]
 
 
 def test_the_plugin_is_found_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
