@@ -61,7 +61,8 @@ SLOW := tests/engine tests/e2e \
   tests/plugin/test_flags.py::test_a_density_that_leaves_a_rank_no_neuron \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
-  tests/serve/test_demo.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py \
+  tests/serve/test_demo.py tests/tools/test_compile_kernels.py tests/tools/test_demo_scripts.py \
+  tests/tools/test_gpu_check.py tests/tools/test_gpu_rehearsal.py \
   tests/test_imports.py::test_every_module_needs_only_its_own_extra \
   tests/test_imports.py::test_packages_without_any_extra
 
@@ -85,7 +86,7 @@ lint: setup  ## Only ruff and mypy
 GPU_PYTHON ?= python3
 GPU_FLAGS ?=
 SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/distill:$(CURDIR)/serve:$(CURDIR)/benchmarks
-gpu-check:  ## Run the checks that need a GPU, ten minutes a call, into benchmarks/results (GPU_PYTHON=python3 has CUDA)
+gpu-check:  ## Run the checks that need a GPU, 13 minutes at most, into out/gpu-check (GPU_PYTHON=python3 has CUDA)
 	@PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tools.gpu_check $(GPU_FLAGS)
 
 clean:  ## Remove .venv, results and caches

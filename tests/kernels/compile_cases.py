@@ -5,81 +5,27 @@ are; each launch is compiled for its arguments instead of being run. `test_gpu.p
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import pytest
 import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from caprese_kernels import gpu, reference
-from caprese_kernels.gpu import gather_kernels, masked, statistics
 from caprese_kernels.packed import PackedFF
-
-H200 = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "maxnreg")
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
-
-
-class Compiler:
-    """In place of a kernel: compiles it as a launch would, and keeps the result."""
-
-    compiles = True
-    variants: ClassVar[set[tuple[str, ...]]] = set()  # what was asked for, each once
-
-    def __init__(self, kernel: Any, compiled: dict[str, Any]):
-        self.kernel, self.compiled = kernel, compiled
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        assert all(0 < n < 65_536 for n in grid[1:]), grid
-        return self.launch
-
-    def launch(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        assert len(args) + len(kwargs) == len(values), "no argument given twice"
-        assert set(values) == set(self.kernel.arg_names)
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
-            # What Triton does at a launch: None and 1 are constants, and multiples of 16 are known as such.
-            special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
-                signature[parameter.name], constants[(i,)] = "constexpr", value
-                continue
-            number = value.data_ptr() if isinstance(value, Tensor) else value
-            signature[parameter.name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            if special and number % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        self.variants.add((self.kernel.__name__, *map(str, (signature, constants, attributes, options))))
-        if self.compiles:
-            source = ASTSource(self.kernel, signature, constants, attributes)
-            self.compiled[self.kernel.__name__] = triton.compile(source, target=H200, options=options)
+from tools.compile_kernels.compiling import Compiled, Launch, intercepted
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def compiled() -> Iterator[dict[str, Compiled]]:
     """What the launches since then were compiled to, by kernel."""
-    found: dict[str, Any] = {}
-    for module, names in (
-        (gather_kernels, ("plan_rows", "griffin_up", "cats_up", "down")),
-        (masked, ("_activate_and_mask",)),
-        (statistics, ("_norms", "_partial_statistics", "_add_statistics", "_count", "_select")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, Compiler(getattr(module, name), found))
-    return found
+    found: dict[str, Compiled] = {}
+
+    def keep(launch: Launch) -> None:
+        found[launch.name] = launch.compile(90)
+
+    with intercepted(keep):
+        yield found
 
 
 def block(depth: int, neurons: int, rank: int, dtype: torch.dtype, act: str, gated: bool, biased: bool) -> PackedFF:
@@ -90,7 +36,7 @@ def block(depth: int, neurons: int, rank: int, dtype: torch.dtype, act: str, gat
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_rows_are_read_wide_and_ahead(compiled: dict[str, Any], tokens: int) -> None:
+def test_rows_are_read_wide_and_ahead(compiled: dict[str, Compiled], tokens: int) -> None:
     """bfloat16 and aligned rows: weights come 16 bytes a thread, copied asynchronously, several stages ahead."""
     ff, keep = block(256, 512, 16, torch.bfloat16, "silu", True, False), torch.zeros(4, 512, dtype=torch.bool)
     x, slots = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.int64)
@@ -118,7 +64,7 @@ def test_rows_are_read_wide_and_ahead(compiled: dict[str, Any], tokens: int) -> 
         pytest.param(block(33, 45, 0, torch.float16, "gelu_pytorch_tanh", True, True), 2, id="fp16"),
     ],
 )
-def test_any_size(compiled: dict[str, Any], ff: PackedFF, tokens: int) -> None:
+def test_any_size(compiled: dict[str, Compiled], ff: PackedFF, tokens: int) -> None:
     """Sizes of 1, which Triton makes constants; odd ones, whose rows are not aligned; each dtype and activation."""
     dtype, neurons = ff.down_plus.dtype, ff.num_neurons
     x, slots = torch.zeros(tokens, ff.hidden_size, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
@@ -130,7 +76,7 @@ def test_any_size(compiled: dict[str, Any], ff: PackedFF, tokens: int) -> None:
     assert set(compiled) == {"plan_rows", "griffin_up", "cats_up", "down", "_activate_and_mask"}
 
 
-def test_scales(compiled: dict[str, Any]) -> None:
+def test_scales(compiled: dict[str, Compiled]) -> None:
     """Each kernel that knows neurons' scales also compiles with them."""
     scale, slots = torch.ones(64), torch.zeros(2, dtype=torch.int64)
     ff = replace(block(48, 64, 4, torch.bfloat16, "silu", True, False), scale=scale)
@@ -145,7 +91,7 @@ def test_scales(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "neurons", "segments"), [(1, 1, 1), (40, 64, 3)])
-def test_statistics(compiled: dict[str, Any], tokens: int, neurons: int, segments: int) -> None:
+def test_statistics(compiled: dict[str, Compiled], tokens: int, neurons: int, segments: int) -> None:
     z, offsets = torch.zeros(tokens, neurons, dtype=torch.bfloat16), torch.zeros(segments + 1, dtype=torch.int64)
     slots = torch.zeros(segments, dtype=torch.int64)
     gpu.griffin_observe(z, offsets, slots, torch.zeros(2, neurons))
@@ -155,17 +101,17 @@ def test_statistics(compiled: dict[str, Any], tokens: int, neurons: int, segment
     assert set(compiled) == {"_norms", "_partial_statistics", "_add_statistics", "_count", "_select"}
 
 
-def test_steps_of_any_size_take_the_same_kernels(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_any_size_take_the_same_kernels() -> None:
     """No user waits for a compiler because the number of prompts or of requests is new."""
-    monkeypatch.setattr(Compiler, "compiles", False)
     z, ff = torch.zeros(40, 64, dtype=torch.bfloat16), block(48, 64, 4, torch.bfloat16, "silu", True, False)
     keep, tau = torch.zeros(4, 64, dtype=torch.bool), torch.zeros(4)
 
     def variants(sizes: range, call: Callable[[int], object]) -> dict[str, int]:
-        monkeypatch.setattr(Compiler, "variants", set())
-        for size in sizes:
-            call(size)
-        names = [name for name, *_ in Compiler.variants]
+        found = set()
+        with intercepted(lambda launch: found.add(launch.variant)):
+            for size in sizes:
+                call(size)
+        names = [name for name, *_ in found]
         return {name: names.count(name) for name in names}
 
     def observe(prompts: int) -> None:

@@ -47,6 +47,11 @@ class Launch:
         return str(self.kernel.__name__)
 
     @property
+    def variant(self) -> tuple[str, ...]:
+        """What Triton compiles a kernel anew for, besides its device."""
+        return self.name, *map(str, (self.signature, self.constants, self.attributes, self.options))
+
+    @property
     def programs(self) -> int:
         count = 1
         for size in self.grid:
@@ -110,20 +115,26 @@ class Compiled:
 
 
 @contextmanager
-def launches_recorded() -> Iterator[list[Launch]]:
-    """Within the block, launches of Triton kernels are recorded instead of run."""
-    recorded: list[Launch] = []
+def intercepted(on_launch: Callable[[Launch], object]) -> Iterator[None]:
+    """Within the block, `on_launch` is called for each launch of a Triton kernel, and nothing is run."""
 
     def subscript(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(0 < n < 65_536 for n in grid[1:]), grid
-        return lambda *args, **kwargs: recorded.append(launch_of(kernel, grid, args, kwargs))
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            on_launch(launch_of(kernel, grid, args, kwargs))
+
+        return launch
 
     with patch.object(JITFunction, "__getitem__", subscript):
-        yield recorded
+        yield
 
 
 def launch_of(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """What Triton makes of a launch's arguments: None and 1 are constants, and multiples of 16 are known as such."""
+    """What Triton makes of a launch's arguments: None and 1 are constants, and multiples of 16 are known as such.
+
+    Arguments that the kernel does not specialize are neither.
+    """
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     assert len(args) + len(kwargs) == len(values), "no argument given twice"
@@ -133,11 +144,12 @@ def launch_of(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs:
     attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         number = value.data_ptr() if isinstance(value, Tensor) else value
         signature[parameter.name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if number % 16 == 0:
+        if special and number % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return Launch(kernel, tuple(grid), signature, constants, attributes, options)

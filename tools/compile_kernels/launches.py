@@ -24,7 +24,7 @@ from caprese_kernels import gpu, reference
 from caprese_kernels.gpu import tuning
 from caprese_kernels.packed import PackedFF
 
-from .compiling import Launch, launches_recorded
+from .compiling import Launch, intercepted
 
 DEPTH, NEURONS, RANK = 5120, 13824, 256  # Qwen 2.5 14B's block, at density 1/2
 ITEM = 2  # bytes of bfloat16
@@ -59,7 +59,8 @@ def cases() -> Iterator[Case]:
 
 def record(case: Case, sms: int) -> list[Launch]:
     """The case's launches on a GPU with so many multiprocessors."""
-    with patch.object(tuning, "num_sms", lambda device: sms), torch.device("meta"), launches_recorded() as recorded:
+    recorded: list[Launch] = []
+    with patch.object(tuning, "num_sms", lambda device: sms), torch.device("meta"), intercepted(recorded.append):
         case.call()
     return recorded
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __doc__ as description
-from .machine import absent, environment, memory_gib, missing, register
+from .machine import COMPLETE, absent, environment, memory_gib, missing, register
 from .pack import pack, unpack, unpack_command
 from .plan import LIMITS, ROOT, Context, Step, arch_for, decide, stage_a, stage_b
 from .run import last_lines, run
@@ -68,7 +68,7 @@ def _stage(stage: str, options: argparse.Namespace, work: Path) -> bool:
     begin = time.monotonic()
     folder, site = work / stage, work / "site"
     memory = STUB_GIB if options.rehearse else memory_gib() or STUB_GIB
-    unpacks = options.vllm_part and not (site / ".complete").exists()
+    unpacks = options.vllm_part and not (site / COMPLETE).exists()
     context = Context(
         folder=folder,
         earlier=work / "a",
@@ -169,7 +169,7 @@ def print_plan(stage: str, steps: Sequence[Step], title: str) -> None:
 def _unpacking(part: Path, site: Path) -> tuple[str, ...]:
     """Unpack, and mark the site when it is whole."""
     command = unpack_command(part, site)
-    return ("sh", "-c", '"$@" && touch "$0"', str(site / ".complete"), *command)
+    return ("sh", "-c", '"$@" && touch "$0"', str(site / COMPLETE), *command)
 
 
 def _earlier(folder: Path) -> list[dict[str, Any]]:

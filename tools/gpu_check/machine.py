@@ -15,6 +15,8 @@ from pathlib import Path
 from .plan import ROOT
 
 PACKAGES = ("caprese_vllm", "caprese_kernels", "caprese_distill", "caprese_serve", "caprese_bench")
+COMPLETE = ".complete"  # a file in a folder of packages that was unpacked to its end
+CUDA_PROGRAMS = "/usr/local/cuda/bin"  # compute-sanitizer's place, which is not on every PATH
 NEEDED = ("torch", "triton", "numpy", "safetensors", "typer", "rich", "pytest", "hypothesis")
 
 
@@ -42,16 +44,28 @@ def memory_gib() -> float | None:
 def absent(needs: tuple[str, ...], site: Path) -> list[str]:
     """Those of the modules and programs that are neither installed, nor in `site`, nor on the PATH."""
     invalidate_caches()  # what was not there before an unpacking
-    places = [str(site), *sys.path]
-    return [name for name in needs if not PathFinder.find_spec(name, places) and not shutil.which(name)]
+    places = [*unpacked(site), *sys.path]
+    return [
+        name for name in needs if not PathFinder.find_spec(name, places) and not shutil.which(name, path=programs())
+    ]
+
+
+def unpacked(site: Path) -> list[str]:
+    """The folder, if it was unpacked to its end: half of vLLM would be found and not run."""
+    return [str(site)] if (site / COMPLETE).exists() else []
+
+
+def programs() -> str:
+    """Where programs are looked for."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), CUDA_PROGRAMS])
 
 
 def environment(site: Path, registered: Path, changes: dict[str, str]) -> dict[str, str]:
     """The steps' environment: packages of `site` and entry points of `registered` first, and the changes asked for."""
-    paths = [str(site), str(registered), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [*unpacked(site), str(registered), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     flashinfer = "0" if absent(("flashinfer",), site) else "1"  # vLLM asks for its sampler also where it is absent
-    variables = {"VLLM_USE_FLASHINFER_SAMPLER": flashinfer, "HF_HUB_OFFLINE": "1"}
-    return {**variables, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
+    variables = {"VLLM_USE_FLASHINFER_SAMPLER": flashinfer, "HF_HUB_OFFLINE": "1", **os.environ, "PATH": programs()}
+    return {**variables, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **changes}
 
 
 def register(folder: Path) -> None:
