@@ -109,6 +109,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "PLAN_BLOCK": 32,
         "MASK_BLOCK": 64,
         "OBSERVED_TOKENS": 2,
+        "LIST_BLOCK": 16,
         "COUNT_BLOCK": 64,
     }.items():
         monkeypatch.setattr(tuning, name, value)

@@ -119,12 +119,29 @@ class Call:
         partial = torch.empty(splits, tokens, depth, dtype=torch.float32, device=self.x.device)
         y = torch.empty_like(self.x) if out is None else out
         assert y.is_contiguous(), "out is contiguous"
-        rows, count = (None, None) if row_plan is None else (row_plan.rows, row_plan.count)
+        count, listed_z = None, None
+        if row_plan is None:  # each program lists the rows that it needs
+            rows = torch.empty(self.down_programs, self.width, dtype=torch.int32, device=self.x.device)
+            listed_z = self.x.new_empty(self.down_programs, min(tokens, self.tile), self.width)
+        else:
+            rows, count = row_plan.rows, row_plan.count
         kernels.down[(self.down_programs // self.token_tiles, splits, self.token_tiles)](
-            *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, self.arrived, y),
+            *(
+                self.z,
+                self.ff.down_plus,
+                self.ff.down_bias,
+                rows,
+                count,
+                listed_z,
+                self.slots,
+                partial,
+                self.arrived,
+                y,
+            ),
             *self.sizes,
             LISTED=row_plan is not None,
             BIASED=self.ff.down_bias is not None,
+            BLOCK=tuning.LIST_BLOCK,
             **self._options(self.down_tile),
             maxnreg=tuning.DOWN_REGISTERS,
         )

@@ -185,6 +185,31 @@ def cats_up(
         )
 
 
+@triton.jit
+def _compact(z, listed_z, listed_rows, begin, end, tokens, width, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """List the rows from `begin` to `end` that some of the first `tokens` rows of z needs; returns where the list ends.
+
+    Their numbers go to listed_rows[begin:], ascending, and their z to the same places of listed_z: rows of `width`.
+    """
+    for first in range(begin, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = i < end
+        value = tl.load(z + i, mask=inside, other=0.0)
+        needed = (value.to(tl.float32) != 0.0).to(tl.int32)
+        for t in range(1, tokens):
+            other = tl.load(z + t * width + i, mask=inside, other=0.0)
+            needed = tl.maximum(needed, (other.to(tl.float32) != 0.0).to(tl.int32))
+        place = begin + tl.cumsum(needed, 0) - needed
+        tl.store(listed_rows + place, i, mask=needed > 0)
+        tl.store(listed_z + place, value, mask=needed > 0)
+        for t in range(1, tokens):
+            other = tl.load(z + t * width + i, mask=inside, other=0.0)
+            tl.store(listed_z + t * width + place, other, mask=needed > 0)
+        begin += tl.sum(needed)
+    tl.debug_barrier()  # what one thread has stored here, another loads
+    return begin
+
+
 @triton.jit(do_not_specialize=["T"])
 def down(
     z,
@@ -192,6 +217,7 @@ def down(
     bias,
     rows,
     count,
+    listed_z,
     slots,
     partial,
     arrived,
@@ -206,15 +232,18 @@ def down(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """y = z [W_2; R] over the rows of a plan, or over all rows with some z other than zero; zero for padding.
 
     Program (columns, split, tokens) sums its part of the rows; the one that arrives last adds up the parts in order.
+    Without a plan it first lists the rows of its part that are needed, in its own part of `rows` and `listed_z`.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tokens = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    first_token = tl.program_id(2) * TOKENS
+    tokens = first_token + tl.arange(0, TOKENS)
     if LISTED:
         listed = tl.load(count)
         total = tl.where(listed >= 0, listed + R, 0)
@@ -222,24 +251,29 @@ def down(
         total = F + R
     share = tl.cdiv(tl.cdiv(total, num_splits), 8) * 8  # so that loads of z and of the plan are 16 bytes wide
     end = tl.minimum((split + 1) * share, total)
+    if not LISTED:
+        here = tl.minimum(T - first_token, TOKENS)
+        own = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        rows += own * (F + R)
+        listed_z += own * tl.minimum(T, TOKENS) * (F + R)
+        z += first_token * (F + R)
+        end = _compact(z, listed_z, rows, split * share, end, here, F + R, TOKENS, BLOCK)
+        z = listed_z - first_token * (F + R)
     sums = tl.zeros([ROWS, COLUMNS] if TOKENS == 1 else [TOKENS, COLUMNS], tl.float32)
     for first in tl.range(split * share, end, ROWS, num_stages=STAGES):
         i = first + tl.arange(0, ROWS)
         live = i < end
-        # z is loaded also past the end, whose place in memory is not known beforehand: so the loads can be wide.
+        # z and rows are loaded also past the end, whose place is not known beforehand: so the loads can be wide.
         if TOKENS == 1:
             some_z = tl.where(live, tl.load(z + i, mask=i < F + R, other=0.0), 0.0)
-            needed = some_z.to(tl.float32) != 0.0
         else:
             mask = (tokens < T)[:, None] & (i < F + R)[None, :]
             some_z = tl.load(z + tokens[:, None] * (F + R) + i[None, :], mask=mask, other=0.0)
             some_z = tl.where(live[None, :], some_z, 0.0)
-            needed = tl.max((some_z.to(tl.float32) != 0.0).to(tl.int32), axis=0) > 0
         if LISTED:
             row = tl.where(i < listed, tl.load(rows + i, mask=i < F, other=0), F + i - listed)
         else:
-            row = i
-            live = needed
+            row = tl.load(rows + i, mask=i < F + R, other=0)
         some_w = tl.load(
             weights + row.to(tl.int64)[:, None] * D + d[None, :],
             mask=live[:, None] & (d < D)[None, :],

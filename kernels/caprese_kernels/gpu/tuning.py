@@ -46,6 +46,7 @@ DOWN_DOT = Tile(rows=32, columns=128, warps=4, stages=8)  # 8 KB a load
 
 PLAN_CELLS = 32768  # tokens times neurons that a program of `plan_rows` reads at once
 PLAN_BLOCK = 8192  # the most neurons among them
+LIST_BLOCK = 1024  # neurons that a program of `down` looks at together, to list those that are needed
 MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
 OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
 SHARED_BYTES = 200_000  # of a multiprocessor's 228 KB
