@@ -57,6 +57,7 @@ class DecodeBlocks:
         masks = [independent(batch, sizes.neurons, count, generator) for _ in range(sizes.layers)]
         self.keep = torch.stack(masks).to(model.device)
         self.slots = torch.arange(batch, device=model.device)
+        self.kept = torch.zeros((), dtype=torch.int64, device=model.device)  # CATS counts here, as in the engine
         self.union = float(self.keep.any(dim=1).float().mean())
         self.inputs: list[Tensor] = []  # x [B, D] of each FF block, in the original model
         self.bare = [model.plain(layer) for layer in range(sizes.layers)]
@@ -87,7 +88,8 @@ class DecodeBlocks:
             if layer not in sparse:
                 return self.dense(layer, x)
             if variant.method == "cats":
-                return self.backend.cats_ff(x, self.packed(variant, layer), self.tau[layer], self.slots)[0]
+                block, tau = self.packed(variant, layer), self.tau[layer]
+                return self.backend.cats_ff(x, block, tau, self.slots, kept=self.kept)[0]
             if layer == 0:
                 plans = self.backend.plan_layers(self.keep[: len(sparse)], self.slots)
             plan = None if plans is None else plans[layer]
