@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from caprese_kernels import gpu, reference
-from caprese_kernels.gpu import gather_kernels, masked, statistics
+from caprese_kernels.gpu import gather_kernels, histogram, masked, statistics
 from caprese_kernels.packed import PackedFF
 
 H200 = GPUTarget("cuda", 90, 32)
@@ -75,7 +75,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module, names in (
         (gather_kernels, ("plan_rows", "griffin_up", "cats_up", "down")),
         (masked, ("_activate_and_mask",)),
-        (statistics, ("_norms", "_partial_statistics", "_add_statistics", "_count", "_select")),
+        (statistics, ("_norms", "_factors", "_partial_statistics", "_add_statistics", "_select")),
+        (histogram, ("_count",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Compiler(getattr(module, name), found))

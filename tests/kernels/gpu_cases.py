@@ -110,6 +110,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "MASK_BLOCK": 64,
         "OBSERVED_TOKENS": 2,
         "LIST_BLOCK": 16,
+        "ROW_BLOCK": 16,
         "COUNT_BLOCK": 64,
     }.items():
         monkeypatch.setattr(tuning, name, value)

@@ -50,6 +50,7 @@ LIST_BLOCK = 1024  # neurons that a program of `down` looks at together, to list
 MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
 OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
 SHARED_BYTES = 200_000  # of a multiprocessor's 228 KB
+ROW_BLOCK = 16384  # values of a row in a program's registers, with sums as many: twice as many spill
 COUNT_BLOCK = 2048  # magnitudes that one program counts
 
 
