@@ -16,7 +16,8 @@ once: `backend` is the implementation that the key `kernel` names, `method` the 
 sparse layer of this process to its packed weights, whose storage is in place but not filled yet. What the factory
 allocates counts as memory of the model. The backend that it returns computes the generated tokens and the statistics
 of every sparse FF block from then on; its NAME is what the start-up line and GET /caprese report. Most wrap the given
-one and replace only `griffin_ff` or `cats_ff`. `caprese_bench.lora.served` is an example.
+one and replace only `griffin_ff` or `cats_ff`, with all of their parameters: y belongs into `out` if it is given, and
+the counts into `kept`. `caprese_bench.lora.served` is an example.
 """
 
 from __future__ import annotations
