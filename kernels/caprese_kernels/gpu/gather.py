@@ -95,8 +95,11 @@ class Call:
         self.z = x.new_empty(tokens, self.width)
         # How many parts of each sum `down` has finished; the kernel before it, of gate and up, sets it to zero.
         self.arrived = torch.empty(self.down_programs, dtype=torch.int32, device=x.device)
+        dependent = tuning.dependent_launch(x.device)
+        self.dependent = {"DEPENDENT": dependent} | ({"launch_pdl": True} if dependent else {})
         self.up_options = {
             "ARRIVED": triton.next_power_of_2(self.down_programs),
+            **self.dependent,
             "ACT": ff.activation,
             "GATED": ff.gate is not None,
             "BIASED": ff.gate_up_bias is not None,
@@ -142,6 +145,7 @@ class Call:
             LISTED=row_plan is not None,
             BIASED=self.ff.down_bias is not None,
             BLOCK=tuning.LIST_BLOCK,
+            **self.dependent,
             **self._options(self.down_tile),
             maxnreg=tuning.DOWN_REGISTERS,
         )

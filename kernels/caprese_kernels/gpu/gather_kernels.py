@@ -43,6 +43,13 @@ def _union(keep, slots, neurons, T, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _wait():
+    """Wait for the kernel before, and let the one after this be launched: it waits in turn, before it reads."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _clear(arrived, down_programs, ARRIVED: tl.constexpr):
     """The first program sets the counters of `down` to zero."""
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -67,6 +74,7 @@ def griffin_up(
     F,
     R,
     ARRIVED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -76,6 +84,8 @@ def griffin_up(
     STAGES: tl.constexpr,
 ):
     """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
+    if DEPENDENT:
+        _wait()
     _clear(arrived, down_programs, ARRIVED)
     first = tl.program_id(0) * ROWS
     listed = tl.load(count)
@@ -125,6 +135,7 @@ def cats_up(
     F,
     R,
     ARRIVED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -140,6 +151,8 @@ def cats_up(
     How many neurons a token keeps is added to kept_count[t]; TOTAL: of all tokens to kept_count[0]. A tile's gate comes
     first, whole; of W_1 it then reads the rows that some token keeps.
     """
+    if DEPENDENT:
+        _wait()
     _clear(arrived, down_programs, ARRIVED)
     DTYPE: tl.constexpr = x.dtype.element_ty
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -227,6 +240,7 @@ def down(
     F,
     R,
     LISTED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BIASED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -239,6 +253,8 @@ def down(
     Program (columns, split, tokens) sums its part of the rows; the one that arrives last adds up the parts in order.
     Without a plan it first lists the rows of its part that are needed, in its own part of `rows` and `listed_z`.
     """
+    if DEPENDENT:
+        _wait()
     DTYPE: tl.constexpr = z.dtype.element_ty
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

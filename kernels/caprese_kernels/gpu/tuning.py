@@ -18,6 +18,7 @@ bytes; activations, lists and partial sums are far below 1% of that. Qwen 2.5 14
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -81,6 +82,16 @@ def splits(programs: int, rows: int, tile: Tile, device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors; 2 for the interpreter, which is enough to see that splits are summed."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels are launched before their predecessor ends, to wait on the device (Hopper and later).
+
+    4 to 6 us a layer expected, not measured: off unless CAPRESE_DEPENDENT_LAUNCH=1.
+    """
+    wanted = os.environ.get("CAPRESE_DEPENDENT_LAUNCH") == "1"
+    return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def row_warps(block: int) -> int:
