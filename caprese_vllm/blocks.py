@@ -22,6 +22,10 @@ from .ff import SparseFF
 from .ranks import Ranks
 from .state import STATE
 
+# torch keeps freed memory, and packed weights with their r rows more do not fit into the places of those that they
+# replace: all FF weights would be held twice (19 GiB at 14B). Freed every few blocks, at most these are.
+RELEASE_EVERY = 4
+
 
 def pack_blocks(
     model: nn.Module, method: Method, stage_layers: range, served: BaseModelInfo
@@ -37,6 +41,8 @@ def pack_blocks(
             block = find_block(model, layer, served)
             ranks = Ranks(block.down.tp_rank, block.down.tp_size)
             packed.append((block, _repack(block, -(-method.rank // ranks.size), ranks), ranks))
+            if len(packed) % RELEASE_EVERY == 0 and block.up.weight.is_cuda:
+                torch.cuda.empty_cache()
     return packed
 
 

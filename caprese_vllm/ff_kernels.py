@@ -16,8 +16,9 @@ once: `backend` is the implementation that the key `kernel` names, `method` the 
 sparse layer of this process to its packed weights, whose storage is in place but not filled yet. What the factory
 allocates counts as memory of the model. The backend that it returns computes the generated tokens and the statistics
 of every sparse FF block from then on; its NAME is what the start-up line and GET /caprese report. Most wrap the given
-one and replace only `griffin_ff` or `cats_ff`. `caprese_bench.lora.served` is an example. Where a selection has a core,
-`core_ff` computes it, L and R from a view of the block, and `griffin_ff` the tails, from another view.
+one and replace only `griffin_ff` or `cats_ff`, with all of their parameters: y belongs into `out` if it is given, and
+the counts into `kept`. `caprese_bench.lora.served` is an example. Where a selection has a core, `core_ff` computes it,
+L and R from a view of the block, and `griffin_ff` the tails, from another view.
 """
 
 from __future__ import annotations

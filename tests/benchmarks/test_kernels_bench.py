@@ -34,6 +34,7 @@ FUNCTIONS = (
     "core_ff",
     "dense_ff",
     "griffin_ff",
+    "plan_layers",
     "cats_ff",
     "griffin_observe",
     "griffin_select",
@@ -146,6 +147,7 @@ def test_calls_in_turn_use_other_memory_beyond_the_caches(monkeypatch: pytest.Mo
     assert len(pointers) == len(copies.packed) + len(copies.dense)
     assert len(copies.packed) * 3_000 >= 4 * 10_000
     assert len(copies.dense) * kernel_cases.dense_bytes(8, 64, 2) >= 4 * 10_000
+    assert kernel_measure.turns(1_000_000, "cpu") == 2, "a block larger than any cache has a second copy"
     plain = copies.blocks(rank=0)[0]
     assert (plain.num_neurons, plain.gate_up_plus.data_ptr()) == (64, copies.packed[0].gate_up_plus.data_ptr())
 
@@ -251,10 +253,10 @@ def test_from_cases_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_kernel_is_an_error_not_a_row(tmp_path: Path) -> None:
-    def wrong(*arguments: Any) -> torch.Tensor:
+    def wrong(*arguments: Any, **more: Any) -> torch.Tensor:
         return reference.griffin_ff(*arguments) * 1.1
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **more: Any) -> Any:
         raise RuntimeError("no such kernel")
 
     result = kernel_bench.run(all_groups("shapes"), SETTINGS, backend(griffin_ff=wrong, cats_ff=broken), tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from caprese_kernels import gpu, reference
+from caprese_kernels.gpu import tuning
 from caprese_kernels.packed import PackedFF
 from tools.compile_kernels.compiling import Compiled, Launch, intercepted
 
@@ -54,6 +55,25 @@ def test_rows_are_read_wide_and_ahead(compiled: dict[str, Compiled], tokens: int
             assert tokens > 1 or re.search(r"ld\.shared\.v4", ptx), name
         assert ("mma" in ptx) == (tokens == 16 and name != "griffin plan_rows"), name
     assert "atom.global.gpu.acq_rel.add" in found["griffin down"].asm["ptx"]
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_dependent_launches_wait(
+    compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch, dependent: bool
+) -> None:
+    """Before the first load: a kernel that may start early must not read what the one before has not written."""
+    monkeypatch.setattr(tuning, "dependent_launch", lambda device: dependent)
+    ff, slots = block(64, 64, 16, torch.bfloat16, "silu", True, False), torch.zeros(1, dtype=torch.int64)
+    x, keep = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(4, 64, dtype=torch.bool)
+    gpu.griffin_ff(x, ff, keep, slots, path="gather")
+    gpu.cats_ff(x, ff, torch.zeros(4), slots, path="gather")
+    for name in ("griffin_up", "cats_up", "down"):
+        ptx, waits = compiled[name].asm["ptx"], "griddepcontrol.wait"
+        assert (waits in ptx) == dependent, name
+        assert ("griddepcontrol.launch_dependents" in ptx) == dependent, name
+        if dependent:
+            before = ptx[: ptx.index(waits)]
+            assert not re.search(r"(ld|st|atom|red)\.global|cp\.async", before), name
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "PLAN_BLOCK": 32,
         "MASK_BLOCK": 64,
         "OBSERVED_TOKENS": 2,
+        "LIST_BLOCK": 16,
+        "ROW_BLOCK": 16,
         "COUNT_BLOCK": 64,
     }.items():
         monkeypatch.setattr(tuning, name, value)
@@ -233,7 +235,12 @@ def test_rows_that_a_token_needs_are_read_once(tokens: int, gated: bool, padding
     cats = p.surely.any(dim=0).long().tolist()
     every, always = [int(some)] * 45, [int(some)] * low_rank
     calls = {
-        "griffin": (griffin if gated else [], griffin, griffin, lambda: gpu.griffin_ff(p.x, p.ff, p.keep, p.slots)),
+        "griffin": (
+            griffin if gated else [],
+            griffin,
+            griffin,
+            lambda: gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, path="gather"),
+        ),
         "cats": (
             *(every if gated else [], cats if gated else every, cats),
             lambda: gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather"),
@@ -363,11 +370,17 @@ def test_an_empty_batch_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_partial_sums_do_not_depend_on_what_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer starts as garbage: what is read was written before."""
     p = tiny(4, padding="middle")
-    clean = [gpu.griffin_ff(p.x, p.ff, p.keep, p.slots), *gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather")]
+    clean = [
+        gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, path="gather"),
+        *gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather"),
+    ]
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
-        filled = [gpu.griffin_ff(p.x, p.ff, p.keep, p.slots), *gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather")]
+        filled = [
+            gpu.griffin_ff(p.x, p.ff, p.keep, p.slots, path="gather"),
+            *gpu.cats_ff(p.x, p.ff, p.tau, p.slots, path="gather"),
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(clean, filled, strict=True):

@@ -62,6 +62,7 @@ class DecodeBlocks:
 
         self.keep = masks(sizes.neurons, count)
         self.slots = torch.arange(batch, device=model.device)
+        self.kept = torch.zeros((), dtype=torch.int64, device=model.device)  # CATS counts here, as in the engine
         # By the core's share: neurons in it, and tails [layers, B, F], which keep none of them.
         self.core_counts = {share: reference.core_count(share, count) for share in (1.0, TAILED)}
         self.tails = {
@@ -99,7 +100,8 @@ class DecodeBlocks:
             if layer not in sparse:
                 return self.dense(layer, x)
             if variant.method == "cats":
-                return self.backend.cats_ff(x, self.packed(variant, layer), self.tau[layer], self.slots)[0]
+                block, tau = self.packed(variant, layer), self.tau[layer]
+                return self.backend.cats_ff(x, block, tau, self.slots, kept=self.kept)[0]
             if layer == 0:
                 plans = self.backend.plan_layers(self.keep[: len(sparse)], self.slots)
             plan = None if plans is None else plans[layer]

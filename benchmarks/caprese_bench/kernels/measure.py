@@ -57,8 +57,11 @@ class Measured:
 
 
 def turns(needed: int, device: str) -> int:
-    """After how many calls, each reading `needed` bytes of its own, the first one's bytes are out of the caches."""
-    return max(1, ceil(CACHES * cache_bytes(device) / max(needed, 1)))
+    """After how many calls, each reading `needed` bytes of its own, the first one's bytes are out of the caches.
+
+    At least two: a block alone, however large, finds the end of its last call in the cache.
+    """
+    return max(2, ceil(CACHES * cache_bytes(device) / max(needed, 1)))
 
 
 class Copies:
@@ -192,18 +195,24 @@ def _dense(
 def _forward(
     case: Case, backend: Backend, copies: Copies, x: Tensor, generator: torch.Generator
 ) -> tuple[list[Call], Row]:
-    """Calls of griffin_ff or cats_ff over the copies, and the row's columns that are known before timing."""
+    """Calls of griffin_ff or cats_ff over the copies, and the row's columns that are known before timing.
+
+    As the engine calls them: y and counts go where they belong, and the list of rows, which the engine makes once a
+    step for all layers, is there already (`caprese bench decode` times it too).
+    """
     shape, blocks = copies.shape, copies.blocks(case.rank)
-    ff = blocks[0]
+    ff, out = blocks[0], torch.empty_like(x)
     if case.method == "griffin":
         keep, slots = (table.to(x.device) for table in cases.selections(case, shape.neurons, generator))
-        error = check(backend.griffin_ff(x, ff, keep, slots), reference.griffin_ff(x, ff, keep, slots))
+        plans = backend.plan_layers(keep[None], slots)
+        run = partial(backend.griffin_ff, x, row_plan=None if plans is None else plans[0], out=out)
+        error = check(run(ff, keep, slots), reference.griffin_ff(x, ff, keep, slots))
         union = int(keep.any(dim=0).sum())
         needed = cases.griffin_bytes(shape.hidden_size, union, case.rank, ITEMSIZE)
         note: Row = {"kept_share": float(keep.float().mean())}
         if case.selection:
             note["mean_overlap"] = cases.pairwise_overlap(keep)
-        calls: list[Call] = [partial(backend.griffin_ff, x, each, keep, slots) for each in blocks]
+        calls: list[Call] = [partial(run, each, keep, slots) for each in blocks]
     else:
         g, z = reference.activations(x, ff)
         tau, slots = cases.thresholds(g, case.density), torch.arange(len(x), device=x.device)
@@ -212,7 +221,8 @@ def _forward(
         union = int(mask.any(dim=0).sum())
         needed = cases.cats_bytes(shape.hidden_size, shape.neurons, union, case.rank, ITEMSIZE)
         note = {"kept_share": float(mask.float().mean())}
-        calls = [partial(backend.cats_ff, x, each, tau, slots) for each in blocks]
+        kept = torch.zeros((), dtype=torch.int64, device=x.device)
+        calls = [partial(backend.cats_ff, x, each, tau, slots, out=out, kept=kept) for each in blocks]
     return calls, {**note, "union": union, "required_mb": needed / 1e6, "error": error}
 
 

@@ -12,8 +12,9 @@ from ..reference import core_ff  # three products of cuBLAS
 from . import crossover, gather, masked
 from .crossover import Path
 from .gather import RowPlan, plan_rows
+from .histogram import cats_observe, cats_threshold
 from .masked import dense_ff
-from .statistics import cats_observe, cats_threshold, griffin_norms, griffin_observe, griffin_select
+from .statistics import griffin_norms, griffin_observe, griffin_select
 
 __all__ = [
     "NAME",

@@ -11,10 +11,11 @@ Path = Literal["gather", "masked"]
 
 # The most tokens for which gathering is at least as fast, by (device name, method); written by measurement alone.
 MEASURED: dict[tuple[str, str], int] = {}
-# For devices without an entry; estimated, not measured. At density 0.5, 2, 4 and 8 independent tokens of CATS together
-# need 75, 94 and 99.6% of the rows: beyond 2 little is left to save. GRIFFIN's prompts overlap more, and
-# samples of one prompt share a selection; 16 tokens fill one tile of the tensor cores, and 3 tokens cost as much.
-DEFAULT = {"griffin": 16, "cats": 2}
+# For devices without an entry; estimated, not measured. At density 0.5, 2, 3 and 4 independent selections together need
+# 75, 88 and 94% of the rows, and gathering is faster by that only if it reaches as much of the bandwidth as cuBLAS:
+# beyond 3 (CATS, which also reads the whole gate: beyond 2) too little is left to bet on. Samples of one prompt, which
+# share a selection, count as independent: how many share one is not known when a CUDA graph is captured.
+DEFAULT = {"griffin": 3, "cats": 2}
 
 
 def choose(method: str, tokens: int, device: torch.device) -> Path:

@@ -95,8 +95,11 @@ class Call:
         self.z = x.new_empty(tokens, self.width)
         # How many parts of each sum `down` has finished; the kernel before it, of gate and up, sets it to zero.
         self.arrived = torch.empty(self.down_programs, dtype=torch.int32, device=x.device)
+        dependent = tuning.dependent_launch(x.device)
+        self.dependent = {"DEPENDENT": dependent} | ({"launch_pdl": True} if dependent else {})
         self.up_options = {
             "ARRIVED": triton.next_power_of_2(self.down_programs),
+            **self.dependent,
             "ACT": ff.activation,
             "GATED": ff.gate is not None,
             "BIASED": ff.gate_up_bias is not None,
@@ -119,12 +122,30 @@ class Call:
         partial = torch.empty(splits, tokens, depth, dtype=torch.float32, device=self.x.device)
         y = torch.empty_like(self.x) if out is None else out
         assert y.is_contiguous(), "out is contiguous"
-        rows, count = (None, None) if row_plan is None else (row_plan.rows, row_plan.count)
+        count, listed_z = None, None
+        if row_plan is None:  # each program lists the rows that it needs
+            rows = torch.empty(self.down_programs, self.width, dtype=torch.int32, device=self.x.device)
+            listed_z = self.x.new_empty(self.down_programs, min(tokens, self.tile), self.width)
+        else:
+            rows, count = row_plan.rows, row_plan.count
         kernels.down[(self.down_programs // self.token_tiles, splits, self.token_tiles)](
-            *(self.z, self.ff.down_plus, self.ff.down_bias, rows, count, self.slots, partial, self.arrived, y),
+            *(
+                self.z,
+                self.ff.down_plus,
+                self.ff.down_bias,
+                rows,
+                count,
+                listed_z,
+                self.slots,
+                partial,
+                self.arrived,
+                y,
+            ),
             *self.sizes,
             LISTED=row_plan is not None,
             BIASED=self.ff.down_bias is not None,
+            BLOCK=tuning.LIST_BLOCK,
+            **self.dependent,
             **self._options(self.down_tile),
             maxnreg=tuning.DOWN_REGISTERS,
         )

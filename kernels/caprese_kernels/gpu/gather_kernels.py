@@ -43,6 +43,13 @@ def _union(keep, slots, neurons, T, F, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _wait():
+    """Wait for the kernel before, and let the one after this be launched: it waits in turn, before it reads."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _clear(arrived, down_programs, ARRIVED: tl.constexpr):
     """The first program sets the counters of `down` to zero."""
     if tl.program_id(0) + tl.program_id(1) == 0:
@@ -67,6 +74,7 @@ def griffin_up(
     F,
     R,
     ARRIVED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -76,6 +84,8 @@ def griffin_up(
     STAGES: tl.constexpr,
 ):
     """z[t, i] for the i-th row of the plan, then for the rows of L^T; zero where token t does not keep it."""
+    if DEPENDENT:
+        _wait()
     _clear(arrived, down_programs, ARRIVED)
     first = tl.program_id(0) * ROWS
     listed = tl.load(count)
@@ -125,6 +135,7 @@ def cats_up(
     F,
     R,
     ARRIVED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -140,6 +151,8 @@ def cats_up(
     How many neurons a token keeps is added to kept_count[t]; TOTAL: of all tokens to kept_count[0]. A tile's gate comes
     first, whole; of W_1 it then reads the rows that some token keeps.
     """
+    if DEPENDENT:
+        _wait()
     _clear(arrived, down_programs, ARRIVED)
     DTYPE: tl.constexpr = x.dtype.element_ty
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -185,6 +198,31 @@ def cats_up(
         )
 
 
+@triton.jit
+def _compact(z, listed_z, listed_rows, begin, end, tokens, width, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """List the rows from `begin` to `end` that some of the first `tokens` rows of z needs; returns where the list ends.
+
+    Their numbers go to listed_rows[begin:], ascending, and their z to the same places of listed_z: rows of `width`.
+    """
+    for first in range(begin, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = i < end
+        value = tl.load(z + i, mask=inside, other=0.0)
+        needed = (value.to(tl.float32) != 0.0).to(tl.int32)
+        for t in range(1, tokens):
+            other = tl.load(z + t * width + i, mask=inside, other=0.0)
+            needed = tl.maximum(needed, (other.to(tl.float32) != 0.0).to(tl.int32))
+        place = begin + tl.cumsum(needed, 0) - needed
+        tl.store(listed_rows + place, i, mask=needed > 0)
+        tl.store(listed_z + place, value, mask=needed > 0)
+        for t in range(1, tokens):
+            other = tl.load(z + t * width + i, mask=inside, other=0.0)
+            tl.store(listed_z + t * width + place, other, mask=needed > 0)
+        begin += tl.sum(needed)
+    tl.debug_barrier()  # what one thread has stored here, another loads
+    return begin
+
+
 @triton.jit(do_not_specialize=["T"])
 def down(
     z,
@@ -192,6 +230,7 @@ def down(
     bias,
     rows,
     count,
+    listed_z,
     slots,
     partial,
     arrived,
@@ -201,20 +240,26 @@ def down(
     F,
     R,
     LISTED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BIASED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """y = z [W_2; R] over the rows of a plan, or over all rows with some z other than zero; zero for padding.
 
     Program (columns, split, tokens) sums its part of the rows; the one that arrives last adds up the parts in order.
+    Without a plan it first lists the rows of its part that are needed, in its own part of `rows` and `listed_z`.
     """
+    if DEPENDENT:
+        _wait()
     DTYPE: tl.constexpr = z.dtype.element_ty
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tokens = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    first_token = tl.program_id(2) * TOKENS
+    tokens = first_token + tl.arange(0, TOKENS)
     if LISTED:
         listed = tl.load(count)
         total = tl.where(listed >= 0, listed + R, 0)
@@ -222,24 +267,29 @@ def down(
         total = F + R
     share = tl.cdiv(tl.cdiv(total, num_splits), 8) * 8  # so that loads of z and of the plan are 16 bytes wide
     end = tl.minimum((split + 1) * share, total)
+    if not LISTED:
+        here = tl.minimum(T - first_token, TOKENS)
+        own = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        rows += own * (F + R)
+        listed_z += own * tl.minimum(T, TOKENS) * (F + R)
+        z += first_token * (F + R)
+        end = _compact(z, listed_z, rows, split * share, end, here, F + R, TOKENS, BLOCK)
+        z = listed_z - first_token * (F + R)
     sums = tl.zeros([ROWS, COLUMNS] if TOKENS == 1 else [TOKENS, COLUMNS], tl.float32)
     for first in tl.range(split * share, end, ROWS, num_stages=STAGES):
         i = first + tl.arange(0, ROWS)
         live = i < end
-        # z is loaded also past the end, whose place in memory is not known beforehand: so the loads can be wide.
+        # z and rows are loaded also past the end, whose place is not known beforehand: so the loads can be wide.
         if TOKENS == 1:
             some_z = tl.where(live, tl.load(z + i, mask=i < F + R, other=0.0), 0.0)
-            needed = some_z.to(tl.float32) != 0.0
         else:
             mask = (tokens < T)[:, None] & (i < F + R)[None, :]
             some_z = tl.load(z + tokens[:, None] * (F + R) + i[None, :], mask=mask, other=0.0)
             some_z = tl.where(live[None, :], some_z, 0.0)
-            needed = tl.max((some_z.to(tl.float32) != 0.0).to(tl.int32), axis=0) > 0
         if LISTED:
             row = tl.where(i < listed, tl.load(rows + i, mask=i < F, other=0), F + i - listed)
         else:
-            row = i
-            live = needed
+            row = tl.load(rows + i, mask=i < F + R, other=0)
         some_w = tl.load(
             weights + row.to(tl.int64)[:, None] * D + d[None, :],
             mask=live[:, None] & (d < D)[None, :],

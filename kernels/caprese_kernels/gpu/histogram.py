@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """CATS's histogram, counted in shared memory by CUDA C++ (`histogram.cu`): Triton's shared memory has no atomics.
 
 For 2,048 prompt tokens of 13,824 neurons, one atomic in L2 for each of 28 million magnitudes takes at least 13% of the
@@ -13,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from ..packed import ACTIVATION_FUNCTIONS
 from ..reference import NUM_MAGNITUDES
 from . import nvrtc, tuning
+from .arithmetic import activate
+
+cats_threshold = reference.cats_threshold  # torch alone, without synchronization
 
 SOURCE = Path(__file__).with_suffix(".cu")
 NAME = "count_magnitudes"
@@ -114,3 +121,69 @@ def count(
         *(threads, variant.shared_bytes, gate, offsets, slots, histogram, scale),
         *(nvrtc.Long(gate.stride(0)), nvrtc.Long(histogram.stride(0)), len(slots), tokens, neurons),
     )
+
+
+def cats_observe(
+    gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
+) -> None:
+    """As reference.cats_observe; gate's rows may be strided.
+
+    In shared memory where CUDA C++ can be compiled. Elsewhere by one integer atomic in L2 a magnitude: Triton's
+    histogram in registers is for a few hundred bins.
+    """
+    tokens, neurons = gate.shape
+    segments = len(slots)
+    if not tokens or not segments:
+        return
+    if gate.is_cuda:
+        variant = Variant.of(gate, activation, scale, bins_that_fit(gate.device))
+        launch = kernel(variant, gate.device)
+        if launch is not None:
+            count(launch, variant, gate, offsets, slots, histogram, scale)
+            return
+    _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
+        *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
+        ACT=activation,
+        SCALED=scale is not None,
+        BORDERS=tuning.segments_tile(segments + 1),
+        BLOCK=tuning.COUNT_BLOCK,
+        num_warps=8,
+    )
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _count(
+    gate,
+    offsets,
+    slots,
+    histogram,
+    scale,
+    gate_stride,
+    histogram_stride,
+    segments,
+    F,
+    ACT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BORDERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts BLOCK neurons of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    border = tl.arange(0, BORDERS)
+    begins = tl.load(offsets + border, mask=border <= segments, other=0)
+    mine = tl.sum(((begins <= t) & (border <= segments)).to(tl.int32)) - 1
+    if (mine < 0) | (mine >= segments):
+        return
+    slot = tl.load(slots + mine)
+    if slot < 0:
+        return
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(gate + t * gate_stride + j, mask=j < F, other=0.0)
+    g = activate(u.to(tl.float32), ACT).to(u.dtype)
+    if SCALED:
+        g = tl.abs(g.to(tl.float32)) * tl.load(scale + j, mask=j < F, other=0.0)
+    g = g.to(tl.bfloat16)
+    magnitude = (g.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    # Integers: their sum has one value in any order.
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(histogram + slot * histogram_stride + magnitude, one, mask=j < F, sem="relaxed")

@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs
-"""Statistics of prompts, and selections from them.
+"""GRIFFIN's statistic of prompts, and selections from it; CATS's is in `histogram`.
 
-GRIFFIN reads z once: a token's F values stay in registers for scale, norm and shares. Segments are cut into blocks of
-tokens where they begin, so a prompt's bits do not depend on what else is in the call. Partial sums take F float32
+z is read once: a token's F values stay in registers for scale, norm and shares. Where they do not fit there, or norms
+are given, a program takes a part of the columns; norms come first, in a pass of their own. Segments are cut into blocks
+of tokens where they begin, so a prompt's bits do not depend on what else is in the call. Partial sums take F float32
 values for each block of OBSERVED_TOKENS tokens: an eighth of z's bytes in half precision.
 """
 
@@ -13,12 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from . import histogram as shared
 from . import tuning
-from .arithmetic import activate
-
-cats_threshold = reference.cats_threshold  # torch alone, without synchronization
 
 COLUMNS = 64  # neurons of one program that adds up partial statistics: 256 bytes of each
 PARTS = 32
@@ -62,6 +58,20 @@ def _power_of_2(largest):
     return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _factors(z, scale, factors, stride, F, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """factors[t] = a power of two p, and ||p z_t||^2, which float32 holds where ||z_t||^2 overflows or vanishes."""
+    t = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, BLOCK)
+    value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
+    if SCALED:
+        value *= tl.load(scale + j, mask=j < F, other=0.0)
+    power = _power_of_2(tl.max(tl.abs(value)))
+    value *= power
+    tl.store(factors + 2 * t, power)
+    tl.store(factors + 2 * t + 1, tl.sum(value * value))
+
+
 def griffin_observe(
     z: Tensor,
     offsets: Tensor,
@@ -79,10 +89,20 @@ def griffin_observe(
     blocks = triton.cdiv(tokens, tuning.OBSERVED_TOKENS) + segments
     partial = torch.empty(blocks, neurons, dtype=torch.float32, device=z.device)
     options = {"SEGMENTS": tuning.segments_tile(segments), "TOKENS": tuning.OBSERVED_TOKENS}
-    block = triton.next_power_of_2(neurons)
-    _partial_statistics[(blocks,)](
-        *(z, offsets, slots, norms, scale, partial, z.stride(0), segments, neurons),
+    row = triton.next_power_of_2(neurons)
+    factors, block = None, min(row, tuning.ROW_BLOCK)
+    if norms is None and block < row:
+        factors = torch.empty(tokens, 2, dtype=torch.float32, device=z.device)
+        _factors[(tokens,)](
+            *(z, scale, factors, z.stride(0), neurons),
+            SCALED=scale is not None,
+            BLOCK=row,
+            num_warps=tuning.row_warps(row),
+        )
+    _partial_statistics[(blocks, triton.cdiv(neurons, block))](
+        *(z, offsets, slots, norms, factors, scale, partial, z.stride(0), segments, neurons),
         NORMED=norms is not None,
+        FACTORED=factors is not None,
         SCALED=scale is not None,
         BLOCK=block,
         STAGES=tuning.row_stages(block * z.element_size()),
@@ -113,6 +133,7 @@ def _partial_statistics(
     offsets,
     slots,
     norms,
+    factors,
     scale,
     partial,
     stride,
@@ -121,11 +142,15 @@ def _partial_statistics(
     SEGMENTS: tl.constexpr,
     TOKENS: tl.constexpr,
     NORMED: tl.constexpr,
+    FACTORED: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial[b] = sum of z_i^2 / ||z_i||^2 over the tokens i of block b; SCALED: of z_ij scale_j in z_ij's place."""
+    """partial[b] = sum of z_i^2 / ||z_i||^2 over the tokens i of block b; SCALED: of z_ij scale_j in z_ij's place.
+
+    Program (b, columns); the columns are all neurons unless NORMED, by `norms`, or FACTORED, by what `_factors` left.
+    """
     block = tl.program_id(0)
     segment, begins, ends, block_ends = _blocks(offsets, segments, SEGMENTS, TOKENS)
     mine = tl.sum((block_ends <= block).to(tl.int32))
@@ -138,7 +163,7 @@ def _partial_statistics(
     blocks_here = tl.sum(tl.where(here, tl.cdiv(ends - begins, TOKENS), 0))
     first_block = tl.sum(tl.where(here, block_ends, 0)) - blocks_here
     begin = tl.sum(tl.where(here, begins, 0)) + (block - first_block) * TOKENS
-    j = tl.arange(0, BLOCK)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     factor = 1.0
     if SCALED:
         factor = tl.load(scale + j, mask=j < F, other=0.0)
@@ -152,6 +177,10 @@ def _partial_statistics(
             power = _power_of_2(norm)
             share = value * power * (1.0 / (norm * power))
             share *= share
+        elif FACTORED:
+            value *= tl.load(factors + 2 * t)
+            norm = tl.load(factors + 2 * t + 1)
+            share = value * value * (1.0 / norm)
         else:
             value *= _power_of_2(tl.max(tl.abs(value)))
             square = value * value
@@ -192,72 +221,6 @@ def _add_statistics(
     cell = statistic + slot * stride + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS) < F
     tl.store(cell, tl.load(cell, mask=mask) + tl.sum(total, axis=0), mask=mask)
-
-
-def cats_observe(
-    gate: Tensor, activation: str, offsets: Tensor, slots: Tensor, histogram: Tensor, scale: Tensor | None = None
-) -> None:
-    """As reference.cats_observe; gate's rows may be strided.
-
-    Counted in shared memory where CUDA C++ can be compiled (`histogram`). Elsewhere by one integer atomic in L2 a
-    magnitude: Triton's histogram in registers is for a few hundred bins, and its shared memory has no atomics.
-    """
-    tokens, neurons = gate.shape
-    segments = len(slots)
-    if not tokens or not segments:
-        return
-    if gate.is_cuda:
-        variant = shared.Variant.of(gate, activation, scale, shared.bins_that_fit(gate.device))
-        launch = shared.kernel(variant, gate.device)
-        if launch is not None:
-            shared.count(launch, variant, gate, offsets, slots, histogram, scale)
-            return
-    _count[(tokens, triton.cdiv(neurons, tuning.COUNT_BLOCK))](
-        *(gate, offsets, slots, histogram, scale, gate.stride(0), histogram.stride(0), segments, neurons),
-        ACT=activation,
-        SCALED=scale is not None,
-        BORDERS=tuning.segments_tile(segments + 1),
-        BLOCK=tuning.COUNT_BLOCK,
-        num_warps=8,
-    )
-
-
-@triton.jit(do_not_specialize=["segments"])
-def _count(
-    gate,
-    offsets,
-    slots,
-    histogram,
-    scale,
-    gate_stride,
-    histogram_stride,
-    segments,
-    F,
-    ACT: tl.constexpr,
-    SCALED: tl.constexpr,
-    BORDERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Counts BLOCK neurons of one token."""
-    t = tl.program_id(0).to(tl.int64)
-    border = tl.arange(0, BORDERS)
-    begins = tl.load(offsets + border, mask=border <= segments, other=0)
-    mine = tl.sum(((begins <= t) & (border <= segments)).to(tl.int32)) - 1
-    if (mine < 0) | (mine >= segments):
-        return
-    slot = tl.load(slots + mine)
-    if slot < 0:
-        return
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(gate + t * gate_stride + j, mask=j < F, other=0.0)
-    g = activate(u.to(tl.float32), ACT).to(u.dtype)
-    if SCALED:
-        g = tl.abs(g.to(tl.float32)) * tl.load(scale + j, mask=j < F, other=0.0)
-    g = g.to(tl.bfloat16)
-    magnitude = (g.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
-    # Integers: their sum has one value in any order.
-    one = tl.full([BLOCK], 1, tl.int64)
-    tl.atomic_add(histogram + slot * histogram_stride + magnitude, one, mask=j < F, sem="relaxed")
 
 
 def griffin_select(statistic: Tensor, k: int) -> Tensor:

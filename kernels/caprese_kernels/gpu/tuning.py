@@ -18,6 +18,7 @@ bytes; activations, lists and partial sums are far below 1% of that. Qwen 2.5 14
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,9 +47,11 @@ DOWN_DOT = Tile(rows=32, columns=128, warps=4, stages=8)  # 8 KB a load
 
 PLAN_CELLS = 32768  # tokens times neurons that a program of `plan_rows` reads at once
 PLAN_BLOCK = 8192  # the most neurons among them
+LIST_BLOCK = 1024  # neurons that a program of `down` looks at together, to list those that are needed
 MASK_BLOCK = 1024  # neurons of one token in a program of the masked path: 2 to 4 loads of 16 bytes a thread
 OBSERVED_TOKENS = 16  # of one partial statistic: 128 programs at 2,048 tokens; partial sums add 1/8 to the bytes of z
 SHARED_BYTES = 200_000  # of a multiprocessor's 228 KB
+ROW_BLOCK = 16384  # values of a row in a program's registers, with sums as many: twice as many spill
 COUNT_BLOCK = 2048  # magnitudes that one program counts
 
 
@@ -79,6 +82,16 @@ def splits(programs: int, rows: int, tile: Tile, device: torch.device) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors; 2 for the interpreter, which is enough to see that splits are summed."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels are launched before their predecessor ends, to wait on the device (Hopper and later).
+
+    4 to 6 us a layer expected, not measured: off unless CAPRESE_DEPENDENT_LAUNCH=1.
+    """
+    wanted = os.environ.get("CAPRESE_DEPENDENT_LAUNCH") == "1"
+    return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def row_warps(block: int) -> int:

@@ -27,7 +27,9 @@ def up(
     z, neurons = x.new_empty(len(x), ff.num_neurons), ff.num_neurons
     block = max(CELLS // call.tile, 16)
     tiles = triton.cdiv(neurons, call.up.rows)
-    options = {name: value for name, value in call.up_options.items() if name not in ("GATED", "BIASED")}
+    options = {
+        name: value for name, value in call.up_options.items() if name not in ("GATED", "BIASED", *call.dependent)
+    }
     lora_up[(tiles + triton.cdiv(neurons, block), call.token_tiles)](
         *(
             call.x,
