@@ -38,6 +38,6 @@ def test_a_config_that_names_no_architecture(tmp_path: Path) -> None:
         found.append(str(caught.value))
     assert len(set(found)) == 1
     assert found[0] == (
-        f'model {model}: expected "architectures" in its config.json, as ["LlamaForCausalLM"]; found none; add the name '
-        "of the model's class in transformers"
+        f'model {model}: expected "architectures" in its config.json, as ["LlamaForCausalLM"]; found none; add the '
+        "name of the model's class in transformers"
     )
