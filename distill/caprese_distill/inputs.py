@@ -18,9 +18,10 @@ from caprese_kernels.errors import CapreseError
 from .blocks import resolve_method
 from .config import AdapterSettings, DataSettings
 from .data.bad_rows import BadRows
-from .data.chat import ChatRenderer, Rendering, load_template, stop_ids
+from .data.chat import ChatRenderer, Rendering
 from .data.samples import Sample, encode
 from .data.sources import Source, read_source
+from .data.templates import load_template, stop_ids
 from .loading import max_sample_tokens
 from .progress import progress_bar
 

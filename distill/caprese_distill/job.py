@@ -121,10 +121,7 @@ class Job:
 
     def run(self) -> Result:
         """Run the stages that an earlier run has not finished; write the adapter, then its card."""
-        config = self.config
-        if config.push_to_hub is not None:
-            check_upload(config.push_to_hub)
-        plan, estimate = self.plan(), self.estimate()
+        config, plan, estimate = self.config, self.plan(), self.estimate()
         output = config.output
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -155,6 +152,8 @@ class Job:
         config = self.config
         if config.tensorboard is not None:
             _check_tensorboard(config.tensorboard)
+        if config.push_to_hub is not None:
+            check_upload(config.push_to_hub)
         bad_rows = BadRows(config.max_bad_rows)
         source = read_rows(config, bad_rows, responses=not config.generate)
         check_writable(config.output)

@@ -52,14 +52,15 @@ def fetch(weights: str, choose: Callable[[Path], Path]) -> Path:
     assert match is not None
     use_cache_if_unreachable()
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, file = match["repo"], match["file"]
     try:
         if file is None and constants.HF_HUB_OFFLINE:
             return choose(Path(snapshot_download(repo, allow_patterns="*.safetensors", local_files_only=True)))
         return Path(hf_hub_download(repo, file or _only_file(repo, HfApi().list_repo_files(repo))))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except CapreseError:
+        raise
+    except Exception as error:  # of names, repositories, the network, by several libraries
         reason = type(error).__name__
         if constants.HF_HUB_OFFLINE:
             reason = "the Hub cannot be reached, and its cache has no such file"
@@ -86,18 +87,17 @@ def _only_file(repo: str, names: Sequence[str]) -> str:
 def check_upload(repo: str) -> None:
     """CapreseError, before the work and not after it, if there is no such name, no token, or no Hub."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise CapreseError("--push-to-hub", expected="owner/name", found=repo, fix="correct it")
     use_cache_if_unreachable()
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # as in `fetch`
         raise CapreseError(
             "--push-to-hub",
             expected="a Hub that can be reached, and a token for it",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
+            found=_first_line(error),
             fix="check the network, and log in with `hf auth login` or HF_TOKEN",
         ) from None
 
@@ -108,18 +108,21 @@ def upload(repo: str, files: dict[str, Path | bytes]) -> str:
     Returns its address. CapreseError if that fails: the files are here.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         address = api.create_repo(repo, repo_type="model", exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
         api.create_commit(repo, operations, commit_message="Add a Caprese adapter")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # as in `fetch`
         raise CapreseError(
             f"--push-to-hub {repo}",
             expected="a repository that takes the adapter, which is written here",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}",
+            found=_first_line(error),
             fix=f"upload the files yourself: hf upload {repo} DIRECTORY",
         ) from None
     return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:150]}"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from caprese_distill.data.bad_rows import BadRow, BadRows
-from caprese_distill.data.chat import ChatRenderer, Rendering, load_template, stop_ids
+from caprese_distill.data.chat import ChatRenderer, Rendering
 from caprese_distill.data.rows import Columns, Row, parse_row
 from caprese_distill.data.samples import encode
 from caprese_distill.data.sources import read_source
+from caprese_distill.data.templates import load_template, stop_ids
 from caprese_kernels.errors import CapreseError
 from tests.support.cases import (
     ANSWER,

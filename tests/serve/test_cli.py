@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import torch
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters
 from caprese_serve import environment, provenance
+from caprese_serve.demo import MODEL
 from tests.support.adapters import BASE
 
+ADAPTERS = MODEL.with_name("adapters")
 Caprese = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
 
@@ -75,6 +78,39 @@ def test_inspect_shows_the_adapter(caprese: Caprese, capsys: Captured, adapter_f
     shown = capsys.readouterr().out
     for expected in ("tests/tiny", "griffin, density 0.5, rank 2", "2 of 4: 0-1", "float32", "layer-wise"):
         assert expected in shown
+
+
+def test_inspect_shows_training_errors_as_a_table(caprese: Caprese, capsys: Captured) -> None:
+    assert caprese("inspect", ADAPTERS / "griffin.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "{" not in shown
+    columns = ["layer", "norm of L R", "error without L R", "with L R", "remaining", "remaining (fitted)"]
+    table = shown[shown.index("layer  norm") :].splitlines()
+    assert table[0].split("  ")[0] == columns[0]
+    assert all(column in table[0] for column in columns)
+    assert len(table) == 3
+    assert all(re.fullmatch(r"[01]( +[\d.]+)( +[\d.]+%){4}", line.rstrip()) for line in table[1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "registered"),
+        ("other,caprese", "registered"),
+        ("other", "registered, but kept out by VLLM_PLUGINS='other': vLLM serves dense and ignores"),
+        ("", "registered, but kept out by VLLM_PLUGINS='': vLLM serves dense and ignores"),
+    ],
+)
+def test_collect_env_says_what_keeps_the_plugin_out(
+    caprese: Caprese, capsys: Captured, monkeypatch: pytest.MonkeyPatch, value: str | None, found: str
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", value)
+    assert caprese("collect-env") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"vLLM plugin {found}" in shown
+    assert ("kept out" in shown) == ("kept out" in found)
 
 
 def test_inspect_json(caprese: Caprese, capsys: Captured, adapter_file: Path, tmp_path: Path) -> None:

@@ -36,10 +36,11 @@ def load_model_with_samples(model: str, data: str | None, count: int) -> ModelWi
 
     Raises CapreseError if fewer than two samples are usable.
     """
-    from caprese_distill.data.chat import ChatRenderer, stop_ids
+    from caprese_distill.data.chat import ChatRenderer
     from caprese_distill.data.rows import Row
     from caprese_distill.data.samples import encode
     from caprese_distill.data.sources import read_source
+    from caprese_distill.data.templates import stop_ids
     from caprese_distill.loading import load_model, load_small_parts
     from caprese_kernels.config import BaseModelInfo
     from caprese_serve.demo.problems import TASKS, problems
