@@ -63,6 +63,7 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "statistics_page": 256,
         "statistics_mib": 100,
         "kernel": "reference",
+        "start_up_check": False,
         "kernel_extension": "mine",
     }
     parsed = CapreseConfig.parse(given, "here")
@@ -82,6 +83,7 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "statistics_page": 512,
         "statistics_mib": None,
         "kernel": "auto",
+        "start_up_check": True,
         "kernel_extension": None,
     }
     assert config(density=1).density == 1.0
