@@ -171,7 +171,7 @@ def held_bytes(output: Path) -> int:
 def clean_up(output: Path) -> None:
     """Remove the hidden files of this run beside `output`, once it is written; those of other runs stay."""
     checkpoint.remove(checkpoint.resume_path(output))
-    if not kept_files(checkpoint.resume_path(output)):  # which may go on from here
+    if kept_files(_layer_wise_path(output)) or not kept_files(checkpoint.resume_path(output)):  # else one goes on here
         _layer_wise_path(output).unlink(missing_ok=True)
     _weighted_path(output).unlink(missing_ok=True)
     shutil.rmtree(scratch_path(output), ignore_errors=True)
