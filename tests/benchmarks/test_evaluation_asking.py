@@ -16,7 +16,7 @@ from caprese_bench.evaluation.counters import CounterCheck
 from caprese_bench.evaluation.coverage import activated, coverage
 from caprese_bench.evaluation.length import length
 from caprese_bench.evaluation.store import Store
-from caprese_bench.evaluation.variants import FULL, ServedVariant, load_served_model
+from caprese_bench.evaluation.variants import FULL, RemoteServer, ServedVariant, load_served_model
 from caprese_bench.paper.counts import count
 from caprese_bench.paper.families import config
 from caprese_bench.results import schemas
@@ -164,7 +164,7 @@ def test_a_variant_that_ran_another_path_has_no_row(
 
 
 def test_another_configuration_than_was_asked_for(fake: FakeServer, tmp_path: Path) -> None:
-    model = load_served_model(None, [str(ADAPTERS["griffin"])], fake.url, "", None)
+    model = load_served_model(None, [str(ADAPTERS["griffin"])], RemoteServer(fake.url), "", None)
     fake.served["rank"] = 0
     now = Served.model_validate(fake.served | {"generated_tokens": 0, "ff_weights_read": None})
     with pytest.raises(CapreseError, match=r"variant caprese-griffin: expected .*, rank 48, .*; found .*, rank 0, "):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,14 +55,13 @@ def test_adapters_of_repositories(hub: FakeHub, model_dir: ModelDir, tmp_path: P
     away = hub.env() | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for weights in ("owner/usual", "owner/one", "owner/two/a.safetensors"):
         assert caprese(tmp_path, away, "inspect", weights, "--json")[0] == 0
-    started = time.monotonic()
     code, _, said = caprese(tmp_path, away, "inspect", "owner/absent")
     assert (code, said.count("\n")) == (1, 1)
     assert "the Hub cannot be reached, and its cache has no such file" in said
     assert "Retrying" not in said
     code, _, said = caprese(tmp_path, away, "inspect", tmp_path / "a.safetensors", "--model", "owner/absent")
     assert (code, said.count("\n")) == (1, 1)
-    assert time.monotonic() - started < 60  # two starts of Python; the retries of one alone take half a minute
+    assert "Retrying" not in said  # for half a minute
 
 
 @pytest.mark.parametrize("verb", ["distill", "calibrate"])

@@ -169,6 +169,8 @@ def _statistics() -> Iterator[Case]:
             "_partial_statistics": Need(size + parts, lambda launch: PROMPT),
             "_add_statistics": Need(parts),
         }
+        if neurons == WIDE:
+            needs["_factors"] = Need(size)
         yield Case(f"GRIFFIN's statistic, F {neurons}", partial(observe, neurons, False), needs)
         yield Case(f"GRIFFIN's selection, F {neurons}", partial(select, neurons), {"_select": Need(5 * neurons)})
     size, parts = PROMPT * NEURONS * ITEM, 4 * NEURONS * ceil(PROMPT / tuning.OBSERVED_TOKENS)

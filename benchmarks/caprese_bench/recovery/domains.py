@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from caprese_kernels.errors import CapreseError
 
 if TYPE_CHECKING:
-    from caprese_distill.data.samples import Row
+    from caprese_distill.data.rows import Row
 
 LINES = range(8, 40)  # of a function's source
 CHARACTERS = range(400, 1600)  # of a passage's continuation
@@ -28,7 +28,7 @@ def domain_rows(name: str, source: str, count: int, seed: int) -> list[Row]:
 
     Raises CapreseError for a domain without a source that is not built in, or with fewer rows.
     """
-    from caprese_distill.data.samples import Row
+    from caprese_distill.data.rows import Row
     from caprese_distill.data.sources import read_source
 
     if source:

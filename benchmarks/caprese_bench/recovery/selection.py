@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from caprese_kernels.config import DEFAULT_DENSITY, Method
 from caprese_kernels.errors import CapreseError
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from caprese_distill.data.samples import Sample
+    from caprese_kernels.config import BaseModelInfo
 
 KEYS = ["section", "density", "score", "prior", "core", "prior_data", "data"]
 MEASURES = ["kl", "agreement"]
@@ -112,7 +112,7 @@ def selection(settings: SelectionSettings) -> None:
     with recording(result, settings.out, PLOTS, settings.resume, COLUMNS) as record, progress() as bar:
         todo = {name: [case for case in cases if not record.has(case.key(name))] for name in sources}
         if any(todo.values()):
-            measurement = Measurement(model, blocks, _priors(model, blocks, fit, bar))
+            measurement = Measurement(model, blocks, _priors(model, info, fit, bar))
             line = bar.add_task("selections", total=sum(map(len, todo.values())))
             for name, missing in todo.items():
                 for part in _parts(missing):
@@ -161,16 +161,19 @@ def _load(
     settings: SelectionSettings, sources: Mapping[str, str]
 ) -> tuple[Any, Any, dict[str, list[Sample]], dict[str, list[Sample]]]:
     """The model in float32, its dimensions, and each domain's samples: for its prior, and to be measured."""
+    from caprese_distill.data.chat import ChatRenderer
     from caprese_distill.data.samples import encode
+    from caprese_distill.data.templates import stop_ids
     from caprese_distill.loading import load_model, load_small_parts
     from caprese_kernels.config import BaseModelInfo
 
     config, tokenizer = load_small_parts(settings.model)
     wanted = settings.samples + settings.prior_samples
+    renderer = ChatRenderer(tokenizer, stop_ids=stop_ids(settings.model, config))
     fit, held = {}, {}
     for name, source in sources.items():
         rows = domain_rows(name, source, 2 * wanted, settings.seed)
-        found, skipped = encode(tokenizer, rows, settings.max_length)
+        found, skipped = encode(renderer, rows, settings.max_length)
         if len(found) < wanted:
             raise CapreseError(
                 f"samples of {name}",
@@ -184,20 +187,20 @@ def _load(
 
 
 def _priors(
-    model: Any, blocks: Mapping[int, nn.Module], fit: Mapping[str, Sequence[Sample]], bar: Any
+    model: Any, info: BaseModelInfo, fit: Mapping[str, Sequence[Sample]], bar: Any
 ) -> dict[str, dict[int, Tensor]]:
     """Priors of the weighted score by where they come from: each domain, and the mean of all."""
     import torch
 
-    from caprese_distill.calibrate.job import collect_priors
+    from caprese_distill.prior import collect_priors
 
     found = {}
     line = bar.add_task("priors", total=len(fit))
-    method = Method("griffin", DEFAULT_DENSITY, tuple(blocks), 0, "weighted", 0.5)
+    method = Method("griffin", DEFAULT_DENSITY, tuple(range(info.num_hidden_layers)), 0, "weighted", 0.5)
     for name, samples in fit.items():
-        found[name] = collect_priors(model, blocks, samples, method, Console(quiet=True))
+        found[name] = collect_priors(model, samples, info, method)
         bar.advance(line)
-    return found | {MIXTURE: {i: torch.stack([own[i] for own in found.values()]).mean(dim=0) for i in blocks}}
+    return found | {MIXTURE: {i: torch.stack([own[i] for own in found.values()]).mean(dim=0) for i in method.layers}}
 
 
 @dataclass(frozen=True)
@@ -210,19 +213,22 @@ class Measurement:
 
     def add_rows(self, record: Recording, data: str, samples: Sequence[Sample], cases: Sequence[Case]) -> None:
         """Measure the cases on the samples of a domain, and record a row for each."""
-        from caprese_distill.calibrate.job import selectors_of
-        from caprese_distill.calibrate.quality import measure
+        from caprese_distill.quality import SparseLayers, measure
+        from caprese_distill.selection import selectors_of
 
         variants = {}
         for number, case in enumerate(cases):
             own = self.priors.get(case.prior_data or "", {})
-            variants[str(number)] = selectors_of(self.blocks, case.method(len(self.blocks)), own)
-        found = measure(self.model, self.blocks, samples, variants)
-        for case, quality in zip(cases, found.values(), strict=True):
-            kls, agreed = zip(*quality.per_sample, strict=True)
+            variants[str(number)] = SparseLayers(selectors_of(self.blocks, case.method(len(self.blocks)), own))
+        # Sample by sample, for the standard error.
+        found = [measure(self.model, self.blocks, [sample], variants) for sample in samples]
+        for number, case in enumerate(cases):
+            each = [by_case[str(number)] for by_case in found]
+            kls, agreed = [quality.kl for quality in each], [quality.agreement for quality in each]
             figures = {"kl": mean(kls), "kl_stderr": standard_error(kls)}
             figures |= {"agreement": mean(agreed), "agreement_stderr": standard_error(agreed)}
-            record.add(case.key(data) | figures | {"tokens": quality.tokens, "samples": len(samples)})
+            figures |= {"tokens": sum(quality.tokens for quality in each), "samples": len(each)}
+            record.add(case.key(data) | figures)
 
 
 COLUMNS: Columns = {
