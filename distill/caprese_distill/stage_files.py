@@ -28,9 +28,10 @@ def held_bytes(output: Path) -> int:
 
 def clean_up(output: Path) -> None:
     """Remove this run's hidden files beside `output`, once it is written; those of other runs stay."""
-    layer_wise = layer_wise_path(output)
+    layer_wise, resume = layer_wise_path(output), checkpoint.resume_path(output)
+    continued = bool(kept_files(resume)) and not kept_files(layer_wise)  # another run goes on from this finished stage
     for path in hidden_files(output):
-        if path != layer_wise or not kept_files(checkpoint.resume_path(output)):  # which may go on from there
+        if path != layer_wise or not continued:
             checkpoint.remove(path)
     shutil.rmtree(scratch_path(output), ignore_errors=True)
 

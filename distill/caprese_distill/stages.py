@@ -198,7 +198,6 @@ def run_stages(
         return executor.end_to_end(work, adapters, resume, console, writer)
 
 
-<<<<<<< HEAD
 def _prior_stage(executor: Executor, work: Work, output: Path, console: Console | None) -> Priors:
     """The priors: those that an earlier run with the same settings left, or new ones."""
     path, resume = prior_path(output), prior_resume_path(output)
@@ -212,39 +211,6 @@ def _prior_stage(executor: Executor, work: Work, output: Path, console: Console 
     config = adapter_config(work.info, replace(work.method, rank=0), {})
     keep_stage(Adapters(config, {}, {}, priors), path, identity, resume)
     return priors
-=======
-def save(adapters: Adapters, path: Path) -> None:
-    """Write the adapter file, whole or not at all; CapreseError where it cannot be written."""
-    try:
-        adapters.save(path)
-    except (OSError, SafetensorError) as error:
-        raise CapreseError(
-            f"output {path}",
-            expected="a file that can be written",
-            found=getattr(error, "strerror", None) or str(error),
-            fix="free some space, or give another --output; the same command continues from the last checkpoint",
-        ) from None
-
-
-def held_bytes(output: Path) -> int:
-    """Bytes of the files that a killed run left beside `output`."""
-    files = (checkpoint.resume_path(output), _layer_wise_path(output), _weighted_path(output))
-    return sum(path.stat().st_size for path in files if path.exists())
-
-
-def clean_up(output: Path) -> None:
-    """Remove the hidden files of this run beside `output`, once it is written; those of other runs stay."""
-    checkpoint.remove(checkpoint.resume_path(output))
-    if kept_files(_layer_wise_path(output)) or not kept_files(checkpoint.resume_path(output)):  # else one goes on here
-        _layer_wise_path(output).unlink(missing_ok=True)
-    _weighted_path(output).unlink(missing_ok=True)
-    shutil.rmtree(scratch_path(output), ignore_errors=True)
-
-
-def scratch_path(output: Path) -> Path:
-    """The directory for Ray Train's own files of a run."""
-    return output.with_name(f".{output.name}.ray")
->>>>>>> data18
 
 
 def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, console: Console | None) -> Adapters:
