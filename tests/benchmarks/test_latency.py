@@ -96,7 +96,12 @@ def test_default_layers_are_the_methods(variant: Variant, layers: int) -> None:
 
 
 def test_corrections_have_as_many_parameters() -> None:
-    big = timed_model(config=AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960), rank=256)
+    big = timed_model(
+        config=AutoConfig.for_model(
+            "qwen2", hidden_size=1536, intermediate_size=8960, architectures=["Qwen2ForCausalLM"]
+        ),
+        rank=256,
+    )
     weights = replace(WEIGHTS, hidden_size=1536)
     ours, lora = (replace(big, weights=weights).added(VARIANTS[name]) for name in ("caprese", "lora"))
     assert ours == 2 * 1536 * 256

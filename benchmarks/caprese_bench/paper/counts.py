@@ -48,7 +48,7 @@ def count(name: str, hf_config: Any, family: str = "") -> ParameterCount:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    info = BaseModelInfo.from_hf(hf_config, name)
+    info = BaseModelInfo.from_hf(hf_config, name, [type(model).__name__])
     blocks = find_blocks(model, info, range(info.num_hidden_layers))
     block: Any = blocks[0]
     ff, gate = (sum(p.numel() for p in part.parameters()) for part in (block, block.gate_proj))
