@@ -51,6 +51,9 @@ SLOW := tests/engine tests/e2e \
   tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
   tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
+  tests/kernels/test_build.py::test_a_damaged_library_is_compiled_again \
+  tests/kernels/test_hostile_adapters.py::test_memory_and_time_are_bounded \
+  tests/distill/test_hostile_settings.py::test_yaml_files \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
   tests/serve/test_demo.py tests/tools/test_demo_scripts.py tests/tools/test_gpu_check.py \
