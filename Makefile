@@ -48,7 +48,7 @@ SLOW := tests/engine tests/e2e \
   tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_selection.py \
   tests/benchmarks/test_served_lora.py \
   tests/distill/test_adam.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
-  tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py \
+  tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py tests/distill/test_chat.py tests/distill/test_hub.py \
   tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_gpu.py::test_kernels \
   tests/examples tests/packaging tests/docs/test_commands.py::test_vllm_knows_its_flags \
@@ -59,6 +59,9 @@ SLOW := tests/engine tests/e2e \
   tests/plugin/test_flags.py::test_experts_beside_an_ff_block_are_refused \
   tests/plugin/test_flags.py::test_drafting_models_are_refused \
   tests/plugin/test_flags.py::test_a_density_that_leaves_a_rank_no_neuron \
+  tests/kernels/test_build.py::test_a_damaged_library_is_compiled_again \
+  tests/kernels/test_hostile_adapters.py::test_memory_and_time_are_bounded \
+  tests/distill/test_hostile_settings.py::test_yaml_files \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
   tests/serve/test_demo.py tests/tools/test_compile_kernels.py tests/tools/test_demo_scripts.py \
