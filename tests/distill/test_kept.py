@@ -46,7 +46,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]]
             patch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
 
             def stop(adapters: Adapters, path: Path) -> None:
-                if save is not None and path.suffix == ".layer-wise":
+                if save is not None and path.suffix in (".prior", ".layer-wise"):
                     return save(adapters, path)
                 os.kill(os.getpid(), signal.SIGINT)
                 return None

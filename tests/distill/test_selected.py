@@ -18,7 +18,9 @@ from caprese_distill.calibrate.config import CalibrateConfig
 from caprese_distill.calibrate.job import calibrate
 from caprese_distill.calibration import read_calibration
 from caprese_distill.data.batches import BATCH_TOKENS, Batch
-from caprese_distill.data.samples import Row, Sample, encode, split
+from caprese_distill.data.chat import ChatRenderer
+from caprese_distill.data.rows import Row
+from caprese_distill.data.samples import Sample, encode, split
 from caprese_distill.evaluate import cli as evaluate_cli
 from caprese_distill.head import Head
 from caprese_distill.layer_wise import moments
@@ -179,7 +181,7 @@ def samples_of(data: str) -> list[Sample]:
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     instruction = "Please reason step by step."
     chosen = [Row(n, f"{instruction}\n{row['prompt']}", row["response"]) for n, row in enumerate(rows, 1)]
-    return encode(make_tokenizer(), chosen, 512)[0]
+    return encode(ChatRenderer(make_tokenizer()), chosen, 512)[0]
 
 
 def test_weighting_and_training_keep_the_selection(model_dir: ModelDir) -> None:

@@ -29,6 +29,10 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "triton": "torch",
     "fastapi": "vllm",
+    "starlette": "vllm",
+    "prometheus_client": "vllm",
+    "cuda": "torch",  # cuda-bindings, with its CUDA builds
+    "pyarrow": "datasets",
     "pydantic_core": "pydantic",
 }
 # The extras that each package's code may need, beside the dependencies.
