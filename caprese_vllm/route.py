@@ -44,7 +44,8 @@ class CapreseRoute:
         app.add_middleware(RefreshedMetrics, refresh=refresh)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        settings = EngineSettings.read(engine_client.vllm_config)
+        # A server that only renders prompts has no engine.
+        settings = None if engine_client is None else EngineSettings.read(engine_client.vllm_config)
         state.caprese_engine = engine_client
         state.caprese_core = settings is not None and settings.method.has_core
         if state.caprese_core:

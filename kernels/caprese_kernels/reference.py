@@ -37,10 +37,11 @@ def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """The original block, FF(x) = z W_2 (eq. 1-2): [T, D] -> [T, D]. L and R take no part."""
     _, z = activations(x, ff)
     y = z @ ff.down_plus[: ff.num_neurons]
-    return _into(out, y if ff.down_bias is None else y + ff.down_bias)
+    return into(out, y if ff.down_bias is None else y + ff.down_bias)
 
 
-def _into(out: Tensor | None, y: Tensor) -> Tensor:
+def into(out: Tensor | None, y: Tensor) -> Tensor:
+    """y, in `out` where that is given."""
     return y if out is None else out.copy_(y)
 
 
@@ -63,7 +64,7 @@ def griffin_ff(
     `row_plan` is this layer's of `plan_layers`, or None; it changes no result.
     """
     y = sparse_ff(x, ff, keep[slots])
-    return _into(out, torch.where(slots[:, None] >= 0, y, 0))
+    return into(out, torch.where(slots[:, None] >= 0, y, 0))
 
 
 def plan_layers(keep: Tensor, slots: Tensor) -> None:
@@ -87,7 +88,7 @@ def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> 
     else:
         neurons.mul_(ff.act(F.linear(x, ff.gate, ff.gate_bias)))
     y = z @ ff.down_plus
-    return _into(out, torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0))
+    return into(out, torch.where(slots[:, None] >= 0, y if ff.down_bias is None else y + ff.down_bias, 0))
 
 
 def cats_ff(
@@ -103,7 +104,7 @@ def cats_ff(
     g, z = activations(x, ff)
     valid = slots[:, None] >= 0
     keep = (magnitudes(g, ff.scale) >= tau[slots, None]) & valid
-    y = _into(out, torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0))
+    y = into(out, torch.where(valid, _down_plus(x, torch.where(keep, z, 0), ff), 0))
     return y, add_kept(kept, keep.sum(dim=1))
 
 

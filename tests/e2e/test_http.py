@@ -46,8 +46,8 @@ def asked() -> list[Problem]:
 
 
 def test_concurrent_requests_answer_as_sequential_ones(server: VllmServer, asked: list[Problem]) -> None:
-    together, _ = ask(server.url, SERVED_NAME, asked, concurrency=len(asked))
-    alone, _ = ask(server.url, SERVED_NAME, asked, concurrency=1)
+    together, _ = ask(server, SERVED_NAME, asked, concurrency=len(asked))
+    alone, _ = ask(server, SERVED_NAME, asked, concurrency=1)
     assert [a.response for a in together] == [a.response for a in alone]
     assert sum(a.correct for a in together) > len(asked) / 2
 
@@ -103,7 +103,7 @@ def test_a_wrong_switch_is_status_400_everywhere(server: VllmServer, endpoint: s
 
 
 def test_report(server: VllmServer, asked: list[Problem]) -> None:
-    ask(server.url, SERVED_NAME, asked[:2], concurrency=2)
+    ask(server, SERVED_NAME, asked[:2], concurrency=2)
     adapter, report = read_config(ADAPTERS["griffin"]), server.get("/caprese")
     assert report["enabled"] is True
     assert (report["method"], report["density"], report["rank"]) == ("griffin", adapter.density, adapter.rank)
@@ -133,7 +133,7 @@ def test_a_core_shows_its_misfit_on_metrics(tmp_path: Path, asked: list[Problem]
 
         names = [f"caprese:prompt_mass_outside_core_{part}" for part in ("sum", "count")]
         assert scrape() == dict.fromkeys(names, 0.0)
-        ask(running.url, SERVED_NAME, asked[:3], concurrency=3)
+        ask(running, SERVED_NAME, asked[:3], concurrency=3)
         found, report = scrape(), running.get("/caprese")
     assert [found[name] for name in names] == report["prompt_mass"]
     assert found[names[1]] > 30

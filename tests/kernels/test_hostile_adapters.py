@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from caprese_kernels import adapters as module
+from caprese_kernels import hub
 from caprese_kernels.adapters import Adapters, find_adapter, is_adapter_file
 from caprese_kernels.config import CapreseConfig
 from caprese_kernels.errors import CapreseError, printable, quote
@@ -254,7 +254,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_broken_link_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "_download", lambda repo: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the Hub"))
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").symlink_to("/nowhere/at/all")
     with pytest.raises(CapreseError, match="a link to /nowhere/at/all, where nothing is"):

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError, quote
 
-from .parsing import parse, read_json
 from .plots import Plot, Row, can_plot, svg
 
 # A table's columns: header -> (key of the row, how its value is formatted).
@@ -37,19 +35,6 @@ th:first-child, td:first-child { text-align: left; } h2 { margin-top: 2em; }
 .side svg { max-width: 100%; height: auto; } .rows { max-height: 70vh; overflow: auto; max-width: 100%; }
 pre { background: #f6f6f6; padding: 1em; overflow: auto; } .warn { color: #a40000; font-weight: bold; }
 """
-
-
-class _File(BaseModel):
-    """What any benchmark's file has; `schemas` describes the rows of each."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Annotated[str, Field(max_length=200)]
-    provenance: dict[str, Any]
-    keys: list[str]
-    measures: list[str]
-    rows: list[dict[str, str | bool | int | float | None]] = Field(max_length=1_000_000)
-    errors: list[str] = []
-    partial: bool = True
 
 
 @dataclass
@@ -78,7 +63,10 @@ class Result:
     @classmethod
     def load(cls, path: Path) -> Result:
         """Read a JSON file that `write` made. Raises CapreseError for any other."""
-        found = parse(_File, read_json(path), f"result {path}")
+        from .parsing import parse, read_json  # with pydantic, which `decode` does without
+        from .stored import StoredResult
+
+        found = parse(StoredResult, read_json(path), f"result {path}")
         result = cls(**found.model_dump())
         for row in result.rows:
             wrong = [name for name in result.measures if isinstance(row.get(name), str)]

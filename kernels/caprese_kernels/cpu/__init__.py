@@ -87,10 +87,11 @@ def cats_ff(
 def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
     if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
         return _gather(x, ff, slots, out, **selections)
-    y = torch.mm(_masked_z(x, ff, slots, **selections), ff.down_plus, out=out)
+    # Not the product's own out=: where `out` begins would then decide how the product rounds.
+    y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
     if ff.down_bias is not None:
         y += ff.down_bias
-    return y.masked_fill_(slots[:, None] < 0, 0)
+    return reference.into(out, y.masked_fill_(slots[:, None] < 0, 0))
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
