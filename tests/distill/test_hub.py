@@ -79,6 +79,10 @@ def test_results_are_uploaded(hub: FakeHub, model_dir: ModelDir, tmp_path: Path,
     assert files["a.safetensors"] == output.read_bytes()
     card = files["README.md"].decode()
     assert "--caprese-weights owner/made/a.safetensors\n" in card
+    quality = json.loads(files["report.json"])["config"]["training"]["quality"]
+    assert f"| this adapter's, without L and R | {quality['selection']['kl']:.3f} |" in card
+    assert "chosen by what the data's responses used most" in card  # as a core of 1 has it
+    assert ("low-rank" in card.partition("\n---\n")[0]) == (verb == "distill")
     report = json.loads(files["report.json"])
     with safe_open(output, framework="pt") as file:
         recorded = json.loads(file.metadata()["config"])
