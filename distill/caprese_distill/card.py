@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -51,15 +52,13 @@ def make_card(adapters: Adapters, name: str) -> str:
     low_rank = (
         f"L [{config.base_model.hidden_size}, {config.rank}] and R [{config.rank}, {config.base_model.hidden_size}]"
     )
-    hub = {} if Path(model).is_dir() else {"base_model": model}  # the Hub expects a repository's name
     parts = [
-        _front_matter({MARK: name, **hub, "library_name": "caprese", "tags": [*_TAGS, config.method]}),
+        _front_matter(config, name, *_TAGS, "low-rank"),
         f"# Caprese adapter for {model}",
         f"Low-rank layers that recover what {model} loses when each generated token runs through "
         f"{config.density:.0%} of the neurons of its feed-forward (FF) blocks, chosen by {_choice(config)}. "
         f"Prompts run through the original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
-        "## Serve it",
-        f'```\npip install "caprese-vllm[cuda]"\nvllm serve {quote(model)} --caprese-weights {quote(name)}\n```',
+        _serving(model, name),
         "## What it is",
         _table(
             ("", ""),
@@ -86,17 +85,7 @@ def make_card(adapters: Adapters, name: str) -> str:
             ],
         ),
     ]
-    parts += [
-        "Of the next token on held-out responses: the divergence of its distribution from the original model's, and "
-        "how often the most likely one is the same.",
-        _table(
-            ("selection", "KL, nats", "same token"),
-            [
-                (_QUALITIES[name], f"{found['kl']:.3f}", f"{found['agreement']:.1%}")
-                for name, found in training["quality"].items()
-            ],
-        ),
-    ]
+    parts += [_COSTS, _quality_table("selection", {_QUALITIES[name]: q for name, q in training["quality"].items()})]
     if "end_to_end" in training:
         errors = enumerate(training["end_to_end"]["held_out_errors"])
         parts += [
@@ -127,7 +116,43 @@ def make_card(adapters: Adapters, name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_TAGS = ["caprese", "vllm", "sparse", "low-rank"]
+def make_calibration_card(adapters: Adapters, name: str) -> str:
+    """The text of the card of a file that `caprese calibrate` made; `name` is what to serve."""
+    config, training = adapters.config, adapters.config.training
+    model = config.base_model.name_or_path
+    parts = [
+        _front_matter(config, name, *_TAGS),
+        f"# Caprese calibration of {model}",
+        f"Which neurons of the feed-forward (FF) blocks of {model} each generated token runs through: "
+        f"{config.density:.0%} of them, chosen by {_choice(config)}, without low-rank layers. Prompts run through the "
+        "original model. Caprese: [arXiv 2505.07861](https://arxiv.org/abs/2505.07861).",
+        _serving(model, name),
+        "## What it costs",
+        _COSTS,
+        _quality_table("selection", {_QUALITIES[key]: q for key, q in training["quality"].items()}),
+        "By density, with this file's score, prior and core:",
+        _quality_table("density", training["quality_by_density"]),
+        "## How it was made",
+        _table(
+            ("", ""),
+            [
+                ("method", config.method),
+                ("selection", f"score {config.score}, prior {config.prior:g}, core {config.core:g}"),
+                ("density", f"{config.density:g}"),
+                ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
+                ("samples", f"{training['samples']:,}, {training['samples_held_out']:,} of them held out"),
+            ],
+        ),
+        f"```\n{training['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_TAGS = ["caprese", "vllm", "sparse"]
+_COSTS = (
+    "Of the next token on held-out responses: the divergence of its distribution from the original model's, and "
+    "how often the most likely one is the same."
+)
 _QUALITIES = {
     PAPER: "each prompt's own (the paper), without L and R",
     SELECTION: "this adapter's, without L and R",
@@ -142,18 +167,31 @@ _METHODS = {
 def _choice(config: AdapterConfig) -> str:
     """What chooses the neurons."""
     if config.core == 1.0 or config.prior == 1.0:
-        return "what the training data used most"
-    shared = f", {config.core:.0%} of them by the training data" if config.core else ""
+        return "what the data's responses used most"
+    shared = f", {config.core:.0%} of them by the data's responses" if config.core else ""
     return _METHODS[config.method] + shared
 
 
-def _front_matter(entries: dict[str, Any]) -> str:
+def _serving(model: str, name: str) -> str:
+    command = f"vllm serve {quote(model)} --caprese-weights {quote(name)}"
+    return f'## Serve it\n\n```\npip install "caprese-vllm[cuda]"\n{command}\n```'
+
+
+def _quality_table(what: str, qualities: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [(name, f"{found['kl']:.3f}", f"{found['agreement']:.1%}") for name, found in qualities.items()]
+    return _table((what, "KL, nats", "same token"), rows)
+
+
+def _front_matter(config: AdapterConfig, name: str, *tags: str) -> str:
+    model = config.base_model.name_or_path
+    hub = {} if Path(model).is_dir() else {"base_model": model}  # the Hub expects a repository's name
+    entries = {MARK: name, **hub, "library_name": "caprese", "tags": [*tags, config.method]}
     lines = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items())
     return f"---\n{lines}---"  # JSON values are YAML
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines: list[tuple[str, ...]] = [head, ("---",) * len(head), *rows]
     escaped = ([printable(" ".join(cell.split())).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 

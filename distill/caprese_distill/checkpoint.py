@@ -153,17 +153,18 @@ class CheckpointStore:
     ):
         self.state, self.path, self.identity = state, path, identity
         if path:
-            take_back(path, lambda each: load_progress(each, self.identity) is not None)
+            take_back(path, lambda each: load_progress(each, self.identity) is not None, console)
         if path and path.exists():
             found = load(path, self.identity)
-            if isinstance(found, str):
-                kept = "" if found.startswith(_UNREADABLE) else f" (kept: {set_aside(path).name})"
-                outcome = f"{found}; starting anew{kept}"
-            else:
+            if not isinstance(found, str):
                 state.resume(*found)
                 outcome = f"going on after {state.position}"
-            if console:
-                console.print(f"checkpoint {path}: {outcome}", markup=False)
+            else:
+                outcome = f"{found}; starting anew"
+                if not found.startswith(_UNREADABLE):
+                    set_aside(path, outcome, console)
+            if console and path.exists():
+                console.print(f"{path}: {outcome}", highlight=False, markup=False)
         self.last_save, self.save_seconds = time.monotonic(), 0.0
 
     def save_if_due(self) -> None:

@@ -74,10 +74,15 @@ def encode_rows(
         line = bar.add_task("tokens", total=len(source.rows))
         limit = max_sample_tokens(model_config, config.max_length)
         samples, skipped = encode(renderer, source.rows, limit, bad_rows, lambda: bar.advance(line))
-    for remark, count in renderer.remarks.items():
-        _note(console, f"{count} of {len(source.rows)} rows: {remark}")
+    note_remarks(renderer, source, console)
     check_samples(config, samples, skipped, bad_rows, source, console)
     return samples
+
+
+def note_remarks(renderer: ChatRenderer, source: Source, console: Console) -> None:
+    """Say for how many rows the template changes what."""
+    for remark, count in renderer.remarks.items():
+        _note(console, f"{count} of {len(source.rows)} rows: {remark}")
 
 
 def check_samples(

@@ -37,7 +37,15 @@ from .data.generate import Generated, Generation, generate_samples
 from .data.samples import Sample, split
 from .data.sources import Source
 from .end_to_end.train import Recipe, default_learning_rate
-from .inputs import chat_renderer, check_samples, check_writable, encode_rows, read_rows, resolve_selection
+from .inputs import (
+    chat_renderer,
+    check_samples,
+    check_writable,
+    encode_rows,
+    note_remarks,
+    read_rows,
+    resolve_selection,
+)
 from .layer_wise.adam import AdamSettings
 from .loading import (
     find_device,
@@ -201,6 +209,7 @@ class Job:
             bad_rows,
             self.console,
         )
+        note_remarks(renderer, source, self.console)
         self._provenance["generated"] = self._generated.provenance
         check_samples(config, self._generated.samples, self._generated.skipped, bad_rows, source, self.console)
         return self._generated.samples

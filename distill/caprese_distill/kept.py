@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+
+OTHER_RUN = "it belongs to another run"
+
 
 def kept_files(path: Path) -> list[Path]:
     """What is kept of the progress file `path`, the last first."""
@@ -14,25 +18,32 @@ def kept_files(path: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.removeprefix(start)))
 
 
-def set_aside(path: Path) -> Path:
-    """Rename the file to one that no run writes; returns the new path."""
+def set_aside(path: Path, why: str, console: Console | None) -> Path:
+    """Rename the file to one that no run writes, and say `why`; returns the new path."""
     last = kept_files(path)
     number = int(last[0].name.rpartition("-")[2]) + 1 if last else 1
     aside = path.with_name(f"{path.name}.kept-{number}")
     os.replace(path, aside)
+    _say(console, f"{path}: {why} (kept: {aside.name})")
     return aside
 
 
-def take_back(path: Path, fits: Callable[[Path], bool]) -> None:
-    """Where `path` is not of this run, but a kept file is, by `fits`: exchange them."""
+def take_back(path: Path, fits: Callable[[Path], bool], console: Console | None) -> None:
+    """Where `path` is not of this run, but a kept file is, by `fits`: exchange them, and say so."""
     if path.exists() and fits(path):
         return
     found = next((each for each in kept_files(path) if fits(each)), None)
     if found is None:
         return
     if path.exists():
-        set_aside(path)
+        set_aside(path, OTHER_RUN, console)
     os.replace(found, path)
+    _say(console, f"{path}: it was kept, and is taken back (from: {found.name})")
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console:
+        console.print(text, highlight=False, markup=False)
 
 
 def _escaped(name: str) -> str:

@@ -97,13 +97,12 @@ def measure(
     sums, head = {name: _Sums() for name in variants}, Head(model)
     variants = {name: _placed(blocks, variant, model.dtype) for name, variant in variants.items()}
     for sample in samples:
-        prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        with _hooked(blocks, partial(_remember, prompts, sample.prompt_length)):
+        chosen: dict[str, dict[int, Tensor]] = {name: {} for name in variants}
+        with _hooked(blocks, partial(_choose, variants, chosen, sample.prompt_length)):
             original = _hidden(model, sample)
         for name, variant in variants.items():
-            selections = {i: selector.from_prompt(*prompts[i]) for i, selector in variant.selectors.items()}
             sparse = {i: blocks[i] for i in variant.selectors}
-            drop = partial(_drop, variant.selectors, selections, sample.prompt_length)
+            drop = partial(_drop, variant.selectors, chosen[name], sample.prompt_length)
             with _hooked(sparse, drop), _corrected(sparse, variant, sample.prompt_length):
                 hidden = _hidden(model, sample)
             for rows in zip(original.split(LOGIT_ROWS), hidden.split(LOGIT_ROWS), strict=True):
@@ -125,8 +124,18 @@ def _hidden(model: Any, sample: Sample) -> Tensor:
     return hidden[sample.prompt_length :]
 
 
-def _remember(prompts: dict[int, tuple[Tensor, Tensor]], length: int, layer: int, g: Tensor, z: Tensor) -> None:
-    prompts[layer] = g[:length], z[:length]
+def _choose(
+    variants: Mapping[str, SparseLayers],
+    chosen: Mapping[str, dict[int, Tensor]],
+    length: int,
+    layer: int,
+    g: Tensor,
+    z: Tensor,
+) -> None:
+    """Store what the prompt selects in this layer, by variant; g and z [T, F] themselves are not kept."""
+    for name, variant in variants.items():
+        if layer in variant.selectors:
+            chosen[name][layer] = variant.selectors[layer].from_prompt(g[:length], z[:length])
 
 
 def _drop(

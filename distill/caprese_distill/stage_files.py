@@ -60,16 +60,13 @@ def load_stage(path: Path, identity: Identity) -> Adapters | None:
 
 def earlier_stage(path: Path, identity: Identity, console: Console | None) -> Adapters | None:
     """As `load_stage`; besides, what another run left at `path` is kept beside it, and taken back by its own run."""
-    take_back(path, lambda each: load_stage(each, identity) is not None)
+    take_back(path, lambda each: load_stage(each, identity) is not None, console)
     found = load_stage(path, identity)
     if found is None and path.exists():
         with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
             there = Adapters.load(path).config.training.get("identity")
             other = [key for key in identity if not isinstance(there, dict) or there.get(key) != identity[key]]
-            aside = set_aside(path)
-            if console:
-                belongs = f"it belongs to a run with other {', '.join(other)}"
-                console.print(f"{path}: {belongs}; starting anew (kept: {aside.name})", markup=False)
+            set_aside(path, f"it belongs to a run with other {', '.join(other)}; starting anew", console)
     return found
 
 

@@ -19,7 +19,7 @@ from .blocks import adapter_config
 from .data.batches import Batch, make_batches, pack
 from .data.samples import Sample, split
 from .end_to_end.train import RankContext, distill_end_to_end, steps_of, training_identity
-from .kept import set_aside
+from .kept import OTHER_RUN, set_aside
 from .layer_wise.adam import AdamSettings, Descent
 from .layer_wise.closed_form import distill_layer_wise
 from .layer_wise.passes import pass_identity
@@ -186,16 +186,24 @@ def run_stages(
     keep = work.recipe is not None
     if work.collects_priors:
         work = replace(work, priors=_prior_stage(executor, work, output, console), collects_priors=False)
+    else:  # priors from a file: what is here of a pass for them is another run's
+        _set_aside_others([prior_path(output), prior_resume_path(output)], console)
     adapters = _layer_wise_stage(executor, work, output, keep or work.weighting, console)
     if work.weighting:
         adapters = _weighted_stage(model, work, output, keep, console, adapters)
-    elif weighted_path(output).exists():
-        set_aside(weighted_path(output))
+    else:
+        _set_aside_others([weighted_path(output)], console)
     if work.recipe is None:
         return adapters
     return_freed()
     with _summary_writer(logs) as writer:
         return executor.end_to_end(work, adapters, resume, console, writer)
+
+
+def _set_aside_others(paths: Sequence[Path], console: Console | None) -> None:
+    """Keep the files that this run does not write: `clean_up` would remove them."""
+    for path in filter(Path.exists, paths):
+        set_aside(path, OTHER_RUN, console)
 
 
 def _prior_stage(executor: Executor, work: Work, output: Path, console: Console | None) -> Priors:
@@ -222,7 +230,7 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
         if console:
             console.print(f"layer-wise stage: done before, {path}", markup=False)
         if not keep and resume.exists():  # of a run that goes on from here, which this one does not
-            set_aside(resume)
+            set_aside(resume, OTHER_RUN, console)
         return found
     adapters = executor.layer_wise(work, resume, console)
     if keep:

@@ -1,12 +1,12 @@
-"""The sparse model with L and R, as serving runs it. It shares every weight with the original: one copy in memory.
+"""The sparse model with L and R, as serving runs it. It shares the original's weights: one copy of most in memory.
 
 Both are the same transformers model. Hooks on its FF blocks leave the original alone, or make it the student: prompt
 tokens run the full block, generated ones only the neurons that their prompt chose, plus x L R (paper, eq. 9 and 10).
 Attention is causal, so prompt tokens see none of that: the statistic of a prompt is the same in both, and the student
 uses what the original's pass selected.
 
-Where the data alone decides, all generated tokens keep the same neurons: their rows of the weights are copied once, and
-generated tokens never compute the others.
+Where the data alone decides, all generated tokens keep the same neurons: their weights are copied once (3 D k values a
+sparse layer), and generated tokens never compute the others.
 """
 
 from __future__ import annotations

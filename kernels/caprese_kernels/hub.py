@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -119,9 +120,15 @@ def upload(repo: str, files: dict[str, Path | bytes]) -> str:
             f"--push-to-hub {repo}",
             expected="a repository that takes the adapter, which is written here",
             found=_first_line(error),
-            fix=f"upload the files yourself: hf upload {repo} DIRECTORY",
+            fix=f"upload the file yourself: {_command(repo, files)}",
         ) from None
     return str(address)
+
+
+def _command(repo: str, files: dict[str, Path | bytes]) -> str:
+    """What uploads the files of this machine."""
+    paths = {name: path for name, path in files.items() if isinstance(path, Path)}
+    return " && ".join(shlex.join(["hf", "upload", repo, str(path), name]) for name, path in paths.items())
 
 
 def _first_line(error: Exception) -> str:

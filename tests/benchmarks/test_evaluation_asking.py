@@ -329,6 +329,7 @@ def test_variants_by_configuration(tmp_path: Path) -> None:
     assert json.loads(plain.flags()[1])["score"] == "weighted"
     assert tailed.method == Method("griffin", 0.5, (0, 1), 0, "weighted", 0.5, 0.8)
     assert tailed.flags() == ("--caprese-weights", str(files[0]), "--caprese-config", '{"core": 0.8}')
+    assert model.identity(tailed)["caprese"]["settings"] == {"core": 0.8}
     own = load_served_model(str(MODEL), [], None, "", None, configs)
     assert [each.id for each in own.chosen] == ["full", "plain", "tail"]
     assert len({json.dumps(model.identity(each)) for each in model.chosen}) == len(model.chosen)

@@ -62,6 +62,13 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     path.write_text(json.dumps(left))
     again = run(tmp_path, data, **options, resume=True)
     assert sorted(again, key=str) == sorted(rows, key=str)
+    write(tmp_path / "a.jsonl", "Other words", 5)  # as many as are needed, and other ones
+    with pytest.raises(CapreseError, match=r"--resume of .*expected the same settings"):
+        run(tmp_path, data, **options, resume=True)
+    run(tmp_path, data, **options)
+    write(tmp_path / "a.jsonl", "Other words", 4)
+    with pytest.raises(CapreseError, match="samples of sums: expected 5 of at most 512 tokens; found 4"):
+        run(tmp_path, data, **options)
 
 
 def test_built_in_domains() -> None:
@@ -73,12 +80,21 @@ def test_built_in_domains() -> None:
     assert domain_rows("prose", "", 5, 1) == domain_rows("prose", "", 5, 1) != domain_rows("prose", "", 5, 2)
 
 
+def test_the_rows_of_a_source_are_shuffled(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", "Add", 40)
+    rows, provenance = domain_rows("sums", source, 30, 1)
+    assert len(rows) == 30
+    assert [row.line for row in rows] != sorted(row.line for row in rows)
+    assert provenance["rows"] == 40
+    assert len(domain_rows("sums", source, 50, 1)[0]) == 40
+
+
 def test_what_a_user_mistypes(tmp_path: Path) -> None:
     with pytest.raises(CapreseError, match=r"--data poems: .* one of code, prose"):
         run(tmp_path, ["poems"])
     with pytest.raises(CapreseError, match="NAME other than mixture"):
         run(tmp_path, [f"mixture={write(tmp_path / 'a.jsonl', 'Add')}"])
-    with pytest.raises(CapreseError, match="rows of sums"):
+    with pytest.raises(CapreseError, match="samples of sums"):
         run(tmp_path, [f"sums={write(tmp_path / 'b.jsonl', 'Add', count=3)}"])
     with pytest.raises(CapreseError, match="samples of sums: expected 5 of at most 16 tokens"):
         run(tmp_path, [f"sums={write(tmp_path / 'c.jsonl', 'Add ' * 20)}"], max_length=16)

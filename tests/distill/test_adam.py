@@ -264,7 +264,7 @@ def test_the_checkpoint_of_another_run_is_ignored(
     resume = tmp_path / "r"
 
     def printed() -> str:
-        return capsys.readouterr().out.split("checkpoint ", 1)[1]
+        return capsys.readouterr().out.split(str(resume), 1)[1]
 
     descend(model, samples, info, method, settings, resume)
     descend(model, samples, info, method, settings, resume, console)

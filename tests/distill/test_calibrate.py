@@ -104,10 +104,12 @@ def test_the_command_writes_a_file_of_version_2(model_dir: ModelDir, write_rows:
     assert (config.rank, config.score, config.prior, config.core, config.density) == (0, "weighted", 0.5, 1.0, 0.4)
     assert set(adapters.prior) == set(config.layers) == {0, 1, 2, 3}
     assert not adapters.left
-    quality = config.training["quality"]
+    quality = config.training["quality_by_density"]
     assert set(quality) == {"0.25", "0.4", "0.5", "0.75"}
     assert quality["0.25"]["kl"] > quality["0.75"]["kl"] > 0
-    assert report["config"]["training"]["quality"] == quality
+    assert set(config.training["quality"]) == {"paper", "selection"}
+    assert config.training["quality"]["selection"] == quality["0.4"]
+    assert report["config"]["training"] == config.training
     shown = CliRunner().invoke(app, [*words, "-q"])
     assert "this file's" in shown.stdout
     assert "each prompt's own (the paper)" in shown.stdout

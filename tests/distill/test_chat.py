@@ -184,6 +184,21 @@ def test_tools_that_no_template_renders_are_said() -> None:
     assert remarks == ["the chat template does not render the row's tools: left out, as in serving"]
 
 
+def test_tools_are_counted_without_a_response_and_without_a_template() -> None:
+    tokenizer = copy.deepcopy(make_tokenizer())
+    for template in (TEMPLATES["plain"], None):
+        tokenizer.chat_template = template
+        renderer = ChatRenderer(tokenizer)
+        assert renderer.prompt_ids(Row(1, "one", "", {"tools": [TOOL]}))
+        assert list(renderer.remarks.values()) == [1]
+
+
+@pytest.mark.parametrize("template", ["reasons", "opens", "plain"])
+def test_reasoning_that_the_answer_repeats_is_trained_on(template: str) -> None:
+    _, response, _ = rendered(TEMPLATES[template], row_of([USER, REPLY | {"reasoning": ANSWER}]))
+    assert response.removeprefix("<think>\n") == f"{ANSWER}\n</think>\n\n{ANSWER}{EOS}"
+
+
 def test_a_template_that_changes_the_response_is_said() -> None:
     template = TEMPLATES["plain"].replace("{{ m['content'] }}{{ eos", "{{ m['content'] | upper }}{{ eos")
     _, response, remarks = rendered(template, Row(1, "one", "two"))

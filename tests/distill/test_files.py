@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from caprese_distill.data.files import open_table
 from caprese_distill.data.sources import read_source
 from caprese_kernels.errors import CapreseError
-from tests.support.cases import needs_shared, shared_files
+from tests.support.cases import TOOL, needs_shared, shared_files
 
 ROWS = [{"prompt": f"What is {i}? é", "response": f"It is {i}."} for i in range(12)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -36,6 +37,7 @@ FILES: dict[str, bytes] = {
     "mark.json": MARK + LIST,
     "windows.jsonl": MARK + LINES.replace(b"\n", b"\r\n"),
     "inside.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
+    "one line.json": json.dumps({"version": 1, "data": ROWS}).encode() + b"\n",
     "lines.jsonl.gz": gzip.compress(LINES),
     "list.json.gz": gzip.compress(MARK + LIST),
     "lines.jsonl.zst": zstd(LINES),
@@ -53,6 +55,21 @@ def test_files_of_many_kinds(tmp_path: Path, name: str) -> None:
     assert source.provenance["file"] == name
     directory = read_source(tmp_path)
     assert (directory.rows, directory.provenance) == (source.rows, source.provenance)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "scores": [{"x": 1}]},
+        {"prompt": "a", "tools": [TOOL], "response": "b"},
+        {"Prompt": "a", "response": "b", "candidates": [{"text": "c"}]},
+    ],
+)
+def test_a_file_of_one_row(tmp_path: Path, row: dict[str, Any], indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=indent))
+    (found,) = read_source(tmp_path / "a.json").rows
+    assert found.response == "b"
 
 
 def test_files_of_a_directory_are_read_in_their_order(tmp_path: Path) -> None:
@@ -96,6 +113,7 @@ def test_compressed_files_that_are_not_there(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest: Callable[[str], str] = lambda name: open_table(str(tmp_path / name)).provenance["sha256"]  # noqa: E731
-    for name in ("lines.jsonl", "lines.jsonl.gz"):
+    for name in ("lines.jsonl", "lines.jsonl.gz", "lines.jsonl.zst", "mark.json", "list.json.gz"):
         (tmp_path / name).write_bytes(FILES[name])
-    assert digest("lines.jsonl") == digest("lines.jsonl.gz")
+    assert digest("lines.jsonl") == digest("lines.jsonl.gz") == digest("lines.jsonl.zst")
+    assert digest("mark.json") == digest("list.json.gz")

@@ -23,7 +23,7 @@ from caprese_distill.data.generate import (
     generate_samples,
     sampling_parameters,
 )
-from caprese_distill.data.responses import cache_path, model_identity, responses_path
+from caprese_distill.data.responses import cache_path, model_identity, responses_path, resume
 from caprese_distill.data.rows import Row
 from caprese_distill.data.samples import encode
 from caprese_distill.data.sources import read_source
@@ -234,6 +234,18 @@ def test_what_the_child_is_asked(
     }
 
 
+def test_a_date_differs_only_where_prompts_do(tmp_path: Path) -> None:
+    cache = tmp_path / ".a.responses.jsonl"
+    unpinned = {"prompts": "p", "date": "2026-03-01"}
+    assert resume(cache, unpinned, 2, None) == {}
+    with cache.open("a") as file:
+        file.write('{"row": 1, "ids": [9, 1], "finish": "stop"}\n')
+    assert list(resume(cache, {"prompts": "p"}, 2, None)) == [1]  # --date of that day
+    for date in ({}, {"date": "2026-03-02"}):
+        with pytest.raises(CapreseError, match="with other prompts; give --date 2026-03-01"):
+            resume(cache, {"prompts": "q"} | date, 2, None)
+
+
 def test_nothing_to_answer_starts_nothing(ask: Callable[..., module.Generated], tmp_path: Path) -> None:
     made = ask(tmp_path / "a.safetensors", prompts(3), 4)
     assert not made.samples
@@ -363,7 +375,7 @@ def test_a_full_disk_keeps_the_cache(
     assert not responses_path(made.output).exists()
 
 
-@pytest.mark.parametrize("name", [".a.responses.jsonl.partial", ".a.generate.json"])
+@pytest.mark.parametrize("name", ["new", ".a.generate.json"])  # the staged cache, the job
 def test_a_full_disk_before_the_first_response(
     ask: Callable[..., module.Generated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from safetensors import safe_open
 
+from caprese_kernels.errors import CapreseError
+from caprese_kernels.hub import upload
 from tests.support.distill import ModelDir, make_rows
 from tests.support.fake_hub import FakeHub, fake_hub
 from tests.support.models import make_adapter
@@ -79,6 +82,10 @@ def test_results_are_uploaded(hub: FakeHub, model_dir: ModelDir, tmp_path: Path,
     assert files["a.safetensors"] == output.read_bytes()
     card = files["README.md"].decode()
     assert "--caprese-weights owner/made/a.safetensors\n" in card
+    quality = json.loads(files["report.json"])["config"]["training"]["quality"]
+    assert f"| this adapter's, without L and R | {quality['selection']['kl']:.3f} |" in card
+    assert "chosen by what the data's responses used most" in card  # as a core of 1 has it
+    assert ("low-rank" in card.partition("\n---\n")[0]) == (verb == "distill")
     report = json.loads(files["report.json"])
     with safe_open(output, framework="pt") as file:
         recorded = json.loads(file.metadata()["config"])
@@ -86,6 +93,17 @@ def test_results_are_uploaded(hub: FakeHub, model_dir: ModelDir, tmp_path: Path,
     assert str(tmp_path) not in json.dumps({key: report[key] for key in report if key != "config"})
     assert "push" not in recorded["training"]["command"]
     assert caprese(tmp_path, hub.env(), "inspect", "owner/made")[0] == 0
+
+
+def test_a_failed_upload_names_what_uploads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    path = tmp_path / "a b.safetensors"
+    with pytest.raises(CapreseError) as error:
+        upload("owner/made", {path.name: path, "README.md": b""})
+    assert f"hf upload owner/made '{path}' 'a b.safetensors'" in str(error.value)
 
 
 def test_an_upload_that_cannot_be_is_refused_first(hub: FakeHub, model_dir: ModelDir, tmp_path: Path) -> None:

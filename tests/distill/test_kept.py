@@ -1,5 +1,6 @@
 """Progress of another run with the same output is kept, the difference is named, and its run takes it back."""
 
+import io
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from caprese_distill import checkpoint
 from caprese_distill.kept import kept_files, set_aside, take_back
@@ -19,21 +21,27 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_files_are_numbered_and_exchanged(tmp_path: Path) -> None:
-    path = tmp_path / ".a[1].resume"
+    path, console = tmp_path / ".a[1].resume", Console(file=io.StringIO(), width=1000)
     for n in range(1, 12):
         path.write_text(str(n))
-        assert set_aside(path).name == f".a[1].resume.kept-{n}"
+        assert set_aside(path, "why", console).name == f".a[1].resume.kept-{n}"
     (tmp_path / ".a[1].resume.kept-x").touch()
     assert [p.read_text() for p in kept_files(path)] == [str(n) for n in range(11, 0, -1)]
 
     path.write_text("own")
-    take_back(path, lambda each: each.read_text() in ("own", "3"))
+    take_back(path, lambda each: each.read_text() in ("own", "3"), console)
     assert path.read_text() == "own"
-    take_back(path, lambda each: each.read_text() == "no such")
+    take_back(path, lambda each: each.read_text() == "no such", console)
     assert path.read_text() == "own"
-    take_back(path, lambda each: each.read_text() == "3")
+    take_back(path, lambda each: each.read_text() == "3", console)
     assert path.read_text() == "3"
     assert [p.read_text() for p in kept_files(path)] == ["own", "11", "10", "9", "8", "7", "6", "5", "4", "2", "1"]
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said[0] == f"{path}: why (kept: .a[1].resume.kept-1)"
+    assert said[-2:] == [
+        f"{path}: it belongs to another run (kept: .a[1].resume.kept-12)",
+        f"{path}: it was kept, and is taken back (from: .a[1].resume.kept-3)",
+    ]
 
 
 @pytest.fixture

@@ -108,6 +108,11 @@ def read(tmp_path: Path) -> Read:
             ({"prompt": Q, name: THOUGHT, "response": ANSWER}, Q, THOUGHTFUL, "")
             for name in ("reasoning", "reasoning_content", "thinking")
         ),
+        # text that happens to be JSON
+        *(({"prompt": text, "response": text}, text, text, "") for text in ('["a"]', "[1, 2]", "[]", '["a", "b"]')),
+        # an answer that has the reasoning's words is not the reasoning
+        ({"prompt": Q, "reasoning": "5", "response": ANSWER}, Q, REPLY | {"reasoning": "5"}, ""),
+        ({"messages": [USER, REPLY | {"reasoning": "5"}]}, [USER], REPLY | {"reasoning": "5"}, ""),
         # reasoning that is in the content, too, comes once
         (
             {"messages": [USER, {"role": "assistant", "content": f"<think>{THOUGHT}</think>5", "reasoning": THOUGHT}]},
@@ -155,6 +160,15 @@ def test_rows_of_one_file_may_differ(read: Read) -> None:
     source = read({"messages": [USER, REPLY]}, {"messages": [USER, THOUGHTFUL], "tools": [TOOL]})
     assert [row.response for row in source.rows] == [ANSWER, THOUGHTFUL]
     assert [dict(row.options) for row in source.rows] == [{}, {"tools": [TOOL]}]
+
+
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, '{"enable_thinking": false}'])
+def test_arguments_of_the_template_may_be_text(read: Read, kwargs: Any) -> None:
+    row = {"messages": [USER, REPLY], "chat_template_kwargs": kwargs}
+    assert read(row).rows[0].options == {"chat_template_kwargs": {"enable_thinking": False}}
+    for wrong in ("[1]", "off", 3):
+        with pytest.raises(CapreseError, match="expected an object in 'chat_template_kwargs'"):
+            read(row, row | {"chat_template_kwargs": wrong})
 
 
 def test_the_instruction_joins_the_first_part() -> None:

@@ -259,9 +259,11 @@ def test_a_calibrated_file_begins_a_distillation(
     settings = {"density": 0.3, "core": 0.8, "layers": [1, 2]}
     model = str(model_dir("llama"))
     calibrate(CalibrateConfig(model=model, data=data, output=file, **settings))
+    (tmp_path / ".a.prior").write_text("another run's")
     with monkeypatch.context() as patch:
         patch.setattr("caprese_distill.stages.collect_priors", None)  # not made again
         result = run_distill(model, data, tmp_path / "a", rank=4, stage="layer-wise", calibration=file)
+    assert (tmp_path / ".a.prior.kept-1").read_text() == "another run's"
     made, given = result.adapters, Adapters.load(file)
     assert (made.config.density, made.config.core, made.config.layers) == (0.3, 0.8, [1, 2])
     assert all(torch.equal(made.prior[i], given.prior[i]) for i in (1, 2))

@@ -111,6 +111,8 @@ class ServedModel:
             caprese = {key: getattr(method, key) for key in METHOD_KEYS}
             adapter = None if variant.adapter is None else hashlib.sha256(variant.adapter.read_bytes()).hexdigest()
             caprese |= {"method": method.name, "layers": list(method.layers), "adapter": adapter}
+            if variant.settings:
+                caprese["settings"] = json.loads(variant.settings)
         return {
             "model": self.name, "weights": _fingerprint(self.model), "flags": list(self.flags), "caprese": caprese,
             "source": source_digest(), "vllm": versions().get("vllm"), "hardware": hardware_slug(),

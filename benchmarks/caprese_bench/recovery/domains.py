@@ -7,11 +7,12 @@ by their signature and docstring, and passages of the language reference, asked 
 from __future__ import annotations
 
 import ast
+import platform
 import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caprese_kernels.errors import CapreseError
 
@@ -23,20 +24,25 @@ CHARACTERS = range(400, 1600)  # of a passage's continuation
 MODULES = 120  # of the standard library that functions are drawn from
 
 
-def domain_rows(name: str, source: str, count: int, seed: int) -> list[Row]:
-    """`count` rows of a domain, drawn with `seed`: from a file or dataset, or one of BUILT_IN where `source` is empty.
+def domain_rows(name: str, source: str, count: int, seed: int) -> tuple[list[Row], dict[str, Any]]:
+    """At most `count` rows of a domain, drawn and shuffled with `seed`, and their provenance.
 
-    Raises CapreseError for a domain without a source that is not built in, or with fewer rows.
+    They are from a file or dataset, or one of BUILT_IN where `source` is empty.
+
+    Raises CapreseError for a domain without a source that is not built in.
     """
     from caprese_distill.data.rows import Row
     from caprese_distill.data.sources import read_source
 
     if source:
-        rows = read_source(source, count, seed).rows
+        read = read_source(source, count, seed)
+        rows, provenance = list(read.rows), read.provenance
+        random.Random(seed).shuffle(rows)
     elif name in BUILT_IN:
         texts = list(BUILT_IN[name]())
         random.Random(seed).shuffle(texts)
         rows = [Row(line, prompt, response) for line, (prompt, response) in enumerate(texts[:count], start=1)]
+        provenance = {"python": platform.python_version()}
     else:
         raise CapreseError(
             f"--data {name}",
@@ -44,11 +50,7 @@ def domain_rows(name: str, source: str, count: int, seed: int) -> list[Row]:
             found="no file",
             fix=f"write --data {name}=FILE",
         )
-    if len(rows) < count:
-        raise CapreseError(
-            f"rows of {name}", expected=f"{count}", found=f"{len(rows)}", fix="give more data, or fewer --samples"
-        )
-    return rows
+    return rows, provenance
 
 
 def functions() -> Iterator[tuple[str, str]]:

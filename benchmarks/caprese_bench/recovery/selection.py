@@ -7,8 +7,10 @@ with their standard errors. Priors come from other samples of one domain, or fro
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,23 +98,27 @@ def selection(settings: SelectionSettings) -> None:
     layers = names("--layers", settings.layers, SECTIONS)
     densities = numbers("--densities", settings.densities, 0.001, 1)
     priors, cores = numbers("--priors", settings.priors, 0, 1), numbers("--cores", settings.cores, 0, 1)
-    model, info, fit, held = _load(settings, sources)
+    loaded = _load(settings, sources)
+    model, info, held = loaded.model, loaded.info, loaded.held
     blocks = find_blocks(model, info, tuple(range(info.num_hidden_layers)))
     asked = {
         "model": Path(settings.model).name,
+        "model_identity": loaded.identity,
         "data": {name: Path(source).name or "built in" for name, source in sources.items()},
+        "data_sha256": loaded.data,
         "samples": settings.samples,
         "prior_samples": settings.prior_samples,
         "max_length": settings.max_length,
         "seed": settings.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
     }
     result = Result("selection", provenance() | {"settings": asked}, KEYS, MEASURES)
     cases = list(_cases(layers, densities, priors, cores, list(sources)))
     with recording(result, settings.out, PLOTS, settings.resume, COLUMNS) as record, progress() as bar:
         todo = {name: [case for case in cases if not record.has(case.key(name))] for name in sources}
         if any(todo.values()):
-            measurement = Measurement(model, blocks, _priors(model, info, fit, bar))
+            measurement = Measurement(model, blocks, _priors(model, info, loaded.fit, bar))
             line = bar.add_task("selections", total=sum(map(len, todo.values())))
             for name, missing in todo.items():
                 for part in _parts(missing):
@@ -157,33 +163,46 @@ def _parts(cases: Sequence[Case]) -> Iterator[list[Case]]:
         yield part
 
 
-def _load(
-    settings: SelectionSettings, sources: Mapping[str, str]
-) -> tuple[Any, Any, dict[str, list[Sample]], dict[str, list[Sample]]]:
-    """The model in float32, its dimensions, and each domain's samples: for its prior, and to be measured."""
+@dataclass(frozen=True)
+class Loaded:
+    """The model in float32, its dimensions, each domain's samples, and what tells model and data apart."""
+
+    model: Any
+    info: BaseModelInfo
+    identity: str
+    fit: dict[str, list[Sample]]  # for its prior
+    held: dict[str, list[Sample]]  # to be measured
+    data: dict[str, str]  # a digest of provenance and rows
+
+
+def _load(settings: SelectionSettings, sources: Mapping[str, str]) -> Loaded:
     from caprese_distill.data.chat import ChatRenderer
+    from caprese_distill.data.responses import model_identity
     from caprese_distill.data.samples import encode
     from caprese_distill.data.templates import stop_ids
-    from caprese_distill.loading import load_model, load_small_parts
+    from caprese_distill.loading import find_device, load_model_on, load_small_parts
     from caprese_kernels.config import BaseModelInfo
 
     config, tokenizer = load_small_parts(settings.model)
     wanted = settings.samples + settings.prior_samples
     renderer = ChatRenderer(tokenizer, stop_ids=stop_ids(settings.model, config))
-    fit, held = {}, {}
+    fit, held, data = {}, {}, {}
     for name, source in sources.items():
-        rows = domain_rows(name, source, 2 * wanted, settings.seed)
+        rows, read = domain_rows(name, source, 2 * wanted, settings.seed)
+        text = json.dumps([read, [asdict(row) for row in rows]], sort_keys=True, default=str)
+        data[name] = hashlib.sha256(text.encode()).hexdigest()
         found, skipped = encode(renderer, rows, settings.max_length)
         if len(found) < wanted:
             raise CapreseError(
                 f"samples of {name}",
                 expected=f"{wanted} of at most {settings.max_length} tokens",
                 found=f"{len(found)} ({dict(skipped)})",
-                fix="use fewer samples, or a higher --max-length",
+                fix="give more data, fewer samples, or a higher --max-length",
             )
         fit[name], held[name] = found[: settings.prior_samples], found[settings.prior_samples : wanted]
     info = BaseModelInfo.from_hf(config, Path(settings.model).name)
-    return load_model(settings.model, "float32"), info, fit, held
+    model = load_model_on(settings.model, "float32", find_device("auto"))
+    return Loaded(model, info, model_identity(settings.model, config), fit, held, data)
 
 
 def _priors(

@@ -105,15 +105,6 @@ def previous(path: Path, new: Result) -> Result | None:
     return earlier
 
 
-def earlier_rows(path: Path, new: Result) -> list[Row]:
-    """The rows of an earlier run; none if its settings, machine or sources differ, or if the file is no result."""
-    try:
-        earlier = previous(path, new)
-    except CapreseError:
-        return []
-    return earlier.rows if earlier else []
-
-
 def check_writable(out: Path) -> None:
     """Make the folder. Raises CapreseError now, before the work, if it cannot be written."""
     try:

@@ -27,7 +27,7 @@ from ..loading import find_device, load_model_on, load_small_parts
 from ..prior import collect_priors
 from ..progress import progress_bar
 from ..push import push
-from ..quality import MAX_HELD_OUT, Quality, SparseLayers, measure
+from ..quality import MAX_HELD_OUT, PAPER, SELECTION, Quality, SparseLayers, measure
 from ..selection import Priors, selectors_of
 from .config import CalibrateConfig
 
@@ -83,7 +83,7 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     fit, held_out = split(samples)
     priors = collect_priors(model, fit, info, method, console=console)
     quality = _measure(model, blocks, held_out[:MAX_HELD_OUT], method, priors, console)
-    plain = quality.pop("plain")
+    plain = quality.pop(PAPER)
     seconds = time.monotonic() - started
     training = {
         "stage": "calibration",
@@ -91,8 +91,8 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
         "samples_held_out": len(held_out),
         "tokens": sum(s.num_rows for s in fit),
         "seconds": round(seconds, 1),
-        "quality": {name: asdict(q) for name, q in quality.items()},
-        "plain": asdict(plain),
+        "quality": {PAPER: asdict(plain), SELECTION: asdict(quality[f"{method.density:g}"])},
+        "quality_by_density": {name: asdict(q) for name, q in quality.items()},
         "data": dict(source.provenance),
         "command": shlex.join(config.command()),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -118,10 +118,10 @@ def _measure(
     priors: Priors,
     console: Console,
 ) -> dict[str, Quality]:
-    """Quality by density, and "plain": the paper's method."""
+    """Quality by density, and that of the paper's method (PAPER)."""
     densities = sorted({*DENSITIES, method.density})
     methods = {f"{d:g}": replace(method, density=d) for d in densities}
-    methods["plain"] = Method(method.name, method.density, method.layers, 0)
+    methods[PAPER] = Method(method.name, method.density, method.layers, 0)
     variants = {name: SparseLayers(selectors_of(blocks, each, priors)) for name, each in methods.items()}
     with progress_bar(console, "samples/s") as bar:
         line = bar.add_task("quality", total=len(samples))

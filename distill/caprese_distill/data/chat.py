@@ -17,18 +17,10 @@ from typing import Any
 from caprese_kernels.errors import CapreseError
 
 from .bad_rows import BadRow
-from .messages import Message, Prompt, part_text, plain_text
+from .messages import REASONING_MARKS, Message, Prompt, part_text, plain_text
 from .rows import Row
 from .templates import for_template, takes_parts, without_developer
 
-# What opens and closes a model's reasoning; the first pair whose end is in the template counts.
-REASONING_MARKS = (
-    ("<think>", "</think>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-)
 RESERVED = {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "return_dict"} | {
     "add_generation_prompt",
     "continue_final_message",
@@ -91,6 +83,9 @@ class ChatRenderer:
         """
         if not _has_text(row.prompt):
             return []
+        tools = row.options.get("tools")
+        if tools and not (self.has_template and "tools" in self._template(tools)):
+            self.remarks[UNUSED_TOOLS] += 1
         if not self.has_template:
             if not isinstance(row.prompt, str):
                 expected = "a prompt that is text, since the model has no chat template"
@@ -106,8 +101,6 @@ class ChatRenderer:
             return prompt, []
         if not self.has_template:
             return prompt, self._ended(self.tokenizer.encode(_as_text(message), add_special_tokens=False))
-        if row.options.get("tools") and "tools" not in self._template(row.options["tools"]):
-            self.remarks[UNUSED_TOOLS] += 1
         before = self._render(_messages(row.prompt), row, add_generation_prompt=True)
         text = self._response(row, message, before)
         whole = self._encode(before + text)
@@ -161,7 +154,7 @@ class ChatRenderer:
         if not reasoning.strip():
             if opened and opened[1] is None and closing not in text:
                 self.remarks[MISSING.format(opening)] += 1
-        elif reasoning.strip() not in text:
+        elif reasoning.strip() not in _without_answer(text, answer, closing):
             if opened and opened[1] is not None:
                 self.remarks[CLOSED] += 1
                 return text
@@ -201,6 +194,7 @@ class ChatRenderer:
             ) from None
 
     def _marks(self, row: Row) -> tuple[str, str]:
+        """The first pair whose end is in the template."""
         template = self._template(row.options.get("tools"))
         return next((pair for pair in REASONING_MARKS if pair[1] in template), REASONING_MARKS[0])
 
@@ -243,6 +237,14 @@ def _split_content(message: Message, closing: str) -> tuple[Message, str | None]
 
 def _between(inline: str | None, marks: tuple[str, str]) -> str:
     return inline.removesuffix(marks[1]).strip().removeprefix(marks[0]) if inline is not None else ""
+
+
+def _without_answer(text: str, answer: str, closing: str) -> str:
+    """What the text has beside the answer: that before the mark which closes reasoning, if there is one."""
+    if closing in text:
+        return text.partition(closing)[0]
+    before, _, after = text.rpartition(answer.strip()) if answer.strip() else (text, "", "")
+    return before + after
 
 
 def _as_text(message: Message) -> str:

@@ -17,6 +17,8 @@ from typing import IO, Any, NoReturn, Protocol
 from caprese_kernels.errors import CapreseError
 
 from .bad_rows import BadRow
+from .messages import REASONING, is_messages
+from .rows import CONTEXT_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMNS, SYSTEM_COLUMNS, TEMPLATE_COLUMNS, TOOL_COLUMNS
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
@@ -26,6 +28,11 @@ _FORMATS = {".parquet": "parquet", ".csv": "csv"}  # files that `datasets` reads
 _NAME = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"@([0-9a-f]{40})/")
+# Columns of a row, whose lists are no lists of rows. (Those of conversations are told by their messages.)
+_OF_ROWS = {*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *CONTEXT_COLUMNS, *SYSTEM_COLUMNS, *TOOL_COLUMNS} | {
+    *TEMPLATE_COLUMNS,
+    *REASONING,
+}
 _PLAIN_SPLIT = re.compile(r"\w+")
 
 
@@ -133,7 +140,8 @@ class JsonFiles:
         for path in self._paths:
             number = before
             if digest and path in self._lists:
-                digest.update(path.read_bytes())
+                for _ in _lines(path, digest):
+                    pass
             values = self._lists.get(path)
             for number, value in enumerate(_lines(path, digest) if values is None else values, start=before + 1):
                 if not isinstance(value, bytes) or value.strip():
@@ -170,30 +178,34 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _list_in(path: Path) -> list[Any] | None:
-    """The values of a file that is one JSON list, or one object with one list of objects in it; None for lines."""
-    head = b""
-    for line in _lines(path):
-        head = line.strip()
-        if head:
-            break
-    if not head.startswith((b"[", b"{")) or (head.startswith(b"{") and _parses(head)):
+    """The values of a file that is one JSON list, or one object with one list of rows in it; None for lines."""
+    lines = (line for line in _lines(path) if line.strip())
+    head = next(lines, b"").strip()
+    if not head.startswith((b"[", b"{")):
         return None
-    try:
-        whole = json.loads(b"".join(_lines(path)).decode())
-    except (ValueError, RecursionError):
-        return None  # lines, of which the first is bad
+    row = _parsed(head) if head.startswith(b"{") else None
+    if row is not None:
+        return None if next(lines, None) else _rows_in(row)
+    whole = _parsed(b"".join(_lines(path)))
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-        return lists[0] if len(lists) == 1 else [whole]
-    return whole
+        return _rows_in(whole) or [whole]
+    return whole  # None: lines, of which the first is bad
 
 
-def _parses(line: bytes) -> bool:
+def _rows_in(whole: dict[str, Any]) -> list[Any] | None:
+    """The one list of objects in an object that is no row itself; None without it."""
+    if any(name.lower() in PROMPT_COLUMNS or is_messages(value) for name, value in whole.items()):
+        return None
+    lists = [value for name, value in whole.items() if name.lower() not in _OF_ROWS and isinstance(value, list)]
+    lists = [value for value in lists if value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _parsed(text: bytes) -> Any:
     try:
-        json.loads(line)
+        return json.loads(text.decode())
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
 
 
 def _object(value: Any) -> Mapping[str, Any] | BadRow:

@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
 from ..loading import max_sample_tokens
@@ -71,17 +72,14 @@ class Generated:
     def keep(self) -> Path:
         """Once the adapter is written: write the responses as rows for `--data`, and remove the cache."""
         path = responses_path(self.output)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with files.staged(path) as new, new.open("w", encoding="utf-8") as file:
                 file.writelines(self._lines())
-            os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise CapreseError(
                 f"responses {path}",
                 expected="room for them beside the adapter, which is written",
-                found=error.strerror or type(error).__name__,
+                found=files.reason(error),
                 fix=f"free some space; their token ids are in {cache_path(self.output)}",
             ) from None
         for rest in (cache_path(self.output), *child_files(self.output)):

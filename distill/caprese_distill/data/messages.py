@@ -16,6 +16,14 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 
 REASONING = ("reasoning", "reasoning_content", "thinking")  # the first that has text is used
+# What opens and closes a model's reasoning.
+REASONING_MARKS = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+)
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 _ROLES = {
     "human": "user",
@@ -35,7 +43,7 @@ def is_conversation(value: Any) -> bool:
     value = parse_list(value)
     if not isinstance(value, list) or not value:
         return False
-    return all(map(_is_message, value)) or (len(value) > 1 and all(isinstance(each, str) for each in value))
+    return is_messages(value) or (len(value) > 1 and all(isinstance(each, str) for each in value))
 
 
 def ends_with_assistant(value: Any) -> bool:
@@ -47,14 +55,19 @@ def ends_with_assistant(value: Any) -> bool:
     return len(value) % 2 == 0 if isinstance(last, str) else _role(last) == "assistant"
 
 
+def is_messages(value: Any) -> bool:
+    """Whether the value is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
 def parse_list(value: Any) -> Any:
-    """JSON text of a list as the list; any other value as it is."""
+    """JSON text of a list of messages as the list; any other value as it is: text may happen to be JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             found = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        return found if isinstance(found, list) else value
+        return found if is_messages(found) else value
     return value
 
 
@@ -76,6 +89,11 @@ def plain_text(content: Any) -> str:
 def part_text(part: Mapping[str, Any]) -> str:
     """The text of a part of content."""
     return str(part.get(TEXT_PARTS.get(part.get("type", "text"), "text")) or "")
+
+
+def has_reasoning(content: str, reasoning: str) -> bool:
+    """Whether the reasoning stands between marks in the content, too: a template would render both."""
+    return any(mark in content and reasoning.strip() in content.partition(mark)[0] for _, mark in REASONING_MARKS)
 
 
 def _is_message(value: Any) -> bool:
@@ -104,8 +122,7 @@ def _message(column: str, message: Any) -> Message:
         if calls:
             found["tool_calls"] = _tool_calls(column, calls)
         reasoning = next((v for key in REASONING if isinstance(v := message.get(key), str) and v), None)
-        # Some data has it twice, also between marks in the content: a template would render both.
-        if reasoning is not None and not (isinstance(content, str) and reasoning.strip() in content):
+        if reasoning is not None and not has_reasoning(plain_text(found["content"]), reasoning):
             found["reasoning"] = reasoning
     if role == "developer" and message.get("tools"):
         found["tools"] = message["tools"]
@@ -156,6 +173,14 @@ def parse_tools(column: str, value: Any) -> list[dict[str, Any]] | None:
             known["strict"] = function["strict"]
         found.append({"type": "function", "function": known})
     return found or None
+
+
+def parse_object(column: str, value: Any) -> dict[str, Any]:
+    """An object, perhaps as JSON text; empty for none. BadRow for what is not one."""
+    found = _parsed(value) if value is not None and value != "" else {}
+    if not isinstance(found, dict):
+        raise BadRow(f"an object in {column!r}", f"{type(found).__name__} {found!r:.60}")
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
 
@@ -85,15 +86,14 @@ def resume(cache: Path, identity: Mapping[str, Any], total: int, console: Consol
     """
     found, responses, whole = read(cache)
     if not responses:
-        partial = cache.with_name(f"{cache.name}.partial")
         with writing(cache):
-            partial.write_text(json.dumps(identity) + "\n")
-            os.replace(partial, cache)
+            files.write_text(cache, json.dumps(identity) + "\n")
         return {}
-    other = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
+    # The date is only a hint for people: where prompts depend on it, they differ.
+    other = [key for key in {**identity, **found} if key != "date" and found.get(key) != identity.get(key)]
     if other:
         fix = "give the settings of that run or another --output, or delete the file"
-        if found.get("date") and "date" in other:  # the template prints it
+        if found.get("date") and "prompts" in other:  # the template prints it
             fix = f"give --date {found['date']}, on which they were made, or another --output"
         raise CapreseError(
             f"{len(responses)} responses in {cache}",

@@ -15,9 +15,11 @@ from .messages import (
     Message,
     Prompt,
     ends_with_assistant,
+    has_reasoning,
     is_conversation,
     parse_list,
     parse_messages,
+    parse_object,
     parse_tools,
     plain_text,
 )
@@ -136,6 +138,8 @@ def parse_row(number: int, value: Mapping[str, Any], columns: Columns, responses
     options = {name: value.get(columns.beside[name]) for name in TEMPLATE_COLUMNS if name in columns.beside}
     if tools := columns.beside.get("tools"):
         options["tools"] = parse_tools(tools, value.get(tools))
+    if kwargs := columns.beside.get("chat_template_kwargs"):
+        options["chat_template_kwargs"] = parse_object(kwargs, value.get(kwargs))
     options = {name: option for name, option in options.items() if option}
     if len(response) > 1:  # what comes before the last message is not the response's
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -143,7 +147,7 @@ def parse_row(number: int, value: Mapping[str, Any], columns: Columns, responses
     last = response[-1] if response else {"role": "assistant", "content": ""}
     reasoning = value.get(columns.beside.get("reasoning", ""))
     if responses and isinstance(reasoning, str) and reasoning.strip() and "reasoning" not in last:
-        last = last if reasoning.strip() in plain_text(last["content"]) else last | {"reasoning": reasoning}
+        last = last if has_reasoning(plain_text(last["content"]), reasoning) else last | {"reasoning": reasoning}
     plain = last.keys() == {"role", "content"} and isinstance(last["content"], str)
     return Row(number, prompt, last["content"] if plain else last, options)
 
