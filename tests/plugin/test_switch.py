@@ -83,7 +83,9 @@ def test_other_ways_to_write_it() -> None:
         '{"vllm_xargs": {"caprese": "off", "caprese": "on"}}',
     ]
     for text in texts:
-        assert ask(app, "POST", "/v1/completions", content=text).status_code == 400, text
+        for encoding in ("utf-8", "utf-16", "utf-16-be", "utf-32-le"):
+            found = ask(app, "POST", "/v1/completions", content=text.encode(encoding))
+            assert found.status_code == 400, (text, encoding)
     assert not reached
 
 
