@@ -80,11 +80,11 @@ def check_block(
     none = torch.zeros_like(slack)
     sparse, dense = [], []
     for n in BATCHES:
-        rows, own = x[:n], slots[:n]
+        rows, places = x[:n], slots[:n]
         if method.name == "griffin":
-            got = _griffin(kernels, rows, keep, own, core, tail)
+            got = _griffin(kernels, rows, keep, places, core, tail)
         else:
-            got = kernels.cats_ff(rows, ff, tau, own)[0]
+            got = kernels.cats_ff(rows, ff, tau, places)[0]
         sparse.append(_error(got, wanted[:n], slack[:n]))
         dense.append(_error(kernels.dense_ff(rows, ff), wanted_dense[:n], none[:n]))
     return SelfCheck(_worst(sparse), _worst(dense), selection, TOLERANCES[x.dtype])

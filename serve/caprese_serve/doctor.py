@@ -21,7 +21,6 @@ from caprese_kernels.json_text import parse_json
 
 from . import environment
 
-
 # Keys of --engine that are given in another way.
 _OURS = {"model": "it is the argument of the command", "additional_config": "Caprese's settings are made here"}
 _ERRORS = ("sparse", "dense", "selection")
