@@ -21,6 +21,8 @@ REPORT = {"enabled": True, "generated_tokens": 0}
 
 
 class FakeEngine:
+    vllm_config = Namespace(additional_config={})
+
     async def collective_rpc(self, name: str) -> list[dict[str, Any]]:
         return [REPORT]
 
