@@ -26,11 +26,11 @@ def test_wrong_engine_options(tmp_path: Path, engine: str, message: str) -> None
 
 def test_a_plugin_that_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    with pytest.raises(CapreseError, match="^VLLM_PLUGINS: expected a list with caprese, or none; found 'other'"):
+    with pytest.raises(CapreseError, match=r"^VLLM_PLUGINS: expected a list with caprese, or none; found 'other'"):
         doctor.examine(str(tmp_path))
 
 
 def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CapreseError, match="^doctor: expected an engine that starts and checks its blocks; found "):
+    with pytest.raises(CapreseError, match=r"^doctor: expected an engine that starts and checks its blocks; found "):
         doctor.examine(str(tmp_path))
