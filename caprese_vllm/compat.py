@@ -188,7 +188,6 @@ vllm.config CacheConfig: kv_sharing_fast_prefill enable_prefix_caching
 vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
 vllm.config SpeculativeConfig: method
 vllm.config LoadConfig: load_format
-vllm.exceptions VLLMValidationError: parameter
 vllm.entrypoints.serve.exception_handling.error_response create_error_response: message
 vllm.entrypoints.serve.middleware.authenticate AuthenticationMiddleware: verify_token
 vllm.distributed get_pp_group:

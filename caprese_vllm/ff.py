@@ -13,13 +13,13 @@ from caprese_kernels.backend import Backend, RowPlan
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import CoreFF, PackedFF
-from caprese_kernels.reference import down_norms, griffin_count
+from caprese_kernels.reference import EXACT_VALUES, down_norms, griffin_count
 from caprese_kernels.selection import LayerSelector
 
 from .architectures import Block
 from .ranks import Ranks
 from .requests import PromptChunk, Step
-from .statistics import ChunkPlan, Statistics
+from .statistics import ChunkPlan, Statistics, keeps_values
 
 
 @dataclass
@@ -104,10 +104,15 @@ class SparseFF:
         return y
 
     def warm_up(self) -> None:
-        """Observe a prompt of one token of zeros, and select by it; nothing is left behind."""
+        """Observe a prompt of zeros, and select by it; nothing is left behind.
+
+        Of one token, but for CATS of as many as make it count: a float32 model keeps a shorter prompt's values instead.
+        """
         packed = self.packed
-        gate_up = packed.down_plus.new_zeros(1, len(packed.gate_up_plus) - packed.rank)
-        chunk = PromptChunk(key=-1, slot=0, prompt_len=1, begin=0, end=1, first=True, last=True)
+        tokens = 1 if self.method.name == "griffin" else EXACT_VALUES // (self.num_neurons * self.ranks.size) + 1
+        tokens = tokens if keeps_values(self.method, packed.down_plus.dtype) else 1
+        gate_up = packed.down_plus.new_zeros(tokens, len(packed.gate_up_plus) - packed.rank)
+        chunk = PromptChunk(key=-1, slot=0, prompt_len=tokens, begin=0, end=tokens, first=True, last=True)
         plan = ChunkPlan.of([chunk], gate_up.device)
         self.statistics.observe(plan, gate_up[:, : self.num_neurons].contiguous(), gate_up)
 
@@ -191,7 +196,10 @@ def _write(out: Tensor, step: Step, rows: Tensor, compute: Callable[[Tensor | sl
     """out[rows] = compute(rows, its place), which is None where the rows are scattered: then they are copied there."""
     where = _rows(step, rows)
     if isinstance(where, slice):
-        compute(where, out[where])
+        place = out[where]
+        y = compute(where, place)
+        if y is not place:  # kernels of an extension may make a tensor of their own
+            place.copy_(y)
     else:
         out[where] = compute(where, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,6 @@ from caprese_kernels import files
 from caprese_kernels.backend import Backend, choose
 from caprese_kernels.config import ACTIVATIONS, CapreseConfig, Method, activation_of, find_architecture
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.json_text import MAX_BYTES, parse_json
 from caprese_kernels.reference import griffin_count
 
 from . import ff_kernels
@@ -139,10 +139,10 @@ def _refuse_quantized_blocks(method: str | None, settings: str) -> None:
 
 
 def _model_settings(config: Path) -> dict[str, Any]:
-    """A local model's config.json."""
+    """A local model's config.json, which may hold what transformers writes and is no JSON: NaN and Infinity."""
     try:
-        settings = parse_json(files.read_bytes(config, MAX_BYTES))
-    except (OSError, ValueError):
+        settings = json.loads(files.read_bytes(config, files.MAX_MODEL_CONFIG))
+    except (OSError, ValueError, RecursionError):
         return {}  # a Hub id, or a file that vLLM will report
     return settings if isinstance(settings, dict) else {}
 

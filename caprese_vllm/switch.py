@@ -75,7 +75,8 @@ async def _read_body(receive: Receive) -> tuple[list[Message], bytes]:
 
 
 def _check_body(body: bytes) -> None:
-    if KEY.encode() not in body and b"\\u" not in body:  # nearly all requests; an escape could spell the key
+    # Nearly all requests. An escape could spell the key, and in UTF-16 and UTF-32 zeros stand between its letters.
+    if not any(part in body for part in (KEY.encode(), b"\\u", b"\0")):
         return
     try:
         request = json.loads(body)

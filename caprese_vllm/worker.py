@@ -104,8 +104,9 @@ def _process_weights(
     state.fill_adapters()
     state.warm_up()
     if state.start_up_check:
+        assert state.built_in is not None
         for layer, found in state.check_kernels().items():
-            refuse(found, state.kernels.NAME, layer)
+            refuse(found, state.built_in.NAME, layer)
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)

@@ -16,6 +16,9 @@ HEAD = """# Packages and their licences
 What `make setup` installs, as its packages describe themselves (`python -m tools.licences` writes this page). This
 project's own licence is Apache-2.0, and its wheel holds no code of others.
 
+Not listed: torch (BSD-3-Clause), which the Makefile installs before these, and the CUDA libraries that its CUDA
+build brings, under NVIDIA's own terms.
+
 | Package | Version | Licence |
 |---|---|---|
 """

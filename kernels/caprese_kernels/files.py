@@ -222,7 +222,7 @@ def output_lock(output: PathLike) -> Iterator[None]:
 def _acquire(lock: Path, output: PathLike) -> int:
     """The descriptor of the locked file, which says who has it."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
             _check_regular(os.fstat(descriptor), lock)
             with contextlib.suppress(OSError):

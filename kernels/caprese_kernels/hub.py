@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import socket
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from .errors import CapreseError
 
@@ -34,7 +34,7 @@ def use_cache_if_unreachable() -> None:
     from huggingface_hub import constants
 
     address = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+    if constants.HF_HUB_OFFLINE or getproxies().keys() - {"no"}:
         return
     try:
         port = address.port or (80 if address.scheme == "http" else 443)

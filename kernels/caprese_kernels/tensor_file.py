@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -79,8 +80,8 @@ def private_copy(file: BinaryIO, nbytes: int) -> Iterator[tuple[Any, str]]:
     found = os.fstat(file.fileno())
     if found.st_size != nbytes:
         raise ValueError(f"{found.st_size:,} bytes where its header announces {nbytes:,}")
-    if nbytes > LARGE and 512 * found.st_blocks < nbytes // 8:
-        raise ValueError(f"{nbytes:,} bytes, of which {512 * found.st_blocks:,} are written and the rest is a hole")
+    if nbytes > LARGE and (written := _written(file.fileno(), nbytes)) < nbytes // 8:
+        raise ValueError(f"{nbytes:,} bytes, of which {written:,} are written and the rest is a hole")
     digest = hashlib.sha256()
     descriptor = os.memfd_create("caprese-adapter", os.MFD_CLOEXEC)
     try:
@@ -96,6 +97,22 @@ def private_copy(file: BinaryIO, nbytes: int) -> Iterator[tuple[Any, str]]:
             yield tensors, digest.hexdigest()
     finally:
         os.close(descriptor)
+
+
+def _written(descriptor: int, nbytes: int) -> int:
+    """How many of the file's first bytes are data; all of them on a file system that knows of no holes.
+
+    Not by st_blocks: what compresses, or keeps files elsewhere, reports fewer for a file that is whole.
+    """
+    written = end = 0
+    try:
+        while end < nbytes and written < nbytes // 8:  # as much as is asked for: extents can be many
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            written += end - begin
+    except OSError as error:
+        return written if error.errno == errno.ENXIO else nbytes  # ENXIO: no data behind `end`
+    return written
 
 
 __all__ = ["MAX_HEADER", "Header", "SafetensorError", "TensorEntry", "private_copy", "read_header", "read_metadata"]

@@ -21,11 +21,12 @@ def client_key(given: str | None = None) -> str:
 
 def served_key(flags: Sequence[str], env: Mapping[str, str]) -> str:
     """The key that `vllm serve` with these flags and this environment asks for; "none" without."""
+    key = env.get("VLLM_API_KEY") or NO_KEY
     for i, flag in enumerate(flags):
         name, _, value = flag.partition("=")
-        if name == "--api-key":
-            return value or (flags[i + 1] if i + 1 < len(flags) else NO_KEY)
-    return env.get("VLLM_API_KEY") or NO_KEY
+        if name.replace("_", "-") == "--api-key":  # vLLM takes both, and the last one
+            key = value or (flags[i + 1] if i + 1 < len(flags) else NO_KEY)
+    return key
 
 
 def authorization(key: str) -> dict[str, str]:

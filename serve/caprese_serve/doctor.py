@@ -6,6 +6,8 @@ with plain arithmetic on their weights (`caprese_kernels.self_check`).
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 from typing import Any
@@ -14,10 +16,14 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from caprese_kernels import files
-from caprese_kernels.errors import CapreseError
+from caprese_kernels.errors import CapreseError, printable, quote
 from caprese_kernels.json_text import parse_json
 
 from . import environment
+
+# Keys of --engine that are given in another way.
+_OURS = {"model": "it is the argument of the command", "additional_config": "Caprese's settings are made here"}
+_ERRORS = ("sparse", "dense", "selection")
 
 
 def examine(model: str, weights: str | None = None, engine: str | None = None) -> dict[str, Any]:
@@ -27,6 +33,7 @@ def examine(model: str, weights: str | None = None, engine: str | None = None) -
     """
     files.check_model(model)
     options = _engine_options(engine)
+    _check_plugin()
     caprese: dict[str, Any] = {"weights": weights} if weights else {"method": "griffin", "layers": "all"}
     caprese["start_up_check"] = False
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -37,15 +44,26 @@ def examine(model: str, weights: str | None = None, engine: str | None = None) -
         raise CapreseError(
             "vLLM", expected="an installation that can be imported", found=str(error), fix="install it, or repair it"
         ) from None
+    _check_options(options, LLM)
     # Kernels alone are examined: graphs would only take time, and a short context leaves the memory to the weights.
     defaults = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2}
-    llm = LLM(model, **{**defaults, **options, "additional_config": {"caprese": caprese}})
     try:
-        reports = llm.collective_rpc("caprese_report")
-        found = llm.collective_rpc("caprese_check")
-        dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+        llm = LLM(model, **{**defaults, **options, "additional_config": {"caprese": caprese}})
+        try:
+            reports = llm.collective_rpc("caprese_report")
+            found = llm.collective_rpc("caprese_check")
+            dtype = str(llm.llm_engine.model_config.dtype).removeprefix("torch.")
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    except CapreseError:
+        raise
+    except Exception as error:  # vLLM's own, and whatever ended one of its processes
+        raise CapreseError(
+            "doctor",
+            expected="an engine that starts and checks its blocks",
+            found=f"{type(error).__name__}: {printable(next(iter(str(error).splitlines()), ''))[:300]}",
+            fix="see what the engine and its workers logged above, or repeat it with VLLM_LOGGING_LEVEL=INFO",
+        ) from error
     blocks = [
         {"worker": worker, "layer": int(layer), **{key: _finite(value) for key, value in check.items()}}
         for worker, checks in enumerate(found)
@@ -70,13 +88,15 @@ def render(report: dict[str, Any]) -> list[RenderableType]:
         facts.add_row(key, "none" if report[key] is None else str(report[key]))
     facts.add_row("workers", str(1 + max((block["worker"] for block in report["blocks"]), default=0)))
     table = Table("worker", "layer", box=None, pad_edge=False)
-    for column in ("error, sparse", "error, off", "allowed"):
+    for column in ("error, sparse", "error, off", "allowed", "error, selection"):
         table.add_column(column, justify="right")
     table.add_column("")
     for block in report["blocks"]:
-        errors = ("not finite" if block[key] is None else f"{block[key]:.2e}" for key in ("sparse", "dense"))
+        errors = ("not finite" if block[key] is None else f"{block[key]:.2e}" for key in _ERRORS)
         verdict = "" if block["passed"] else "WRONG"
-        table.add_row(str(block["worker"]), str(block["layer"]), *errors, f"{block['tolerance']:g}", verdict)
+        sparse, dense, selection = errors
+        place = (str(block["worker"]), str(block["layer"]))
+        table.add_row(*place, sparse, dense, f"{block['tolerance']:g}", selection, verdict)
     wrong = sum(not block["passed"] for block in report["blocks"])
     verdict = f"{len(report['blocks'])} FF blocks examined: " + (
         f"{wrong} WRONG, report all of this" if wrong else "all right"
@@ -93,14 +113,38 @@ def _engine_options(text: str | None) -> dict[str, Any]:
         raise CapreseError(
             "--engine", expected="a JSON object", found=str(error), fix="quote it for the shell"
         ) from None
-    if not isinstance(found, dict) or "additional_config" in found:
+    if not isinstance(found, dict):
+        raise CapreseError("--engine", expected="a JSON object", found=type(found).__name__, fix="correct it")
+    for key, instead in _OURS.items():
+        if key in found:
+            raise CapreseError("--engine", expected=f"no {key}: {instead}", found=key, fix="leave it out")
+    return found
+
+
+def _check_options(options: dict[str, Any], llm: type) -> None:
+    """Raise CapreseError for names that neither vLLM's LLM nor its engine knows."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {*inspect.signature(llm).parameters, *inspect.signature(EngineArgs).parameters} - {"kwargs", *_OURS}
+    if unknown := sorted(options.keys() - known):
+        near = difflib.get_close_matches(unknown[0], known, 1)
         raise CapreseError(
             "--engine",
-            expected="a JSON object without additional_config",
-            found=type(found).__name__,
-            fix="correct it",
+            expected="arguments of vllm.LLM, such as dtype or tensor_parallel_size",
+            found=", ".join(map(quote, unknown)),
+            fix=f"write {near[0]}" if near else "leave it out",
         )
-    return found
+
+
+def _check_plugin() -> None:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and environment.PLUGIN not in allowed.split(","):
+        raise CapreseError(
+            "VLLM_PLUGINS",
+            expected=f"a list with {environment.PLUGIN}, or none",
+            found=quote(allowed),
+            fix=f"unset it, or add {environment.PLUGIN}: vLLM serves dense without it",
+        )
 
 
 def _finite(value: Any) -> Any:

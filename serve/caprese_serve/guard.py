@@ -9,7 +9,9 @@ gets a temporary folder of its own, which is removed with it.
 """
 
 import contextlib
+import getpass
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +35,7 @@ def main(parent: int, command: Sequence[str]) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, stop)
     # torch keeps what it compiled in the temporary folder too: that stays where it was, for the next start.
-    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}")
     with tempfile.TemporaryDirectory(prefix="caprese-", ignore_cleanup_errors=True) as folder:
         env = {"TORCHINDUCTOR_CACHE_DIR": compiled, **os.environ, "TMPDIR": folder}
         try:
@@ -42,6 +44,14 @@ def main(parent: int, command: Sequence[str]) -> int:
             print(f"{command[0]}: {error.strerror}", file=sys.stderr)
             return 127
         return _watch(process, parent, lambda: stopped)
+
+
+def _user() -> str:
+    """The user as torch names them in that folder's name."""
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, ModuleNotFoundError, OSError):  # a user id without a name, as containers have
+        return f"uid_{os.getuid()}"
 
 
 def _watch(process: "subprocess.Popen[bytes]", parent: int, stopped: Callable[[], bool]) -> int:

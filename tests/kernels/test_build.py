@@ -133,12 +133,15 @@ def test_a_compiler_with_odd_output(
 @needs_compiler
 def test_a_compiler_that_never_ends(monkeypatch: pytest.MonkeyPatch, cache: Path, source: Path, tmp_path: Path) -> None:
     program = tmp_path / "slow"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    left = tmp_path / "child"
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {left}\nwait\n")
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
-    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 1.0)
     with pytest.raises(build.Unavailable, match="took more than"):
         build.compiled("answer", [source])
+    state = Path(f"/proc/{int(left.read_text())}/stat")  # it may wait for a parent to collect it
+    assert not state.exists() or state.read_text().rpartition(") ")[2].startswith("Z"), "the compiler's child is left"
 
 
 def test_auto_falls_back_in_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from caprese_kernels.backend import Backend, choose
 from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.packed import PackedFF
-from caprese_kernels.self_check import check_block, refuse
+from caprese_kernels.self_check import BATCHES, check_block, refuse
 
 METHODS = {
     "griffin": Method("griffin", 0.5, (0,), 8),
@@ -77,6 +77,12 @@ def not_finite(ff: PackedFF) -> PackedFF:
     return replace(ff, down_plus=down)
 
 
+def changed(**functions: Any) -> Backend:
+    """The reference with other functions in place of some."""
+    kernels: Backend = SimpleNamespace(**{**vars(reference), **functions})  # type: ignore[assignment]
+    return kernels
+
+
 @pytest.mark.parametrize("harm", [wrong_rows, no_low_rank, not_finite])
 @pytest.mark.parametrize("name", ["griffin", "cats", "core and tail", "core alone"])
 def test_wrong_kernels_are_refused(name: str, harm: Any) -> None:
@@ -96,7 +102,7 @@ def test_wrong_kernels_are_refused(name: str, harm: Any) -> None:
         return call
 
     names = ("griffin_ff", "core_ff", "cats_ff", "dense_ff")
-    kernels: Backend = SimpleNamespace(**{each: spoiled(getattr(reference, each)) for each in names})  # type: ignore[assignment]
+    kernels = changed(**{each: spoiled(getattr(reference, each)) for each in names})
     found = check_block(kernels, method, ff, *divided(ff, method))
     assert not found.passed
     with pytest.raises(CapreseError, match=r"layer 7: expected the FF block's output within .*caprese doctor"):
@@ -109,7 +115,49 @@ def test_one_wrong_neuron_of_many_is_noticed() -> None:
     ff = block(method)
 
     def exchanged(x: Any, part: Any, keep: Any, slots: Any, row_plan: Any = None) -> Any:
-        return reference.griffin_ff(x, part, keep, 1 - slots)
+        return reference.griffin_ff(x, part, keep, len(keep) - 1 - slots)
 
-    kernels: Backend = SimpleNamespace(griffin_ff=exchanged, dense_ff=reference.dense_ff)  # type: ignore[assignment]
+    kernels = changed(griffin_ff=exchanged)
     assert not check_block(kernels, method, ff, *divided(ff, method)).passed
+
+
+@pytest.mark.parametrize("tokens", BATCHES)
+@pytest.mark.parametrize("function", ["griffin_ff", "cats_ff", "dense_ff"])
+def test_one_wrong_batch_size_is_noticed(function: str, tokens: int) -> None:
+    """Kernels take other code for other numbers of tokens: a fault in one of them does not pass."""
+    method = METHODS["cats" if function == "cats_ff" else "griffin"]
+    ff = block(method)
+    right = getattr(reference, function)
+
+    def wrong(x: Any, *rest: Any, **options: Any) -> Any:
+        return right(1.1 * x if len(x) == tokens else x, *rest, **options)
+
+    found = check_block(changed(**{function: wrong}), method, ff, *divided(ff, method))
+    assert not found.passed, found
+
+
+def no_first_token(z: Any, offsets: Any, *rest: Any) -> None:
+    reference.griffin_observe(z, offsets + torch.tensor([1, 0]), *rest)
+
+
+def uncounted(gate: Any, activation: str, offsets: Any, *rest: Any) -> None:
+    reference.cats_observe(gate, activation, offsets + torch.tensor([1, 0]), *rest)
+
+
+WRONG_SELECTIONS: dict[str, Any] = {
+    "griffin_observe": no_first_token,
+    "griffin_select": lambda statistic, k: reference.griffin_select(-statistic, k),
+    "cats_observe": uncounted,
+    "cats_threshold": lambda histogram, density: 1.1 * reference.cats_threshold(histogram, density),
+}
+
+
+@pytest.mark.parametrize("function", WRONG_SELECTIONS)
+def test_wrong_statistics_are_refused(function: str) -> None:
+    method = METHODS[function.partition("_")[0]]
+    ff = block(method)
+    found = check_block(changed(**{function: WRONG_SELECTIONS[function]}), method, ff, *divided(ff, method))
+    assert max(found.sparse, found.dense) <= found.tolerance
+    assert not found.passed
+    with pytest.raises(CapreseError, match="for the statistic"):
+        refuse(found, "cpu", 0)

@@ -208,6 +208,13 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path, architecture: st
         configure(tmp_path, {"method": "griffin"})
 
 
+def test_a_config_that_is_no_strict_json_is_read(tmp_path: Path) -> None:
+    text = '{"architectures": ["BertForMaskedLM"], "limit": Infinity, "padding": "' + "x" * (2 << 20) + '"}'
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CapreseError, match="architecture BertForMaskedLM"):
+        configure(tmp_path, {"method": "griffin"})
+
+
 def test_an_overridden_architecture_is_refused(model_dir: ModelDir) -> None:
     with pytest.raises(CapreseError, match="architecture GraniteMoeForCausalLM"):
         configure(model_dir("llama"), {"method": "griffin"}, hf_overrides={"architectures": ["GraniteMoeForCausalLM"]})

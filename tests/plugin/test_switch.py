@@ -17,7 +17,8 @@ from fastapi.responses import StreamingResponse
 from caprese_vllm.route import CapreseRoute
 from tests.support.hostile import TEXTS, VALUES, damaged, mutated
 
-REPORT = {"enabled": True, "generated_tokens": 0}
+REPORT = {"enabled": True, "generated_tokens": 0, "prompt_mass": [0.0, 0.0]}
+MERGED = {**REPORT, "prompt_mass_outside_core": None}
 
 
 class FakeEngine:
@@ -85,7 +86,9 @@ def test_other_ways_to_write_it() -> None:
         '{"vllm_xargs": {"caprese": "off", "caprese": "on"}}',
     ]
     for text in texts:
-        assert ask(app, "POST", "/v1/completions", content=text).status_code == 400, text
+        for encoding in ("utf-8", "utf-16", "utf-16-be", "utf-32-le"):
+            found = ask(app, "POST", "/v1/completions", content=text.encode(encoding))
+            assert found.status_code == 400, (text, encoding)
     assert not reached
 
 
@@ -131,10 +134,10 @@ def test_the_report_wants_the_key_of_the_server(monkeypatch: pytest.MonkeyPatch,
     ):
         assert ask(app, "GET", "/caprese", headers=headers).status_code == 401
     found = ask(app, "GET", "/caprese", headers={"Authorization": "Bearer secret"})
-    assert (found.status_code, found.json()) == (200, REPORT)
+    assert (found.status_code, found.json()) == (200, MERGED)
 
 
 def test_without_a_key_the_report_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     app, _ = serve()
-    assert ask(app, "GET", "/caprese").json() == REPORT
+    assert ask(app, "GET", "/caprese").json() == MERGED

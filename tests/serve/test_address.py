@@ -55,6 +55,7 @@ def test_whose_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served_key([], {}) == "none"
     assert served_key(["--x"], {"VLLM_API_KEY": "v", "OPENAI_API_KEY": "o"}) == "v"
     assert served_key(["--api-key", "a"], {"VLLM_API_KEY": "v"}) == served_key(["--api-key=a"], {}) == "a"
+    assert served_key(["--api-key", "b", "--api_key", "a"], {}) == served_key(["--api_key=a"], {}) == "a"
 
 
 def ask(url: str, key: str | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--set", "NAME"], "--set takes NAME=VALUE; found 'NAME'"),
+        (["--only", "latancy"], "--only takes one of environment, GPU tests, .*latency.*; found 'latancy'"),
+        (["--unpack-with", "none.py"], "--unpack-with takes a file"),
+    ],
+)
+def test_wrong_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu-check", *flags])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
 
 
 # -- one step ----------------------------------------------------------------------------------------------------------
@@ -285,7 +304,7 @@ def test_long_logs_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert tar.extractfile("a/log").read() == b"begi\n[9 bytes left out]\nend!"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["wheels", "own unpack.py"])
+@pytest.mark.parametrize("own", [False, True], ids=["wheels", "--unpack-with"])
 def test_packages_of_a_part_are_found(tmp_path: Path, own: bool) -> None:
     """Steps after the unpacking see them; the site is marked when it is whole, and is not unpacked again."""
     part, site = tmp_path / "packed/part.tar", tmp_path / "work/site"
@@ -308,7 +327,7 @@ def test_packages_of_a_part_are_found(tmp_path: Path, own: bool) -> None:
         with tarfile.open(part, "w") as tar:
             tar.add(wheel, wheel.name)
     steps = [
-        Step("unpack", cli._unpacking(part, site), 30),
+        Step("unpack", cli._unpacking(part, site, part.parent / "unpack.py" if own else None), 30),
         python("import packed_here; print(packed_here.packed_here)", needs=("packed_here",)),
     ]
     assert machine.absent(("packed_here",), site) == ["packed_here"]

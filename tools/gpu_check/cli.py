@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import __doc__ as description
 from .machine import COMPLETE, absent, environment, memory_gib, missing, register
 from .pack import pack, unpack, unpack_command
-from .plan import LIMITS, ROOT, Context, Step, arch_for, decide, stage_a, stage_b
+from .plan import LIMITS, ROOT, Branch, Context, Step, arch_for, decide, stage_a, stage_b
 from .run import last_lines, run
 
 MARGIN = 5.0  # seconds of a stage that are kept for the last archive
@@ -51,6 +51,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--work", type=Path, help="results and unpacked packages, kept for stage b; default OUT/work")
     options.add_argument("--after", type=Path, help="stage a's archive, for stage b on another machine")
     options.add_argument("--vllm-part", type=Path, help="vLLM's packages, for a machine without network (docs/gpu.md)")
+    options.add_argument("--unpack-with", metavar="FILE", type=Path, help="program that unpacks it: FILE FOLDER PART")
     options.add_argument("--arch", help="shape to measure; default: the largest of which four engines fit into memory")
     options.add_argument("--only", action="append", metavar="STEP", help="this step alone; several times for several")
     options.add_argument(
@@ -60,7 +61,23 @@ def _options() -> argparse.Namespace:
     options.add_argument(
         "--rehearse", action="store_true", help="small versions of all steps under the same limits, without a GPU"
     )
-    return options.parse_args()
+    found = options.parse_args()
+    for text in found.set:
+        if not text.partition("=")[0] or "=" not in text:
+            options.exit(2, f"gpu-check: --set takes NAME=VALUE; found {text!r}\n")
+    if found.unpack_with and not (found.vllm_part and found.unpack_with.is_file()):
+        options.exit(2, "gpu-check: --unpack-with takes a file, for --vllm-part; give both\n")
+    known = step_names()
+    if unknown := [name for name in found.only or () if name not in known]:
+        options.exit(2, f"gpu-check: --only takes one of {', '.join(known)}; found {unknown[0]!r}\n")
+    return found
+
+
+def step_names() -> list[str]:
+    """Every step of every plan, once."""
+    context = Context(ROOT, ROOT, unpack=("true",))
+    plans = [stage_a(context), *(stage_b(context, branch) for branch in get_args(Branch))]
+    return list(dict.fromkeys(step.name for steps in plans for step in steps))
 
 
 def _stage(stage: str, options: argparse.Namespace, work: Path) -> bool:
@@ -74,7 +91,7 @@ def _stage(stage: str, options: argparse.Namespace, work: Path) -> bool:
         earlier=work / "a",
         arch=options.arch or arch_for(memory),
         small=options.rehearse,
-        unpack=_unpacking(options.vllm_part.resolve(), site) if unpacks else None,
+        unpack=_unpacking(options.vllm_part.resolve(), site, options.unpack_with) if unpacks else None,
     )
     branch, why = None, ""
     if stage == "b":
@@ -166,9 +183,9 @@ def print_plan(stage: str, steps: Sequence[Step], title: str) -> None:
     sys.stdout.flush()
 
 
-def _unpacking(part: Path, site: Path) -> tuple[str, ...]:
+def _unpacking(part: Path, site: Path, own: Path | None = None) -> tuple[str, ...]:
     """Unpack, and mark the site when it is whole."""
-    command = unpack_command(part, site)
+    command = unpack_command(part, site, None if own is None else own.resolve())
     return ("sh", "-c", '"$@" && touch "$0"', str(site / COMPLETE), *command)
 
 

@@ -45,14 +45,12 @@ def unpack(archive: Path, folder: Path) -> None:
         tar.extractall(folder.parent, filter="data")
 
 
-def unpack_command(part: Path, site: Path) -> tuple[str, ...]:
+def unpack_command(part: Path, site: Path, own: Path | None = None) -> tuple[str, ...]:
     """The command that puts the packages of `part` into `site`.
 
-    A part is a tar of wheels; one that is packed in another way brings `unpack.py` beside it, which is called as
-    `unpack.py SITE PART`.
+    A part is a tar of wheels; one that is packed in another way needs the program `own`, called as `own SITE PART`.
     """
-    own = part.parent / "unpack.py"
-    if own.exists():
+    if own is not None:
         return (sys.executable, str(own), str(site), str(part))
     wheels = site.parent / "wheels"
     pip = f"{sys.executable} -m pip install -q --no-index --no-deps --no-compile --upgrade --target"

@@ -137,7 +137,7 @@ def _sanitizer(context: Context) -> list[Step]:
     return [
         Step("failing tests, one launch at a time", ("env", "CUDA_LAUNCH_BLOCKING=1", *pytest, *failed), 50),
         Step("memcheck", (*check, "memcheck", *pytest, *failed), 100, ("compute-sanitizer",), spare=True),
-        Step("racecheck", (*check, "racecheck", *pytest, failed[0]), 70, ("compute-sanitizer",)),
+        Step("racecheck", (*check, "racecheck", *pytest, *failed[:1]), 70, ("compute-sanitizer",)),
     ]
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -29,9 +30,9 @@ logger = logging.getLogger("vllm.caprese")
 HERE = Path(__file__).parent
 SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
 HEADERS = ("block.h", "rows.h", "vector.h")
-# -fopenmp: the threads are torch's, whose libgomp is already loaded under the same name.
 COMPILE_SECONDS = 600  # a compiler that takes longer waits for something
 MAX_LIBRARY = 1 << 28  # bytes
+# -fopenmp: the threads are torch's, whose libgomp is already loaded under the same name.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -149,20 +150,28 @@ def _digest(path: Path) -> str:
 def _run(command: list[str]) -> str:
     """The command's output. Raises Unavailable if it fails, cannot be started, or takes too long."""
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=COMPILE_SECONDS,
+            start_new_session=True,
         )
     except OSError as error:
         raise Unavailable(f"{command[0]} cannot be started: {files.reason(error)}") from None
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} took more than {COMPILE_SECONDS} s") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        reason = printable(lines[0])[:300] if lines else f"exit {done.returncode}"
+    with process:
+        try:
+            output, errors = process.communicate(timeout=COMPILE_SECONDS)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what the compiler started: cc1plus does the work
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unavailable(f"{command[0]} took more than {COMPILE_SECONDS} s") from None
+            raise
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+        reason = printable(lines[0])[:300] if lines else f"exit {process.returncode}"
         raise Unavailable(f"{command[0]} failed: {reason}")
-    return done.stdout
+    return output
