@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SHARED = Path(__file__).parents[3].parent / "shared" / "cases"  # beside the working trees
+SHARED = Path(__file__).parents[3] / "shared" / "cases"  # beside the checkout
 
 USER: dict[str, Any] = {"role": "user", "content": "How many are 2 and 3?"}
 THOUGHT, ANSWER = "First 2. Then 3. Together 5. ", "There are 2 + 3 = 5.\n#### 5"
