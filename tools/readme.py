@@ -18,13 +18,14 @@ from typing import Any
 from caprese_bench.results.report import Result, Row, circumstances
 from caprese_serve.demo.results import DemoReport, remarks
 
-from . import picture
+from . import picture, shared_core
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PICTURE = DOCS / "accuracy-and-time.svg"
 INDEX_PAGE = DOCS / "package-index.md"
+SHARED_CORE = ROOT / "benchmarks/results/amd-epyc/shared-core/latency.json"
 RESULTS = ROOT / "benchmarks/results"
 DEMO_TASKS = {"word problems": "math", "reading questions": "reading"}  # titles in accuracy.json: our columns
 SMALL, LARGE = "qwen2.5-0.5b", "qwen2.5-1.5b"  # models of latency.json that the README shows
@@ -155,6 +156,13 @@ def latency(path: Path) -> str:
         f"- Measured by `{result.provenance['command']}` on {source(path, result.provenance)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def core(path: Path) -> str:
+    """The table of `shared_core`, and where it comes from, in Markdown."""
+    provenance = Result.load(path).provenance
+    measured = f"- Measured by `{provenance['command']}` on {source(path, provenance)}"
+    return "\n".join([*shared_core.table(path), "", *_note(provenance), measured]) + "\n"
 
 
 def _note(provenance: dict[str, Any]) -> list[str]:
@@ -302,7 +310,11 @@ def pages() -> dict[Path, str]:
         README: {"summary": summary(shown)},
         DOCS / "demo.md": {"demo": demo(newest("demo"))},
         DOCS / "recovery.md": {"recovery": recovery(newest("recovery"))},
-        DOCS / "performance.md": {"kernels": kernels(newest("kernels")), "latency": latency(newest("latency"))},
+        DOCS / "performance.md": {
+            "kernels": kernels(newest("kernels")),
+            "latency": latency(newest("latency")),
+            "core": core(SHARED_CORE),
+        },
     }
     written = {page: fill(page.read_text(), contents, page) for page, contents in tables.items()}
     return written | {PICTURE: draw(shown), INDEX_PAGE: index_page(written[README])}
