@@ -212,8 +212,7 @@ def resident(server: VllmServer) -> dict[str, int]:
     found = {}
     for process in psutil.Process(server._guard.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            # VLLM::EngineCore, VLLM::Worker; where they cannot rename themselves, by how they were started.
-            if not (process.name().startswith("VLLM::") or "multiprocessing.spawn" in " ".join(process.cmdline())):
+            if not process.name().startswith("VLLM::"):  # VLLM::EngineCore, VLLM::Worker
                 found[f"{process.name()} {process.pid}"] = process.memory_info().rss
     return found
 
