@@ -38,8 +38,8 @@ def main(parent: int, command: Sequence[str]) -> int:
     compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{_user()}")
     with tempfile.TemporaryDirectory(prefix="caprese-", ignore_cleanup_errors=True) as folder:
         env = {**os.environ, "TMPDIR": folder}
-        # Last: torch sets it again, and vLLM's processes can rename themselves (VLLM::EngineCore) only while their first
-        # variable is where it was.
+        # Last: torch sets it again, and vLLM's processes can rename themselves (VLLM::EngineCore) only while their
+        # first variable is where it was.
         env.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
         try:
             process = subprocess.Popen(command, start_new_session=True, env=env)
