@@ -58,10 +58,10 @@ def check_block(
     `core` and `tail` divide `ff` as the engine does: views of the same storage, the core's neurons last.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, ff.hidden_size, generator=generator).to(ff.up_plus)
+    x = torch.randn(TOKENS, ff.hidden_size, generator=generator, dtype=torch.float32).to(ff.up_plus)
     slots = torch.arange(TOKENS, device=x.device)
     slots[2] = 0  # two of the first three share a selection; many tokens have one each
-    slack = torch.zeros(TOKENS, device=x.device)
+    slack = torch.zeros(TOKENS, dtype=torch.float32, device=x.device)
     gate, g, z = _activations(x.float(), ff)
     if method.name == "griffin":
         own = 0 if core is None else core.num_neurons
@@ -127,12 +127,12 @@ def _random_masks(k: int, core: int, neurons: int, generator: torch.Generator) -
 def _statistic_error(kernels: Backend, method: Method, z: Tensor, ff: PackedFF) -> float:
     """Of s^2 of a prompt with these z [T, F], relative to its norm."""
     scale = down_norms(ff) if method.weighted else None
-    got = torch.zeros(1, ff.num_neurons, device=z.device)
+    got = torch.zeros(1, ff.num_neurons, dtype=torch.float32, device=z.device)
     kernels.griffin_observe(z, *_one_prompt(z), got, None, scale)
     squares = (z.double() if scale is None else z.double() * scale).square()
     norms = squares.sum(dim=1, keepdim=True)
     wanted = torch.where((norms > 0) & norms.isfinite(), squares / norms, 0.0).sum(dim=0, keepdim=True).float()
-    return _error(got, wanted, torch.zeros(1, device=z.device))
+    return _error(got, wanted, torch.zeros(1, dtype=torch.float32, device=z.device))
 
 
 def _select_error(kernels: Backend, method: Method, ff: PackedFF) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,8 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Compare every FF block's kernels with plain arithmetic on the real weights and this hardware; for bug reports."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from .doctor import examine, render
 
     report = examine(model, caprese_weights, engine)

@@ -36,8 +36,6 @@ def examine(model: str, weights: str | None = None, engine: str | None = None) -
     _check_plugin()
     caprese: dict[str, Any] = {"weights": weights} if weights else {"method": "griffin", "layers": "all"}
     caprese["start_up_check"] = False
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from vllm import LLM
     except ImportError as error:

@@ -56,7 +56,11 @@ def test_right_kernels_pass(kernel: Any, name: str, dtype: torch.dtype) -> None:
     method = METHODS[name]
     for gated, bias in ((True, False), (True, True), (False, True)):
         ff = block(method, dtype, gated, bias)
-        found = check_block(choose(kernel, torch.device("cpu")), method, ff, *divided(ff, method))
+        torch.set_default_dtype(dtype)  # as vLLM does while it loads a model
+        try:
+            found = check_block(choose(kernel, torch.device("cpu")), method, ff, *divided(ff, method))
+        finally:
+            torch.set_default_dtype(torch.float32)
         assert found.passed, found
         refuse(found, kernel, 0)
 
