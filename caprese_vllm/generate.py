@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
 from . import compat
@@ -116,18 +117,11 @@ def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        with path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CapreseError(
-            f"responses {path}",
-            expected="space on the disk",
-            found=error.strerror or type(error).__name__,
-            fix="free some space and run the same command again: it continues from the saved responses",
-        ) from None
+    fix = "free some space and run the same command again: it continues from the saved responses"
+    with files.writing(f"responses {path}", expected="space on the disk", fix=fix), path.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _own_stdout() -> IO[str]:

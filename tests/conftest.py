@@ -6,6 +6,15 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def restored_verbosity() -> Iterator[None]:
+    """-q and -v of a verb that a test runs in this process are not the next one's."""
+    yield
+    from caprese_kernels import terminal
+
+    terminal.set_verbosity(terminal.Verbosity.NORMAL)
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`model_dir("llama")`: the directory of that tiny model of tests/support/models.py."""

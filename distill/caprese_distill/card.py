@@ -13,7 +13,7 @@ from typing import Any
 from caprese_kernels import files
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, layer_spans
-from caprese_kernels.errors import CapreseError, printable
+from caprese_kernels.errors import printable
 
 from .plan import ResourceUsage
 from .quality import ADAPTER, PAPER, SELECTION
@@ -32,15 +32,12 @@ def write_card(adapters: Adapters, output: Path) -> Path | None:
     """
     for path in (output.with_name("README.md"), output.with_name(f"{output.stem}.md")):
         if not os.path.lexists(path) or _is_ours(path, output.name):
-            try:
+            with files.writing(
+                f"model card {path}",
+                expected="room for it beside the adapter, which is written",
+                fix="nothing: the adapter serves without it",
+            ):
                 files.write_text(path, make_card(adapters, output.name))
-            except OSError as error:
-                raise CapreseError(
-                    f"model card {path}",
-                    expected="room for it beside the adapter, which is written",
-                    found=files.reason(error),
-                    fix="nothing: the adapter serves without it",
-                ) from None
             return path
     return None
 

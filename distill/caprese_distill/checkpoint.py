@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
 
+from .data.batches import Batch
 from .data.samples import Sample
 from .kept import set_aside, take_back
 from .placement import aligned
+from .progress import note, progress_bar
 
 CHECKPOINT_SECONDS = 60.0
 _UNREADABLE = "it cannot be read"
@@ -136,6 +138,12 @@ class Resumable(Protocol):
         ...
 
 
+class BatchPass(Resumable, Protocol):
+    """A pass over batches; `batches` is how many it has done."""
+
+    batches: int
+
+
 class CheckpointStore:
     """Restores `state` from the checkpoint at `path` if it belongs to this run, and writes it there as work goes on.
 
@@ -163,8 +171,8 @@ class CheckpointStore:
                 outcome = f"{found}; starting anew"
                 if not found.startswith(_UNREADABLE):
                     set_aside(path, outcome, console)
-            if console and path.exists():
-                console.print(f"{path}: {outcome}", highlight=False, markup=False)
+            if path.exists():
+                note(console, f"{path}: {outcome}")
         self.last_save, self.save_seconds = time.monotonic(), 0.0
 
     def save_if_due(self) -> None:
@@ -174,3 +182,27 @@ class CheckpointStore:
             save(self.path, *self.state.snapshot(), self.identity)
             self.last_save = time.monotonic()
             self.save_seconds = self.last_save - now
+
+
+@contextmanager
+def checkpointed(
+    title: str,
+    state: BatchPass,
+    batches: Sequence[Batch],
+    resume: Path | None,
+    identity: Mapping[str, Any],
+    console: Console | None,
+) -> Iterator[Callable[[int], None]]:
+    """Restore `state` from its checkpoint. Within it, a function to call whenever `count` more batches are in `state`:
+    it advances the progress bar `title` and saves the next checkpoint."""
+    store = CheckpointStore(state, resume, console, identity)
+    with progress_bar(console, "tok/s") as bar:
+        done = sum(b.num_tokens for b in batches[: state.batches])
+        line = bar.add_task(title, total=sum(b.num_tokens for b in batches), completed=done, first=done)
+
+        def record(count: int) -> None:
+            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
+            state.batches += count
+            store.save_if_due()
+
+        yield record

@@ -23,7 +23,7 @@ from .data.samples import Sample, encode
 from .data.sources import Source, read_source
 from .data.templates import load_template, stop_ids
 from .loading import max_sample_tokens
-from .progress import progress_bar
+from .progress import note, progress_bar
 
 
 def read_rows(config: DataSettings, bad_rows: BadRows, responses: bool = True) -> Source:
@@ -54,10 +54,10 @@ def chat_renderer(config: DataSettings, model_config: Any, tokenizer: Any, conso
     rendering = Rendering(template, config.chat_template_kwargs, config.date)
     renderer = ChatRenderer(tokenizer, rendering, stop_ids(config.model, model_config))
     if not renderer.has_template:
-        _note(console, "the tokenizer has no chat template: prompts are used as plain text")
+        note(console, "the tokenizer has no chat template: prompts are used as plain text")
     elif renderer.prints_date:
         today = datetime.date.today()
-        _note(console, f"the chat template prints the date: continue this run on another day with --date {today}")
+        note(console, f"the chat template prints the date: continue this run on another day with --date {today}")
     return renderer
 
 
@@ -82,7 +82,7 @@ def encode_rows(
 def note_remarks(renderer: ChatRenderer, source: Source, console: Console) -> None:
     """Say for how many rows the template changes what."""
     for remark, count in renderer.remarks.items():
-        _note(console, f"{count} of {len(source.rows)} rows: {remark}")
+        note(console, f"{count} of {len(source.rows)} rows: {remark}")
 
 
 def check_samples(
@@ -98,7 +98,7 @@ def check_samples(
     bad_rows.check(config.data, rows)
     if bad_rows:
         source.provenance["bad_rows"] = len(bad_rows)
-        _note(console, f"skipped {len(bad_rows)} of {rows} rows that cannot be used: {bad_rows.reasons()}")
+        note(console, f"skipped {len(bad_rows)} of {rows} rows that cannot be used: {bad_rows.reasons()}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     if len(samples) < 2:
         raise CapreseError(
@@ -108,7 +108,7 @@ def check_samples(
             fix="give more data, or a higher --max-length",
         )
     if skipped:
-        _note(console, f"skipped {skipped.total()} of {rows} samples: {reasons}")
+        note(console, f"skipped {skipped.total()} of {rows} samples: {reasons}")
 
 
 def check_writable(output: Path) -> None:
@@ -119,10 +119,6 @@ def check_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise _unwritable(output, error.strerror or str(error)) from None
-
-
-def _note(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)
 
 
 def _unwritable(output: Path, found: str) -> CapreseError:

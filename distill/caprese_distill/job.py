@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import platform
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -57,8 +56,10 @@ from .loading import (
 )
 from .memory import check_disk, check_memory, estimate_memory
 from .plan import DistillationPlan, Estimate
+from .progress import note
 from .push import push
 from .quality import MAX_HELD_OUT
+from .report import library_versions
 from .result import Result
 from .scale.cluster import Cluster
 from .scale.pool import connect
@@ -144,8 +145,7 @@ class Job:
             "quality": {name: asdict(found) for name, found in quality.items()},
             "data": self._provenance,
             "command": shlex.join(config.command()),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-            | {"python": platform.python_version()},
+            "versions": library_versions(),
             "resources": asdict(estimate.usage()) if estimate else None,
         }
         adapters.save(output)
@@ -166,8 +166,8 @@ class Job:
         source = read_rows(config, bad_rows, responses=not config.generate)
         check_writable(config.output)
         device = self._device  # checked before the tokenizer is loaded
-        for note in (str(source), *source.notes):
-            self._note(note)
+        for text in (str(source), *source.notes):
+            self._note(text)
         model_config, tokenizer = load_small_parts(config.model)
         info, method = resolve_selection(config, model_config, config.rank)
         if self._calibrated:
@@ -247,7 +247,7 @@ class Job:
         return Cluster(Workers(load, config.num_workers, resources, scratch_path(config.output)))
 
     def _note(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        note(self.console, text)
 
 
 @contextlib.contextmanager

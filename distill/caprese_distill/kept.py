@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .progress import note
+
 OTHER_RUN = "it belongs to another run"
 
 
@@ -24,7 +26,7 @@ def set_aside(path: Path, why: str, console: Console | None) -> Path:
     number = int(last[0].name.rpartition("-")[2]) + 1 if last else 1
     aside = path.with_name(f"{path.name}.kept-{number}")
     os.replace(path, aside)
-    _say(console, f"{path}: {why} (kept: {aside.name})")
+    note(console, f"{path}: {why} (kept: {aside.name})")
     return aside
 
 
@@ -38,12 +40,7 @@ def take_back(path: Path, fits: Callable[[Path], bool], console: Console | None)
     if path.exists():
         set_aside(path, OTHER_RUN, console)
     os.replace(found, path)
-    _say(console, f"{path}: it was kept, and is taken back (from: {found.name})")
-
-
-def _say(console: Console | None, text: str) -> None:
-    if console:
-        console.print(text, highlight=False, markup=False)
+    note(console, f"{path}: it was kept, and is taken back (from: {found.name})")
 
 
 def _escaped(name: str) -> str:

@@ -22,11 +22,9 @@ from caprese_kernels.reference import griffin_statistic
 
 from . import checkpoint
 from .blocks import find_blocks, truncated_decoder
-from .checkpoint import CheckpointStore
 from .data.batches import BATCH_TOKENS, Batch, pack
 from .data.samples import Sample
 from .placement import device_of, return_freed
-from .progress import progress_bar
 from .selection import neuron_norms
 
 
@@ -94,7 +92,7 @@ def collect_priors(
     state, batches = PriorSums.zeros(devices, info.intermediate_size), prior_batches(model, samples)
     identity = prior_identity(model, samples, method) if resume else {}
     with (
-        checkpointed_priors(state, batches, resume, identity, console) as record,
+        checkpoint.checkpointed("priors", state, batches, resume, identity, console) as record,
         feeding_priors(model, info, method) as feed,
     ):
         for batch in batches[state.batches :]:
@@ -106,29 +104,6 @@ def collect_priors(
 def prior_batches(model: Any, samples: Sequence[Sample]) -> list[Batch]:
     """The batches of `collect_priors`."""
     return pack(samples, device_of(model.get_input_embeddings()))
-
-
-@contextlib.contextmanager
-def checkpointed_priors(
-    state: PriorSums,
-    batches: Sequence[Batch],
-    resume: Path | None,
-    identity: Mapping[str, Any],
-    console: Console | None,
-) -> Iterator[Callable[[int], None]]:
-    """Restore `state` from its checkpoint. Within it, a function to call whenever `count` more batches are in `state`:
-    it advances the progress bar and saves the next checkpoint."""
-    store = CheckpointStore(state, resume, console, identity)
-    with progress_bar(console, "tok/s") as bar:
-        done = sum(b.num_tokens for b in batches[: state.batches])
-        line = bar.add_task("priors", total=sum(b.num_tokens for b in batches), completed=done, first=done)
-
-        def record(count: int) -> None:
-            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
-            state.batches += count
-            store.save_if_due()
-
-        yield record
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The progress bar of long steps."""
+"""What a long step shows: remarks, and a progress bar."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def progress_bar(console: Console | None, unit: str) -> Progress:
     """A bar with the speed in `unit` (such as "tok/s") and the time left; silent without a console."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     return Progress(*columns, _Speed(unit), TimeRemainingColumn(), console=console, disable=console is None)
+
+
+def note(console: Console | None, text: str) -> None:
+    """Print a remark as it is: nothing in it is markup, a number or a path to be coloured."""
+    if console:
+        console.print(text, highlight=False, markup=False)

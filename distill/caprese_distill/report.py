@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,3 +165,9 @@ def quality_cells(found: Quality) -> tuple[str, str, str]:
 
 def _ridge(ridge: float | None) -> str:
     return "-" if ridge is None else f"{ridge:g}"
+
+
+def library_versions() -> dict[str, str]:
+    """What the adapter's header records of the software that made it."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return found | {"python": platform.python_version()}

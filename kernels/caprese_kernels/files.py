@@ -42,6 +42,15 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+@contextlib.contextmanager
+def writing(what: str, *, expected: str, fix: str) -> Iterator[None]:
+    """Raise an OSError of the block as a CapreseError about `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise CapreseError(what, expected=expected, found=reason(error), fix=fix) from None
+
+
 def open_regular(path: PathLike) -> BinaryIO:
     """A regular file, opened for reading; never waits.
 
@@ -147,7 +156,7 @@ def write_text(path: PathLike, text: str) -> None:
 def staging_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A private folder in `parent` for the block; those that killed processes left with the same prefix are removed.
 
-    Its owner holds a lock on it, which ends with the process: that tells it from one that is left.
+    Its owner holds a lock on it, which ends with the process: so a folder in use is known from one that was left.
     """
     remove_leftovers(parent, prefix)
     while True:

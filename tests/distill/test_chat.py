@@ -33,7 +33,7 @@ from tests.support.tokenize_server import tokenize, tokenize_client
 
 INLINE = f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
 REPLY = {"role": "assistant", "content": ANSWER}
-TOLD = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "hot"}
+RESULT = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "hot"}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one turn": [USER, REPLY],
     "system": [{"role": "system", "content": "Be brief."}, USER, REPLY],
@@ -43,8 +43,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "inline": [USER, {"role": "assistant", "content": INLINE}],
     "parts": [{"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]}, REPLY],
     "call": [USER, call({"place": "Rome"})],
-    "called": [USER, call('{"place": "Rome"}'), TOLD, REPLY],
-    "parts told": [USER, call({}), TOLD | {"content": [{"type": "text", "text": "hot"}]}, REPLY],
+    "called": [USER, call('{"place": "Rome"}'), RESULT, REPLY],
+    "result in parts": [USER, call({}), RESULT | {"content": [{"type": "text", "text": "hot"}]}, REPLY],
 }
 
 

@@ -21,7 +21,7 @@ from caprese_distill.command_line import given_options
 from caprese_distill.options import Group, flag, negative_flag
 from caprese_distill.settings_file import load_config, read_settings
 from caprese_kernels.errors import CapreseError
-from caprese_kernels.terminal import Verbosity, set_verbosity, verb
+from caprese_kernels.terminal import verb
 from tests.support.distill import ModelDir, WriteRows, make_rows, run_command
 
 EXAMPLE = """\
@@ -271,7 +271,6 @@ def test_json_on_stdout(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Pa
     code, shown, remarks = run_command(*words, "-q")
     assert code == 0
     assert remarks == ""
-    set_verbosity(Verbosity.NORMAL)
     result = json.loads(shown)
     assert (result["adapter"], result["card"]) == (str(output), str(output.parent / "README.md"))
     assert result["bytes"] == output.stat().st_size

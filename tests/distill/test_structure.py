@@ -12,7 +12,8 @@ import caprese_distill
 ROOT = Path(caprese_distill.__file__).parent
 # From the bottom; a folder is one floor. A module imports from lower floors, or from its own folder.
 FLOORS = [
-    {"blocks", "head", "kept", "loading", "options", "placement", "progress", "schedule"},
+    {"progress"},
+    {"blocks", "head", "kept", "loading", "options", "placement", "schedule"},
     {"command_line", "config", "data", "settings_file"},
     {"calibration", "checkpoint", "inputs"},
     {"selection"},

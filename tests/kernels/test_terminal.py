@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Annotated
 
-import pytest
 import typer
 from typer.testing import CliRunner
 
 from caprese_kernels import terminal
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    yield
-    terminal.set_verbosity(terminal.Verbosity.NORMAL)
 
 
 def greet(

@@ -11,6 +11,7 @@ import pytest
 
 from caprese_kernels.errors import CapreseError
 from caprese_vllm import compat
+from tests.support.vllm_source import MISSING
 
 SOURCES = sorted(Path(compat.__file__).parent.glob("*.py"))
 
@@ -23,18 +24,7 @@ def test_vllm_has_the_symbol(symbol: compat.Symbol) -> None:
         assert symbol.until
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "needs"),
-    [
-        ("vllm.engine.arg_utils", "EngineArgs.gone", ()),
-        ("vllm.engine.gone", "EngineArgs.add_cli_args", ()),
-        ("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("gone",)),
-        ("vllm.engine.arg_utils", "EngineArgs", ("model", "gone")),
-        ("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids", "gone")),
-        ("vllm.platforms", "current_platform", ("gone",)),
-    ],
-    ids=["symbol", "module", "parameter", "field", "attribute", "property"],
-)
+@pytest.mark.parametrize(("module", "name", "needs"), MISSING.values(), ids=MISSING)
 def test_what_is_missing_is_named(module: str, name: str, needs: tuple[str, ...]) -> None:
     with pytest.raises(CapreseError, match=rf"vLLM's {module}\.{name}: .*gone"):
         compat.check(compat.Symbol(module, name, needs))
@@ -90,6 +80,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from caprese_vllm import compat
+from tests.support.vllm_source import MISSING
 config = EngineArgs(model=sys.argv[1], max_model_len=64).create_engine_config()
 assert "caprese" not in config.additional_config
 assert config.cache_config.enable_prefix_caching

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caprese_vllm import compat
-from tests.support.vllm_source import VllmSource, fetch
+from tests.support.vllm_source import MISSING, VllmSource, fetch
 
 ASKED = [version for version in os.environ.get("CAPRESE_VLLM_SOURCE", "").split(",") if version]
 NOT_ASKED = "needs another release's source: set CAPRESE_VLLM_SOURCE=0.33.0, which fetches its wheel"
@@ -73,18 +73,7 @@ def test_reading_finds_what_importing_finds(installed: VllmSource, symbol: compa
     assert installed.problem(symbol) is None
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "needs"),
-    [
-        ("vllm.engine.arg_utils", "EngineArgs.gone", ()),
-        ("vllm.engine.gone", "EngineArgs.add_cli_args", ()),
-        ("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("gone",)),
-        ("vllm.engine.arg_utils", "EngineArgs", ("model", "gone")),
-        ("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids", "gone")),
-        ("vllm.platforms", "current_platform", ("gone",)),
-        ("vllm", "GONE", ()),
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "needs"), [*MISSING.values(), ("vllm", "GONE", ())])
 def test_reading_finds_what_is_missing(installed: VllmSource, module: str, name: str, needs: tuple[str, ...]) -> None:
     problem = installed.problem(compat.Symbol(module, name, needs))
     assert problem

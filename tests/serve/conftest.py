@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from caprese_kernels import terminal
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import AdapterConfig, BaseModelInfo
 from tests.support.adapters import BASE
@@ -49,6 +48,5 @@ def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
         return int(stopped.value.code or 0)
 
     yield call
-    terminal.set_verbosity(terminal.Verbosity.NORMAL)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

@@ -13,6 +13,15 @@ from caprese_vllm.compat import Symbol
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Found = tuple[ast.AST, str]  # a definition, and the module that holds it
+# Module, name and needs of symbols that no vLLM has, by what is missing.
+MISSING: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "symbol": ("vllm.engine.arg_utils", "EngineArgs.gone", ()),
+    "module": ("vllm.engine.gone", "EngineArgs.add_cli_args", ()),
+    "parameter": ("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("gone",)),
+    "field": ("vllm.engine.arg_utils", "EngineArgs", ("model", "gone")),
+    "attribute": ("vllm.v1.worker.gpu_input_batch", "InputBatch", ("req_ids", "gone")),
+    "property": ("vllm.platforms", "current_platform", ("gone",)),
+}
 
 
 class VllmSource:

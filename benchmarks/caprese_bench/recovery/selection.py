@@ -165,7 +165,7 @@ def _parts(cases: Sequence[Case]) -> Iterator[list[Case]]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model in float32, its dimensions, each domain's samples, and what tells model and data apart."""
+    """The model in float32, its dimensions, each domain's samples, and what identifies model and data."""
 
     model: Any
     info: BaseModelInfo

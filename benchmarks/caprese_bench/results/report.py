@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,9 @@ class Result:
         return path
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CapreseError(
-            f"result {path}",
-            expected="a file that can be written",
-            found=files.reason(error),
-            fix="free some space, or give another --out",
-        ) from None
+def _writing(path: Path) -> AbstractContextManager[None]:
+    fix = "free some space, or give another --out"
+    return files.writing(f"result {path}", expected="a file that can be written", fix=fix)
 
 
 def columns_of(rows: list[Row]) -> list[str]:

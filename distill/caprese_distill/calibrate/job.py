@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -25,9 +23,10 @@ from ..data.samples import Sample, split
 from ..inputs import chat_renderer, check_writable, encode_rows, read_rows, resolve_selection
 from ..loading import find_device, load_model_on, load_small_parts
 from ..prior import collect_priors
-from ..progress import progress_bar
+from ..progress import note, progress_bar
 from ..push import push
 from ..quality import MAX_HELD_OUT, PAPER, SELECTION, Quality, SparseLayers, measure
+from ..report import library_versions
 from ..selection import Priors, selectors_of
 from .config import CalibrateConfig
 
@@ -72,8 +71,8 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     source = read_rows(config, bad_rows)
     check_writable(config.output)
     device = find_device(config.device)
-    for note in (str(source), *source.notes):
-        console.print(note, highlight=False, markup=False)
+    for text in (str(source), *source.notes):
+        note(console, text)
     model_config, tokenizer = load_small_parts(config.model)
     info, method = resolve_selection(config, model_config, rank=0)
     renderer = chat_renderer(config, model_config, tokenizer, console)
@@ -95,8 +94,7 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
         "quality_by_density": {name: asdict(q) for name, q in quality.items()},
         "data": dict(source.provenance),
         "command": shlex.join(config.command()),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": library_versions(),
     }
     adapters = Adapters(adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +104,7 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     )
     if config.push_to_hub is not None:
         address = push(config.push_to_hub, config.output, result.record(), adapters)
-        console.print(f"uploaded: {address}", highlight=False, markup=False)
+        note(console, f"uploaded: {address}")
     return result
 
 

@@ -28,7 +28,7 @@ _FORMATS = {".parquet": "parquet", ".csv": "csv"}  # files that `datasets` reads
 _NAME = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _REVISION = re.compile(r"@([0-9a-f]{40})/")
-# Columns of a row, whose lists are no lists of rows. (Those of conversations are told by their messages.)
+# Columns of a row, whose lists are no lists of rows. (A conversation's list is known by its messages.)
 _OF_ROWS = {*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *CONTEXT_COLUMNS, *SYSTEM_COLUMNS, *TOOL_COLUMNS} | {
     *TEMPLATE_COLUMNS,
     *REASONING,

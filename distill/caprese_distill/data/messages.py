@@ -149,9 +149,7 @@ def _tool_calls(column: str, calls: Any) -> list[dict[str, Any]]:
     found = []
     for call in _as_list(calls):
         call = _parsed(call)
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"tool calls with a function's name in {column!r}", f"{call!r:.60}")
+        function = _function("tool calls", column, call)
         arguments = _parsed(function.get("arguments", function.get("parameters")) or {})
         if not isinstance(arguments, dict):
             raise BadRow(f"a tool call's arguments as an object in {column!r}", f"{arguments!r:.60}")
@@ -165,9 +163,7 @@ def parse_tools(column: str, value: Any) -> list[dict[str, Any]] | None:
     found = []
     for tool in _as_list(value):
         tool = _parsed(tool)
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"tools with a function's name in {column!r}", f"{tool!r:.60}")
+        function = _function("tools", column, tool)
         known = {key: function.get(key) for key in ("name", "description", "parameters")}
         if function.get("strict") is not None:
             known["strict"] = function["strict"]
@@ -181,6 +177,14 @@ def parse_object(column: str, value: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadRow(f"an object in {column!r}", f"{type(found).__name__} {found!r:.60}")
     return found
+
+
+def _function(kind: str, column: str, value: Any) -> dict[str, Any]:
+    """The function that a call or a tool has, or is."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"{kind} with a function's name in {column!r}", f"{value!r:.60}")
+    return function
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,7 @@ def resume(cache: Path, identity: Mapping[str, Any], total: int, console: Consol
     return responses
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Raise an OSError of writing `path` as a CapreseError."""
-    try:
-        yield
-    except OSError as error:
-        raise CapreseError(
-            f"responses, {path}",
-            expected="room for them beside the output",
-            found=error.strerror or type(error).__name__,
-            fix="free some space, or give another --output",
-        ) from None
+    fix = "free some space, or give another --output"
+    return files.writing(f"responses, {path}", expected="room for them beside the output", fix=fix)

@@ -16,6 +16,7 @@ from caprese_kernels.config import BaseModelInfo
 from ..data.bad_rows import BadRows
 from ..inputs import chat_renderer, encode_rows, read_rows
 from ..loading import find_device, load_model_on, load_small_parts
+from ..progress import note
 from ..quality import Quality, measure_adapters
 from .config import EvaluateConfig
 
@@ -51,8 +52,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     bad_rows = BadRows(config.max_bad_rows)
     source = read_rows(config, bad_rows)
     device = find_device(config.device)
-    for note in (str(source), *source.notes):
-        console.print(note, highlight=False, markup=False)
+    for text in (str(source), *source.notes):
+        note(console, text)
     model_config, tokenizer = load_small_parts(config.model)
     adapters.config.base_model.check_serves(BaseModelInfo.from_hf(model_config, config.model), f"adapter {path}")
     renderer = chat_renderer(config, model_config, tokenizer, console)

@@ -19,11 +19,9 @@ from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
 from ..blocks import find_blocks, truncated_decoder
-from ..checkpoint import CheckpointStore
 from ..data.batches import BATCH_TOKENS, Batch, make_batches
 from ..data.samples import Sample
 from ..placement import device_of, return_freed
-from ..progress import progress_bar
 from ..selection import Priors, selection_settings, selectors_of
 from .adam import AdamSettings
 from .moments import Moments, Observer, Sink
@@ -156,21 +154,15 @@ def checkpointed(
     identity: Mapping[str, Any],
     console: Console | None,
 ) -> Iterator[Callable[[int], None]]:
-    """Restore `state` from its checkpoint. Within it, a function to call whenever `count` more batches are in `state`:
-    it advances the progress bar and saves the next checkpoint."""
-    store = CheckpointStore(state, resume, console, identity)
-    started = time.monotonic() - state.seconds
-    with progress_bar(console, "tok/s") as bar:
-        done = sum(b.num_tokens for b in batches[: state.batches])
-        line = bar.add_task("original model", total=sum(b.num_tokens for b in batches), completed=done, first=done)
+    """`checkpoint.checkpointed` for a pass that also counts its seconds."""
+    with checkpoint.checkpointed("original model", state, batches, resume, identity, console) as record:
+        started = time.monotonic() - state.seconds
 
-        def record(count: int) -> None:
-            bar.advance(line, sum(b.num_tokens for b in batches[state.batches : state.batches + count]))
-            state.batches += count
+        def record_with_time(count: int) -> None:
             state.seconds = time.monotonic() - started
-            store.save_if_due()
+            record(count)
 
-        yield record
+        yield record_with_time
 
 
 def block_devices(model: Any, info: BaseModelInfo, method: Method) -> dict[int, torch.device]:

@@ -32,7 +32,7 @@ from ..layer_wise.closed_form import check_samples, solve_layers, with_priors
 from ..layer_wise.moments import Moments
 from ..layer_wise.passes import Pass, checkpointed, feeding, prepare_pass
 from ..layer_wise.solve import Solution, solve
-from ..prior import PriorSums, checkpointed_priors, feeding_priors, prior_identity
+from ..prior import PriorSums, feeding_priors, prior_identity
 from ..quality import Quality, measure_adapters
 from ..selection import Priors
 from ..work import Work
@@ -86,7 +86,7 @@ def run_prior_pass(
     batches = pack(samples, device)
     identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
     state = PriorSums.zeros(dict.fromkeys(method.layers, torch.device("cpu")), info.intermediate_size)
-    with checkpointed_priors(state, batches, resume, identity, console) as record:
+    with checkpoint.checkpointed("priors", state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
         jobs = ((info, method, part) for part in parts)
         for part, sums in zip(parts, pool.map(_sum_priors, jobs), strict=True):

@@ -38,13 +38,20 @@ def griffin_norms(z: Tensor, scale: Tensor | None = None) -> Tensor:
 @triton.jit
 def _norms(z, scale, norms, stride, F, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
+    power, square = _square(z + t * stride, scale, F, SCALED, BLOCK)
+    tl.store(norms + t, tl.sqrt(square) / power)
+
+
+@triton.jit
+def _square(row, scale, F, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """A power of two p, and ||p z_t||^2, which float32 holds where ||z_t||^2 overflows or vanishes."""
     j = tl.arange(0, BLOCK)
-    value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
+    value = tl.load(row + j, mask=j < F, other=0.0).to(tl.float32)
     if SCALED:
         value *= tl.load(scale + j, mask=j < F, other=0.0)
     power = _power_of_2(tl.max(tl.abs(value)))
     value *= power
-    tl.store(norms + t, tl.sqrt(tl.sum(value * value)) / power)
+    return power, tl.sum(value * value)
 
 
 @triton.jit
@@ -60,16 +67,11 @@ def _power_of_2(largest):
 
 @triton.jit
 def _factors(z, scale, factors, stride, F, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """factors[t] = a power of two p, and ||p z_t||^2, which float32 holds where ||z_t||^2 overflows or vanishes."""
+    """factors[t] = p and ||p z_t||^2, as `_square` has them."""
     t = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK)
-    value = tl.load(z + t * stride + j, mask=j < F, other=0.0).to(tl.float32)
-    if SCALED:
-        value *= tl.load(scale + j, mask=j < F, other=0.0)
-    power = _power_of_2(tl.max(tl.abs(value)))
-    value *= power
+    power, square = _square(z + t * stride, scale, F, SCALED, BLOCK)
     tl.store(factors + 2 * t, power)
-    tl.store(factors + 2 * t + 1, tl.sum(value * value))
+    tl.store(factors + 2 * t + 1, square)
 
 
 def griffin_observe(
