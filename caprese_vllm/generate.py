@@ -118,7 +118,7 @@ def _params(job: Mapping[str, Any], prompt: Mapping[str, Any]) -> Any:
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     fix = "free some space and run the same command again: it continues from the saved responses"
-    with files.writing(f"responses {path}", expected="space on the disk", fix=fix), path.open("a") as file:
+    with files.reporting(f"responses {path}", expected="space on the disk", fix=fix), path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())

@@ -183,7 +183,7 @@ class Statistics:
 
     def mass(self, z: Tensor) -> Tensor:
         """s^2 [F] float32 of all tokens of z [P, F] together, of which nothing is kept. A collective, as `observe`."""
-        total = torch.zeros(1, self._width, device=z.device)
+        total = torch.zeros(1, self._width, dtype=torch.float32, device=z.device)
         offsets, rows = (index_tensor(values, z.device) for values in ([0, len(z)], [0]))
         self.kernels.griffin_observe(z, offsets, rows, total, self._norms(z), self.selector.scale)
         return total[0]

@@ -32,7 +32,7 @@ def write_card(adapters: Adapters, output: Path) -> Path | None:
     """
     for path in (output.with_name("README.md"), output.with_name(f"{output.stem}.md")):
         if not os.path.lexists(path) or _is_ours(path, output.name):
-            with files.writing(
+            with files.reporting(
                 f"model card {path}",
                 expected="room for it beside the adapter, which is written",
                 fix="nothing: the adapter serves without it",

@@ -113,15 +113,7 @@ def check_samples(
 
 def check_writable(output: Path) -> None:
     """CapreseError before the work, not after it."""
-    try:
+    with files.reporting(f"output {output}", expected="a file that can be written", fix="give another --output"):
         files.check_target(output)
         with tempfile.TemporaryFile(dir=next(p for p in output.absolute().parents if p.exists())):
             pass
-    except OSError as error:
-        raise _unwritable(output, error.strerror or str(error)) from None
-
-
-def _unwritable(output: Path, found: str) -> CapreseError:
-    return CapreseError(
-        f"output {output}", expected="a file that can be written", found=found, fix="give another --output"
-    )

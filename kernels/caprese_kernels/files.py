@@ -43,7 +43,7 @@ def reason(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def writing(what: str, *, expected: str, fix: str) -> Iterator[None]:
+def reporting(what: str, *, expected: str, fix: str) -> Iterator[None]:
     """Raise an OSError of the block as a CapreseError about `what`."""
     try:
         yield
@@ -102,16 +102,12 @@ def check_model(model: str) -> None:
     """Raise CapreseError for a local model whose folder is a link to nothing, or whose config.json is no plain file:
     transformers would ask the Hub for the first, and wait for the second."""
     path = Path(model)
-    try:
+    with reporting(f"model {model}", expected="a folder with a config.json", fix="correct the folder"):
         check_present(path, f"model {model}")
         if path.is_dir() and os.path.lexists(path / "config.json"):
             with open_regular(path / "config.json") as file:
                 if os.fstat(file.fileno()).st_size > MAX_MODEL_CONFIG:
                     raise OSError(errno.EFBIG, f"a config.json of more than {MAX_MODEL_CONFIG:,} bytes", str(path))
-    except OSError as error:
-        raise CapreseError(
-            f"model {model}", expected="a folder with a config.json", found=reason(error), fix="correct the folder"
-        ) from None
 
 
 def check_target(path: PathLike) -> None:
@@ -203,20 +199,13 @@ def output_lock(output: PathLike) -> Iterator[None]:
     Raises CapreseError that names the holder, or says why nothing can be written there.
     """
     made: list[Path] = []
-    try:
+    with reporting(f"output {output}", expected="a file that can be written", fix="give another output"):
         check_target(output)
         path = Path(os.path.realpath(output))
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(_hidden(path, "lock"))
         descriptor = _acquire(lock, output)
-    except OSError as error:
-        raise CapreseError(
-            f"output {output}",
-            expected="a file that can be written",
-            found=reason(error),
-            fix="give another output",
-        ) from None
     try:
         yield
     finally:

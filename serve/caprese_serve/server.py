@@ -64,12 +64,8 @@ class VllmServer:
     def __enter__(self) -> VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-I", guard.__file__, str(os.getpid()), *self.command]
-        try:
+        with files.reporting(f"log {self.log}", expected="a file that can be written", fix="remove it"):
             files.check_target(self.log)
-        except OSError as error:
-            raise CapreseError(
-                f"log {self.log}", expected="a file that can be written", found=files.reason(error), fix="remove it"
-            ) from None
         with open(self.log, "wb") as log:
             self._guard = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True

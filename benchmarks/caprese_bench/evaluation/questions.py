@@ -42,14 +42,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Line by line, so that a long one is refused before it is in memory."""
-    try:
-        with files.open_regular(path) as file:
-            while line := file.readline(MAX_ROW + 1):
-                yield line
-    except OSError as error:
-        raise CapreseError(
-            f"--data {path}", expected="a JSONL file", found=files.reason(error), fix="correct the path"
-        ) from None
+    with (
+        files.reporting(f"--data {path}", expected="a JSONL file", fix="correct the path"),
+        files.open_regular(path) as file,
+    ):
+        while line := file.readline(MAX_ROW + 1):
+            yield line
 
 
 def _wrong_line(path: Path, number: int, found: str) -> CapreseError:

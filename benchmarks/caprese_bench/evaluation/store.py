@@ -51,15 +51,11 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not keep and path.exists():
             path.replace(path.with_suffix(".jsonl.old"))
-        try:
+        with files.reporting(str(path), expected="stored responses", fix="give another --out"):
             text = files.read_text(path, MAX_STORE) if os.path.lexists(path) else ""
             *lines, incomplete = text.split("\n")
             if incomplete:
                 files.write_text(path, "".join(f"{line}\n" for line in lines))
-        except OSError as error:
-            raise CapreseError(
-                str(path), expected="stored responses", found=files.reason(error), fix="give another --out"
-            ) from None
         for number, line in enumerate(lines, start=1):
             try:
                 response = Response.model_validate_json(line)
@@ -77,14 +73,10 @@ class Store:
 
     def add(self, response: Response) -> None:
         """Append the response to the file."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(response.model_dump_json() + "\n")
-        except OSError as error:
-            raise CapreseError(
-                str(self.path),
-                expected="room for a response",
-                found=files.reason(error),
-                fix="free some space, and run the same command again: it continues",
-            ) from None
+        fix = "free some space, and run the same command again: it continues"
+        with (
+            files.reporting(str(self.path), expected="room for a response", fix=fix),
+            self.path.open("a", encoding="utf-8") as file,
+        ):
+            file.write(response.model_dump_json() + "\n")
         self.found[response.key] = response

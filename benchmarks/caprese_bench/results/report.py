@@ -98,7 +98,7 @@ class Result:
 
 def _writing(path: Path) -> AbstractContextManager[None]:
     fix = "free some space, or give another --out"
-    return files.writing(f"result {path}", expected="a file that can be written", fix=fix)
+    return files.reporting(f"result {path}", expected="a file that can be written", fix=fix)
 
 
 def columns_of(rows: list[Row]) -> list[str]:

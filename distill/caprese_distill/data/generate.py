@@ -72,16 +72,16 @@ class Generated:
     def keep(self) -> Path:
         """Once the adapter is written: write the responses as rows for `--data`, and remove the cache."""
         path = responses_path(self.output)
-        try:
-            with files.staged(path) as new, new.open("w", encoding="utf-8") as file:
-                file.writelines(self._lines())
-        except OSError as error:
-            raise CapreseError(
+        with (
+            files.reporting(
                 f"responses {path}",
                 expected="room for them beside the adapter, which is written",
-                found=files.reason(error),
                 fix=f"free some space; their token ids are in {cache_path(self.output)}",
-            ) from None
+            ),
+            files.staged(path) as new,
+            new.open("w", encoding="utf-8") as file,
+        ):
+            file.writelines(self._lines())
         for rest in (cache_path(self.output), *child_files(self.output)):
             rest.unlink(missing_ok=True)
         return path

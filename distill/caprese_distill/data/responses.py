@@ -110,4 +110,4 @@ def resume(cache: Path, identity: Mapping[str, Any], total: int, console: Consol
 def writing(path: Path) -> AbstractContextManager[None]:
     """Raise an OSError of writing `path` as a CapreseError."""
     fix = "free some space, or give another --output"
-    return files.writing(f"responses, {path}", expected="room for them beside the output", fix=fix)
+    return files.reporting(f"responses, {path}", expected="room for them beside the output", fix=fix)
