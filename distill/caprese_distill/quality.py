@@ -100,13 +100,16 @@ def measure(
         chosen: dict[str, dict[int, Tensor]] = {name: {} for name in variants}
         with _hooked(blocks, partial(_choose, variants, chosen, sample.prompt_length)):
             original = _hidden(model, sample)
+        hidden: dict[str, tuple[Tensor, ...]] = {}
         for name, variant in variants.items():
             sparse = {i: blocks[i] for i in variant.selectors}
             drop = partial(_drop, variant.selectors, chosen[name], sample.prompt_length)
             with _hooked(sparse, drop), _corrected(sparse, variant, sample.prompt_length):
-                hidden = _hidden(model, sample)
-            for rows in zip(original.split(LOGIT_ROWS), hidden.split(LOGIT_ROWS), strict=True):
-                sums[name].add(*(F.log_softmax(head(part), dim=-1) for part in rows))
+                hidden[name] = _hidden(model, sample).split(LOGIT_ROWS)
+        for part, rows in enumerate(original.split(LOGIT_ROWS)):
+            likely = F.log_softmax(head(rows), dim=-1)
+            for name, parts in hidden.items():
+                sums[name].add(likely, F.log_softmax(head(parts[part]), dim=-1))
         advance()
     return {name: each.means() for name, each in sums.items()}
 

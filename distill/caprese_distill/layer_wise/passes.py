@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -25,6 +25,12 @@ from ..placement import device_of, return_freed
 from ..selection import Priors, selection_settings, selectors_of
 from .adam import AdamSettings
 from .moments import Moments, Observer, Sink
+
+
+class TimedPass(checkpoint.BatchPass, Protocol):
+    """A pass that counts its seconds, those of earlier runs included."""
+
+    seconds: float
 
 
 @dataclass
@@ -101,7 +107,7 @@ def run_pass(
     state = Pass.begin(block_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
     with (
-        checkpointed(state, batches, resume, identity, console) as record,
+        checkpointed("original model", state, batches, resume, identity, console) as record,
         feeding(model, info, method, priors) as feed,
     ):
         for batch in batches[state.batches :]:
@@ -148,14 +154,15 @@ def feeding(
 
 @contextlib.contextmanager
 def checkpointed(
-    state: Pass,
+    title: str,
+    state: TimedPass,
     batches: Sequence[Batch],
     resume: Path | None,
     identity: Mapping[str, Any],
     console: Console | None,
 ) -> Iterator[Callable[[int], None]]:
     """`checkpoint.checkpointed` for a pass that also counts its seconds."""
-    with checkpoint.checkpointed("original model", state, batches, resume, identity, console) as record:
+    with checkpoint.checkpointed(title, state, batches, resume, identity, console) as record:
         started = time.monotonic() - state.seconds
 
         def record_with_time(count: int) -> None:

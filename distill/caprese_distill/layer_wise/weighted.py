@@ -31,7 +31,7 @@ from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 
 from ..blocks import find_blocks, method_of
-from ..checkpoint import CheckpointStore, digest
+from ..checkpoint import digest
 from ..data.batches import Batch, make_batches
 from ..data.samples import Sample
 from ..head import LOGIT_ROWS, Head
@@ -40,7 +40,7 @@ from ..progress import progress_bar
 from ..selection import selectors_of
 from ..student import Student, frozen
 from .moments import Moments, Observer
-from .passes import Pass, block_devices, pass_identity
+from .passes import Pass, block_devices, checkpointed, pass_identity
 from .solve import Solution, ratio, solve
 
 FLOOR = 1.0  # with less (0.1), the demo model's easy task loses what its hard one wins: see docs/distill.md
@@ -65,6 +65,10 @@ class WeightedPass:
     @property
     def batches(self) -> int:
         return self.alike.batches
+
+    @batches.setter
+    def batches(self, count: int) -> None:
+        self.alike.batches = count
 
     @property
     def position(self) -> str:
@@ -196,17 +200,13 @@ def run_weighted_pass(
     state = WeightedPass.begin(block_devices(model, info, method), info.hidden_size)
     batches = make_batches(samples, device)
     identity = weighted_identity(model, samples, method, initial) if resume else {}
-    store = CheckpointStore(state, resume, console, identity)
-    started = time.monotonic() - state.seconds
     with (
-        progress_bar(console, "tok/s") as bar,
+        checkpointed("gradients", state, batches, resume, identity, console) as record,
         frozen(model, gradient_checkpointing),
         Observer(blocks, selectors) as observer,
         Student(model, blocks, selectors, initial.left, initial.right) as student,
         Gradients(model, blocks, student) as gradients,
     ):
-        done = sum(b.num_tokens for b in batches[: state.batches])
-        line = bar.add_task("gradients", total=sum(b.num_tokens for b in batches), completed=done, first=done)
         for batch in batches[state.batches :]:
             rows = {i: _Rows() for i in method.layers}
             observer.expect(batch, rows)
@@ -221,10 +221,7 @@ def run_weighted_pass(
                         fix="use --dtype bfloat16 or float32",
                     )
                 state.add(i, batch.held_out, (rows[i]["x"], rows[i]["e"], rows[i]["y"]), gradient)
-            state.alike.batches += 1
-            state.seconds = time.monotonic() - started
-            bar.advance(line, batch.num_tokens)
-            store.save_if_due()
+            record(1)
     return state
 
 

@@ -66,7 +66,7 @@ def run_pass(
     state = Pass.begin(dict.fromkeys(method.layers, torch.device("cpu")), info.hidden_size)
     batches = make_batches(samples, device)
     identity |= {"batch": BATCH_TOKENS[device.type]}  # this process's: it cuts the batches
-    with checkpointed(state, batches, resume, identity, console) as record:
+    with checkpointed("original model", state, batches, resume, identity, console) as record:
         parts = shards(batches, state.batches)
         jobs = ((info, method, part, priors) for part in parts)
         for part, sums in zip(parts, pool.map(_sum_shard, jobs), strict=True):
