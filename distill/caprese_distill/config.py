@@ -38,6 +38,7 @@ PRIOR, CORE = 0.5, 1.0  # of GRIFFIN, unless given; the paper's method is score 
 Stage = Literal["layer-wise", "end-to-end"]
 Solver = Literal["closed-form", "adam"]
 Weighting = Literal["none", "gradient"]
+Loss = Literal["hidden", "logits", "both"]
 
 
 class DataSettings(Settings):
@@ -227,6 +228,14 @@ class DistillConfig(AdapterSettings):
         Positive | None,
         Option(Group.TRAINING, "End to end. Default: 2e-4 for hidden size 2048 or less, 4e-6 for 8192 or more.", "X"),
     ] = None
+    loss: Annotated[
+        Loss,
+        Option(
+            Group.TRAINING,
+            "End to end: the error of the last hidden state (hidden: the paper's), the divergence of the next token's "
+            "distribution (logits), or both.",
+        ),
+    ] = "hidden"
     batch: Annotated[Integer, Field(ge=1), Option(Group.TRAINING, "End to end: samples of a step.", "N")] = 16
     epochs: Annotated[Integer, Field(ge=1), Option(Group.TRAINING, "End to end: passes over the samples.", "N")] = 3
     gradient_checkpointing: Annotated[

@@ -224,6 +224,7 @@ class Job:
                 config.epochs,
                 seed=config.seed,
                 gradient_checkpointing=config.gradient_checkpointing,
+                loss=config.loss,
             )
         if config.solver == "adam":
             adam = AdamSettings(

@@ -6,7 +6,8 @@ With D the hidden size, F neurons, r the rank:
     moments     X'X and X'E, fitted and held out, float64: 32 D^2 bytes a sparse layer
     solve       eight D x D matrices in float64 beside them
     weighted    twice those moments; the activations of a training step, or of LOGIT_ROWS tokens' distributions
-    training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer
+    training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer; for a loss of
+                logits, LOGIT_ROWS tokens' distributions before the backward pass
     core        where all tokens keep the same k neurons, copies: D (F - k) values of a layer's W_2 layer-wise, and in
                 training the 3 D k values of the neurons kept
     activations of the largest batch, from what each layer's operations keep (see `_BatchMemory`)
@@ -102,7 +103,9 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
         stages["end to end"] = {
             "L and R, gradients, Adam": 16 * pairs + in_lists,
             "layer-wise L and R": size * pairs,
-            f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(checkpointed),
+            f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(
+                checkpointed, recipe.loss != "hidden"
+            ),
         } | kept
         disk = max(disk, 12 * pairs) + (2 if work.weighting else 1) * size * pairs
     process, output = psutil.Process().memory_info().rss, size * pairs
@@ -159,14 +162,15 @@ class _BatchMemory:
         block = self.tokens * s * (f * (2 if self.cats else 1) + 7 * d)
         return block + max(self.rows * (f * (1 + 2 * s) + d * (8 + s)), self._selection) + 8 * d * d
 
-    def trained(self, checkpointed: bool) -> int:
-        """Bytes of both passes of a training step, and of the gradients."""
+    def trained(self, checkpointed: bool, logits: bool = False) -> int:
+        """Bytes of both passes of a training step, and of the gradients; `logits`: of a loss of distributions."""
         s, d, f = self.size, self.depth, self.neurons
         layer = self.tokens * (f * 3 * s + d * (16 + 2 * s) + self.attention)
         own = self.tokens * f + self.rows * s * (d + self.rank)  # kept by a sparse layer in addition
         behind = self.layers - self.first - 1  # the input of the first block with L and R needs no gradient
         kept = behind * self.tokens * s * d + layer + own if checkpointed else behind * layer + self.sparse * own
-        return kept + max(self.tokens * s * (2 * f + 2 * d), self._selection) + self.rows * d * (8 + s)
+        backward = max(self.tokens * s * (2 * f + 2 * d), self._selection, self._distributions if logits else 0)
+        return kept + backward + self.rows * d * (8 + s)
 
     @property
     def weighted(self) -> int:
@@ -174,8 +178,12 @@ class _BatchMemory:
         distributions of LOGIT_ROWS tokens (two, their logits and gradients, in float32) and the backward pass."""
         s, d = self.size, self.depth
         behind = (self.layers - self.first - 1) * self.tokens * s * d
-        distributions = 5 * 4 * min(LOGIT_ROWS, self.rows) * self.words
-        return max(self.trained(True), behind + distributions) + self.sparse * self.rows * s * d * 5
+        return max(self.trained(True), behind + self._distributions) + self.sparse * self.rows * s * d * 5
+
+    @property
+    def _distributions(self) -> int:
+        """Two distributions of LOGIT_ROWS tokens, their logits and gradients, in float32."""
+        return 5 * 4 * min(LOGIT_ROWS, self.rows) * self.words
 
     @property
     def _selection(self) -> int:

@@ -15,6 +15,8 @@ from caprese_kernels.config import BaseModelInfo, Method
 
 from .blocks import find_blocks
 from .data.batches import Batch, make_batches, pack
+from .end_to_end.losses import backward
+from .head import Head
 from .layer_wise.adam import LowRank
 from .layer_wise.moments import Moments, Sink
 from .layer_wise.passes import feeding
@@ -129,30 +131,34 @@ def _seconds_of_training(model: Any, work: Work, priors: Priors | None, remainin
     chosen = _spread(batches or held_out)
     blocks = find_blocks(model, info, method.layers)
     selectors = selectors_of(blocks, method, priors)
-    losses: list[Tensor] = []
+    head = None if recipe.loss == "hidden" else Head(model)
+    states: list[tuple[Tensor, Tensor]] = []  # of the student and of the original
 
-    def compute_loss(batch: Batch) -> None:
-        target = student.original(batch).float()
-        losses.append((student(batch).float() - target).square().sum())
+    def forward_pass(batch: Batch) -> None:
+        original = student.original(batch)
+        states.append((student(batch), original))
+
+    def backward_pass() -> None:
+        backward(recipe.loss, *states.pop(), head, 1)
 
     with (
         frozen(model, recipe.gradient_checkpointing),
         Student(model, blocks, selectors, *_zeros(info, method)) as student,
     ):
-        compute_loss(_small(chosen))
-        losses.pop().backward()
+        forward_pass(_small(chosen))
+        backward_pass()
         return_freed()
-        forward, backward = 0.0, 0.0
+        forward_seconds, backward_seconds = 0.0, 0.0
         for batch in chosen:
-            forward += _timed(device, partial(compute_loss, batch))
-            backward += _timed(device, losses.pop().backward)
+            forward_seconds += _timed(device, partial(forward_pass, batch))
+            backward_seconds += _timed(device, backward_pass)
             return_freed()
         optimizer = torch.optim.Adam(student.parameters())
         optimizer.step()  # allocates its state
         update = _timed(device, optimizer.step)
-    rate = forward / _padded(chosen)
+    rate = forward_seconds / _padded(chosen)
     evaluating = remaining.evaluations * rate * _padded(held_out)
-    training = (rate + backward / _padded(chosen)) * _padded(batches)
+    training = (rate + backward_seconds / _padded(chosen)) * _padded(batches)
     return training + len(remaining.steps) * update + evaluating
 
 

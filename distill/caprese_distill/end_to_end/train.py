@@ -1,8 +1,9 @@
-"""End-to-end distillation (paper, section 3.2, eq. 8): L and R of all layers together, from the layer-wise ones.
+"""End-to-end distillation (paper, section 3.2): L and R of all layers together, from the layer-wise ones.
 
-    min over L, R of the mean over generated tokens of ||M(x) - M_student(x)||^2
+    min over L, R of the mean over generated tokens of ||M(x) - M_student(x)||^2     (eq. 8)
 
-with M the last hidden state before the head. Adam, linear schedule with warm-up (paper, appendix E, table 6).
+with M the last hidden state before the head, or another of `losses`. Adam, linear schedule with warm-up (paper,
+appendix E, table 6).
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from caprese_kernels.errors import CapreseError
 from .. import checkpoint
 from ..blocks import find_blocks, method_of
 from ..checkpoint import CheckpointStore
+from ..config import Loss
 from ..data.batches import make_batches, pack
 from ..data.samples import Sample, split
+from ..head import LOGIT_ROWS, Head, divergence
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
 from ..schedule import linear_schedule
 from ..selection import selection_settings, selectors_of
 from ..student import SharedModel, Student, frozen
+from .losses import backward
 
 # Batches are cut from this many batches of shuffled samples, sorted by length: little padding, and almost as random
 # as without the sorting.
@@ -42,7 +46,7 @@ SORTED_BATCHES = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters; the defaults are table 6's."""
+    """Hyperparameters; the defaults are table 6's, and the loss is eq. 8's."""
 
     learning_rate: float
     batch: int = 16  # samples of an optimizer step
@@ -50,6 +54,7 @@ class Recipe:
     warmup: float = 0.02  # share of the steps
     seed: int = 0
     gradient_checkpointing: bool = True
+    loss: Loss = "hidden"
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -111,6 +116,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(student.parameters(), lr=recipe.learning_rate)
         self.step, self.seconds = 0, 0.0
         self.errors: list[float] = []  # held out, relative; before the first epoch and after each
+        self.divergences: list[float] = []  # KL held out, nats a token, at the same times; empty for the loss "hidden"
+        self.head = None if recipe.loss == "hidden" else Head(model)
 
     @property
     def position(self) -> str:
@@ -122,7 +129,8 @@ class Trainer:
         for n, p in enumerate(self.student.parameters()):
             tensors[f"parameter.{n}"] = p.detach()
             tensors |= {f"{key}.{n}": value for key, value in self.optimizer.state[p].items()}
-        return tensors, {"step": self.step, "seconds": self.seconds, "errors": self.errors}
+        lists = {"errors": self.errors, "divergences": self.divergences}
+        return tensors, {"step": self.step, "seconds": self.seconds, **lists}
 
     @torch.no_grad()
     def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
@@ -132,7 +140,8 @@ class Trainer:
             del state["parameter"]
             if state:  # none yet before the first step; Adam keeps its "step" on the CPU
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
-        self.step, self.seconds, self.errors = progress["step"], progress["seconds"], list(progress["errors"])
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.errors, self.divergences = list(progress["errors"]), list(progress["divergences"])
 
     def check_same_step(self, path: Path | None) -> None:
         """CapreseError unless all processes resume at the same step: a node that does not see the file starts anew."""
@@ -176,10 +185,8 @@ class Trainer:
         rows, mine = sum(s.num_rows for s in samples), samples[self.ranks.rank :: self.ranks.size]
         total = torch.zeros((), dtype=torch.float64)
         for batch in pack(mine, self.device) if mine else ():
-            target = self.student.original(batch).float()
-            loss = (self.student(batch).float() - target).square().sum() / rows
-            loss.backward()
-            total += loss.item()
+            target = self.student.original(batch)
+            total += backward(self.recipe.loss, self.student(batch), target, self.head, rows)
             return_freed()
         self.ranks.all_reduce(total)
         for p in self.student.parameters():
@@ -198,23 +205,32 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate_held_out(self, bar: Progress) -> None:
-        """Append the held-out error ||M - M_student||^2 / ||M||^2 to `errors`, once an epoch."""
+        """Append the held-out error ||M - M_student||^2 / ||M||^2 to `errors`, once an epoch; KL to `divergences`."""
         epoch = self.step * self.recipe.epochs // len(self.steps)
         if len(self.errors) > epoch:
             return
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         mine = self.held_out[self.ranks.rank :: self.ranks.size]
         line = bar.add_task(f"held out, epoch {epoch}", total=sum(b.num_tokens for b in mine), visible=bool(mine))
         for batch in mine:
-            target = self.student.original(batch).float()
-            sums[0] += float((self.student(batch).float() - target).square().sum(dtype=torch.float64))
-            sums[1] += float(target.square().sum(dtype=torch.float64))
+            target = self.student.original(batch)
+            found = self.student(batch)
+            sums[0] += float((found.float() - target.float()).square().sum(dtype=torch.float64))
+            sums[1] += float(target.float().square().sum(dtype=torch.float64))
+            if self.head is not None:
+                parts = zip(found.split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True)
+                sums[2] += sum(float(divergence(part, of, self.head)) for part, of in parts)
+                sums[3] += len(found)
             bar.advance(line, batch.num_tokens)
         bar.remove_task(line)
         self.ranks.all_reduce(sums)
         self.errors.append(float(sums[0] / sums[1]))
+        if self.head is not None:
+            self.divergences.append(float(sums[2] / sums[3]))
         if self.ranks.writer:
             self.ranks.writer.add_scalar("held-out error", self.errors[-1], self.step)
+            if self.head is not None:
+                self.ranks.writer.add_scalar("held-out KL", self.divergences[-1], self.step)
 
     def _report_step(self, bar: Progress, line: TaskID, loss: float, tokens: int) -> None:
         bar.update(line, advance=tokens, description=f"{self.student.title}, loss {loss:.3g}")
@@ -268,10 +284,11 @@ def distill_end_to_end(
     console: Console | None = None,
     ranks: RankContext | None = None,
 ) -> Adapters:
-    """Adapters for `model` (a transformers causal LM) by eq. 8, starting from `initial`, in the model's dtype.
+    """Adapters for `model` (a transformers causal LM) by the recipe's loss, from `initial`, in the model's dtype.
 
     The samples held out are those of the layer-wise stage. `training` gains the recipe, the seconds and the held-out
-    error ||M - M_student||^2 / ||M||^2 before the first epoch and after each. With `resume`, a killed run with the same
+    error ||M - M_student||^2 / ||M||^2 before the first epoch and after each (and the KL, in nats a token, for a loss
+    of logits). With `resume`, a killed run with the same
     model, samples, initial adapters and settings continues from that file, to the same bits.
     """
     method = method_of(initial.config)
@@ -287,10 +304,13 @@ def distill_end_to_end(
             {i: p.detach().to(model.dtype).cpu() for i, p in part.items()} for part in (student.left, student.right)
         )
     before = initial.config.training
+    found: dict[str, Any] = {"steps": trainer.step, "seconds": round(trainer.seconds, 1)}
+    found |= {"held_out_errors": trainer.errors}
+    if trainer.divergences:
+        found |= {"held_out_kl": trainer.divergences}
     training = before | {
         "stage": "end-to-end",
         "seconds": round(before["seconds"] + trainer.seconds, 1),
-        "end_to_end": asdict(recipe)
-        | {"steps": trainer.step, "seconds": round(trainer.seconds, 1), "held_out_errors": trainer.errors},
+        "end_to_end": asdict(recipe) | found,
     }
     return Adapters(initial.config.model_copy(update={"training": training}), left, right, initial.prior)

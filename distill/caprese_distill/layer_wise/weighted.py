@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from ..blocks import find_blocks, method_of
 from ..checkpoint import digest
 from ..data.batches import Batch, make_batches
 from ..data.samples import Sample
-from ..head import LOGIT_ROWS, Head
+from ..head import LOGIT_ROWS, Head, divergence
 from ..placement import device_of
 from ..progress import progress_bar
 from ..selection import selectors_of
@@ -150,16 +149,9 @@ class Gradients:
         with torch.enable_grad():
             hidden = self.student(batch)
             chunks = zip(hidden.detach().split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True)
-            at_hidden = torch.cat([self._divergence_gradient(*chunk) for chunk in chunks])
+            at_hidden = torch.cat([_divergence_gradient(*chunk, self.head) for chunk in chunks])
             found = torch.autograd.grad(hidden, list(self.probes.values()), at_hidden)
         return dict(zip(self.probes, found, strict=True))
-
-    def _divergence_gradient(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """d KL / d hidden of some tokens."""
-        hidden = hidden.requires_grad_()
-        likely = self.head(target).softmax(dim=-1)
-        loss = F.cross_entropy(self.head(hidden), likely, reduction="sum")  # KL plus a constant
-        return torch.autograd.grad(loss, hidden)[0]
 
     def _hook(self, layer: int) -> Any:
         def add_probe(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
@@ -169,6 +161,12 @@ class Gradients:
             return y.flatten(0, 1).index_add(0, self.student.batch.rows(), self.probes[layer]).view_as(y)
 
         return add_probe
+
+
+def _divergence_gradient(hidden: Tensor, target: Tensor, head: Head) -> Tensor:
+    """d KL / d hidden of some tokens, [N, D]."""
+    hidden = hidden.requires_grad_()
+    return torch.autograd.grad(divergence(hidden, target, head), hidden)[0]
 
 
 def weighted_identity(model: Any, samples: Sequence[Sample], method: Method, initial: Adapters) -> dict[str, Any]:
