@@ -8,6 +8,7 @@ arithmetic limits it: two matrix products of oneDNN over views of the same stora
 from __future__ import annotations
 
 import ctypes
+import functools
 from itertools import pairwise
 from typing import Literal
 
@@ -30,7 +31,9 @@ NAME = "cpu"
 # Measured on both paths, 1536 x 8960, density .5, two cores of an EPYC 9004: with one selection a token, 64 tokens take
 # as long gathered as masked, 256 tokens 1.6 times as long; with one selection for all, gathering wins at 256 too.
 GATHER_UP_TO = 64  # tokens
-CORE_GATHER_UP_TO = 64  # tokens of a core: `caprese bench kernels --sections core` measures both paths
+# bfloat16 where oneDNN has AMX: the core of 16 tokens (1536 x 8960, half of it) takes 4.3 ms by our kernel, and 3.2 by
+# products; of 8 tokens 2.6 and 3.0 (two cores of a Xeon with AMX).
+GATHER_UP_TO_BESIDE_AMX = 8  # tokens
 SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
@@ -58,7 +61,7 @@ class _Batch(ctypes.Structure):
 
 def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
-    return _gather(x, ff, None, out) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff, out)
+    return _gather(x, ff, None, out) if len(x) <= _gather_up_to(x) else reference.dense_ff(x, ff, out)
 
 
 def griffin_ff(
@@ -70,7 +73,7 @@ def griffin_ff(
 
 def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None, path: CorePath | None = None) -> Tensor:
     """As reference.core_ff; `path` decides between our kernel and matrix products, by default the number of tokens."""
-    if (path or ("kernel" if len(x) <= CORE_GATHER_UP_TO else "products")) == "kernel":
+    if (path or ("kernel" if len(x) <= _gather_up_to(x) else "products")) == "kernel":
         return _gather(x, ff, slots, out)
     return reference.core_ff(x, ff, slots, out)
 
@@ -85,13 +88,23 @@ def cats_ff(
 
 
 def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
-    if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
+    if len(x) <= _gather_up_to(x) or _share_rows(slots, ff, selections.get("keep")):
         return _gather(x, ff, slots, out, **selections)
     # Not the product's own out=: where `out` begins would then decide how the product rounds.
     y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
     if ff.down_bias is not None:
         y += ff.down_bias
     return reference.into(out, y.masked_fill_(slots[:, None] < 0, 0))
+
+
+def _gather_up_to(x: Tensor) -> int:
+    """The most tokens for which our kernel beats matrix products."""
+    return GATHER_UP_TO_BESIDE_AMX if x.dtype == torch.bfloat16 and _has_amx() else GATHER_UP_TO
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
