@@ -25,12 +25,24 @@ ROWS = 512  # tokens whose statistic is taken at once: bounds the float32 tempor
 
 def activations(x: Tensor, ff: PackedFF) -> tuple[Tensor, Tensor]:
     """g = act(x W_g) and z = g * (x W_1) (eq. 1), [T, F] each; without a gate z = g = act(x W_1)."""
+    x = _whole(x)
     up = F.linear(x, ff.up_plus[: ff.num_neurons], ff.up_bias)
     if ff.gate is None:
         g = ff.act(up)
         return g, g
     g = ff.act(F.linear(x, ff.gate, ff.gate_bias))
     return g, g * up
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x without gaps between its rows: oneDNN with AMX multiplies what follows a row of odd length by zero, and NaN
+    there would spread."""
+    return x.contiguous()
+
+
+def _spared(x: Tensor, slots: Tensor) -> Tensor:
+    """x with zeros for padding, which may hold anything (see `_whole`: also for what follows from it)."""
+    return torch.where(slots[:, None] >= 0, x, 0)
 
 
 def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
@@ -63,7 +75,7 @@ def griffin_ff(
     `keep` [S, F] bool, one selection a slot; `slots` [T] int64. A slot of -1 is padding: y is zero there.
     `row_plan` is this layer's of `plan_layers`, or None; it changes no result.
     """
-    y = sparse_ff(x, ff, keep[slots])
+    y = sparse_ff(_spared(x, slots), ff, keep[slots])
     return into(out, torch.where(slots[:, None] >= 0, y, 0))
 
 
@@ -80,7 +92,7 @@ def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None) -> 
     y = [act(x W_g) * (x W_1), x L] [W_2; R] over the core's neurons. `slots` [T] int64: -1 is padding, y is zero there.
     The tail is added to it: `griffin_ff` of the block without L and R, with selections that leave the core out.
     """
-    bias = None if ff.up_bias is None else F.pad(ff.up_bias, (0, ff.rank))
+    x, bias = _spared(x, slots), None if ff.up_bias is None else F.pad(ff.up_bias, (0, ff.rank))
     z = F.linear(x, ff.up_plus, bias)
     neurons = z[:, : ff.num_neurons]
     if ff.gate is None:
@@ -101,6 +113,7 @@ def cats_ff(
     Returns y [T, D] and the number of neurons kept: int64 [T]. A `kept` that is given is added to, and returned: [T],
     or [] for the sum over all tokens.
     """
+    x = _spared(x, slots)
     g, z = activations(x, ff)
     valid = slots[:, None] >= 0
     keep = (magnitudes(g, ff.scale) >= tau[slots, None]) & valid
@@ -115,7 +128,7 @@ def add_kept(kept: Tensor | None, counts: Tensor) -> Tensor:
 
 def _down_plus(x: Tensor, z: Tensor, ff: PackedFF) -> Tensor:
     if ff.rank:
-        z = torch.cat([z, F.linear(x, ff.up_plus[ff.num_neurons :])], dim=1)
+        z = torch.cat([z, F.linear(_whole(x), ff.up_plus[ff.num_neurons :])], dim=1)
     y = z @ ff.down_plus
     return y if ff.down_bias is None else y + ff.down_bias
 

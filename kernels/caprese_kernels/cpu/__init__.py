@@ -126,7 +126,7 @@ def _gather(
 
 def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
     """z+ [T, F + r], zero where a token does not keep a neuron."""
-    x, neurons = _rows(x), ff.num_neurons
+    x, neurons = x.contiguous(), ff.num_neurons
     low_rank = ff.up_plus[neurons:]
     gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
     z = x.new_empty(len(x), neurons + ff.rank)
