@@ -26,6 +26,7 @@ DOCS = ROOT / "docs"
 PICTURE = DOCS / "accuracy-and-time.svg"
 INDEX_PAGE = DOCS / "package-index.md"
 SHARED_CORE = ROOT / "benchmarks/results/amd-epyc/shared-core/latency.json"
+REAL_ACCURACY = ROOT / "benchmarks/results/intel-xeon/shared-core/accuracy.json"
 RESULTS = ROOT / "benchmarks/results"
 DEMO_TASKS = {"word problems": "math", "reading questions": "reading"}  # titles in accuracy.json: our columns
 SMALL, LARGE = "qwen2.5-0.5b", "qwen2.5-1.5b"  # models of latency.json that the README shows
@@ -159,10 +160,19 @@ def latency(path: Path) -> str:
 
 
 def core(path: Path) -> str:
-    """The table of `shared_core`, and where it comes from, in Markdown."""
+    """The times of `shared_core`, and where they come from, in Markdown."""
+    return _measured(shared_core.table(path), path)
+
+
+def real_accuracy(path: Path) -> str:
+    """The accuracies of `shared_core`, and where they come from, in Markdown."""
+    return _measured(shared_core.accuracies(path), path)
+
+
+def _measured(lines: list[str], path: Path) -> str:
     provenance = Result.load(path).provenance
     measured = f"- Measured by `{provenance['command']}` on {source(path, provenance)}"
-    return "\n".join([*shared_core.table(path), "", *_note(provenance), measured]) + "\n"
+    return "\n".join([*lines, "", *_note(provenance), measured]) + "\n"
 
 
 def _note(provenance: dict[str, Any]) -> list[str]:
@@ -314,6 +324,7 @@ def pages() -> dict[Path, str]:
             "kernels": kernels(newest("kernels")),
             "latency": latency(newest("latency")),
             "core": core(SHARED_CORE),
+            "real-accuracy": real_accuracy(REAL_ACCURACY),
         },
     }
     written = {page: fill(page.read_text(), contents, page) for page, contents in tables.items()}
