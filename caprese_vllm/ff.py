@@ -168,6 +168,19 @@ class SparseFF:
                 rows[: len(share)].copy_(share)
         self.arrange(None if adapters is None else adapters.prior.get(self.layer))
 
+    def selected(self, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(core, tail) of a GRIFFIN selection, bool [F] each, in the order of checkpoints.
+
+        `own` [F] is a request's row of `selections`; None where all requests share the core and nothing else.
+        """
+        core = torch.zeros(self.num_neurons, dtype=torch.bool, device=self.packed.up_plus.device)
+        tail = torch.zeros_like(core) if own is None else own.clone()
+        if self.core is not None:
+            core[self.num_neurons - self.core.num_neurons :] = True
+        if self._order is not None:
+            core, tail = (torch.zeros_like(mask).index_copy_(0, self._order, mask) for mask in (core, tail))
+        return core, tail
+
     def restore_order(self) -> None:
         """Put the neurons where checkpoints have them, before weights are loaded again; `fill_adapter` follows."""
         if self._order is not None:

@@ -18,6 +18,7 @@ from caprese_kernels.self_check import SelfCheck, check_block
 from .ff import SparseFF, StepView
 from .pages import COMMANDS, Commands
 from .requests import RequestTable, Scheduled, Step
+from .selections import BINS, RecentSelections, binned, find_named
 from .statistics import ChunkPlan
 
 STATE = "caprese"  # our key in vLLM's per-engine forward context
@@ -44,6 +45,7 @@ class State:
     digest: str | None = None  # its SHA-256 when the front end checked it
     start_up_check: bool = True
     tensor_parallel_size: int = 1
+    show_selections: bool = False  # whether selections of finished requests are kept for a while
     graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's, for the next step
@@ -53,6 +55,7 @@ class State:
     def __post_init__(self) -> None:
         # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
         self.table = torch.empty(0)
+        self.recent = RecentSelections()
         self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
         self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
@@ -154,11 +157,44 @@ class State:
 
     def finish_request(self, request_id: str) -> None:
         """Free what a finished request holds: its slot, its parked selection, its statistics."""
+        if self.show_selections and (selection := self._selection(request_id)) is not None:
+            self.recent.add(request_id, selection.clone())
         key = self.requests.finish(request_id)
         if key is not None:
             self.parked.pop(key, None)
             for block in self.blocks:
                 block.statistics.forget(key)
+
+    def _selection(self, request_id: str | None) -> Tensor | None:
+        """table[:, slot] of a live request; None without such a request, or while its prompt is not done."""
+        if request_id is None or request_id not in self.requests.ids:
+            return None
+        key, slot = self.requests.place(request_id)
+        return self.parked.get(key) if slot is None else self.table[:, slot]
+
+    def selections(self, name: str) -> dict[str, Any] | None:
+        """This process's part of GET /caprese/selections/NAME (`merge_selections`); None for an unknown request.
+
+        GRIFFIN: for each layer, and each of its bins of neurons, the share that is in the core, and in the request's
+        tail. CATS chooses neurons for each token, so a request has only its threshold. Where all requests share one
+        selection, any name has it.
+        """
+        selection = self._selection(find_named(self.requests.ids, name))
+        selection = self.recent.find(name) if selection is None else selection
+        if selection is None and self.method.needs_statistic:
+            return None
+        layers: dict[int, dict[str, Any]] = {}
+        for block in self.blocks:
+            own = None if selection is None or not self.method.needs_statistic else selection[block.index]
+            if self.method.name == "griffin":
+                bins = BINS // block.ranks.size
+                shares = (binned(mask, bins) for mask in block.selected(own))
+                layers[block.layer] = {"neurons": block.num_neurons, **dict(zip(("core", "tail"), shares, strict=True))}
+            else:
+                assert own is not None
+                layers[block.layer] = {"threshold": float(own)}
+        rank = self.blocks[0].ranks.rank if self.blocks else 0
+        return {"rank": rank, "method": self.method.name, "layers": layers}
 
     def report(self) -> dict[str, Any]:
         """This process's part of what GET /caprese shows (`merge`).
