@@ -173,12 +173,16 @@ class State:
         return self.parked.get(key) if slot is None else self.table[:, slot]
 
     def selections(self, name: str) -> dict[str, Any] | None:
-        """This process's part of GET /caprese/selections/NAME (`merge_selections`); None for an unknown request.
+        """This process's part of GET /caprese/selections/NAME (`merge_selections`).
+
+        None for an unknown request, and for any where selections are not shown.
 
         GRIFFIN: for each layer, and each of its bins of neurons, the share that is in the core, and in the request's
         tail. CATS chooses neurons for each token, so a request has only its threshold. Where all requests share one
         selection, any name has it.
         """
+        if not self.show_selections:
+            return None
         selection = self._selection(find_named(self.requests.ids, name))
         selection = self.recent.find(name) if selection is None else selection
         if selection is None and self.method.needs_statistic:

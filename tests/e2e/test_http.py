@@ -16,7 +16,10 @@ from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.client import ask
 from caprese_serve.demo.problems import Problem, chat, problems
 from caprese_serve.demo.run import ENV, FLAGS, SERVED_NAME
+from caprese_serve.playground.app import Playground
 from caprese_serve.server import VllmServer, vllm_program
+from tests.support.browser import MISSING, browsing
+from tests.support.fake_openai import serving
 from tests.support.models import make_adapter
 
 pytestmark = pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="the demo model is not in this tree")
@@ -26,7 +29,8 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    flags = (*FLAGS, *CPU, "--caprese-weights", str(ADAPTERS["griffin"]))
+    shows = ("--caprese-config.show_selections", "true")
+    flags = (*FLAGS, *CPU, "--caprese-weights", str(ADAPTERS["griffin"]), *shows)
     log = tmp_path_factory.mktemp("e2e") / "server.log"
     with VllmServer(MODEL, *flags, log=log, env=ENV, console=QUIET) as running:
         yield running
@@ -102,6 +106,28 @@ def test_a_wrong_switch_is_status_400_everywhere(server: VllmServer, endpoint: s
     assert server.log.read_text().count("Traceback") == logged
 
 
+def test_a_client_sees_what_its_own_request_selected(server: VllmServer, client: OpenAI, asked: list[Problem]) -> None:
+    """By the id in the answer, while it streams and afterwards; each prompt selects its own neurons."""
+    seen = []
+    for problem in asked[:2]:
+        request = {"model": SERVED_NAME, "messages": chat(problem.prompt), "temperature": 0, "max_tokens": 60}
+        chunks = client.chat.completions.create(**request, stream=True)  # type: ignore[call-overload]
+        answer = next(iter(chunks)).id
+        while_streaming = [server.get(f"/caprese/selections/{answer}")]
+        list(chunks)
+        seen.append(server.get(f"/caprese/selections/{answer}"))
+        assert while_streaming == seen[-1:]
+        for name in (answer[:-1], f"{answer}0", "chatcmpl", "0"):
+            with pytest.raises(CapreseError, match="found 404"):
+                server.get(f"/caprese/selections/{name}")
+    assert seen[0] != seen[1]
+    for found in seen:
+        assert [row["layer"] for row in found["layers"]] == sorted(read_config(ADAPTERS["griffin"]).layers)
+        for row in found["layers"]:
+            assert sum(row["tail"]) / len(row["tail"]) == pytest.approx(0.5, abs=1e-6)
+            assert not any(row["core"])
+
+
 def test_report(server: VllmServer, asked: list[Problem]) -> None:
     ask(server, SERVED_NAME, asked[:2], concurrency=2)
     adapter, report = read_config(ADAPTERS["griffin"]), server.get("/caprese")
@@ -117,6 +143,22 @@ def test_the_log_proves_that_it_is_on(server: VllmServer) -> None:
     proof = f"Caprese: {len(adapter.layers)} of {adapter.base_model.num_hidden_layers} FF blocks replaced"
     assert log.count(proof) == 1
     assert f"method griffin, density {adapter.density:g}, rank {adapter.rank}" in log
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_the_playground_shows_both_answers_of_a_real_server(server: VllmServer, asked: list[Problem]) -> None:
+    app = Playground(server.url, server.api_key, "secret", [asked[0].prompt]).app
+    with serving(lambda: app) as url, browsing() as browser:
+        browser.open(f"{url}/secret/")
+        browser.wait("document.getElementById('prompt').value")
+        browser.click("#run")
+        browser.wait("document.querySelector('#verdict').textContent", seconds=60)
+        full, sparse = (browser.text(f"#{panel}-panel .text") for panel in ("full", "caprese"))
+        assert full.endswith(f"#### {asked[0].answer}")
+        assert "####" in sparse
+        layers = len(read_config(ADAPTERS["griffin"]).layers)
+        assert browser.script("const c = document.querySelector('canvas'); return [c.width, c.height]") == [128, layers]
+        assert not browser.console()
 
 
 def test_a_core_shows_its_misfit_on_metrics(tmp_path: Path, asked: list[Problem]) -> None:

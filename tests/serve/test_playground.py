@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,7 +13,7 @@ from starlette.testclient import TestClient
 from caprese_serve.playground import cli
 from caprese_serve.playground.app import MAX_BODY, PAGE, Playground
 from tests.support.browser import MISSING, Browser, browsing
-from tests.support.fake_openai import FakeServer, running
+from tests.support.fake_openai import FakeServer, running, serving
 
 Caprese = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
@@ -46,8 +45,8 @@ def playground(fake: FakeServer) -> TestClient:
 def address(fake: FakeServer) -> Iterator[str]:
     """The page's address, where `caprese playground` serves it."""
     app = Playground(fake.url, KEY, "secret", [HOSTILE, "one two three"]).app
-    with running(SimpleNamespace(app=lambda: app, url="")) as served:  # type: ignore[arg-type]
-        yield f"{served.url}/secret/"
+    with serving(lambda: app) as url:
+        yield f"{url}/secret/"
 
 
 @pytest.fixture(scope="module")

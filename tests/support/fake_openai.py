@@ -140,16 +140,22 @@ def _event(value: dict[str, Any]) -> str:
 @contextmanager
 def running(fake: FakeServer) -> Iterator[FakeServer]:
     """Serves until the block ends; `fake.url` is its address."""
+    with serving(fake.app) as fake.url:
+        yield fake
+
+
+@contextmanager
+def serving(app: Callable[[], Any]) -> Iterator[str]:
+    """The address at which an ASGI application is served by a thread, until the block ends."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        fake.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(fake.app(), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app(), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         try:
-            yield fake
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
