@@ -128,8 +128,14 @@ class SparseFF:
             return own if self.core is None else own.add_(view.kernels.core_ff(x, self.core, slots))
         return view.kernels.cats_ff(x, self.packed, self.selections, slots, out=out, kept=self._neurons_kept)[0]
 
-    def weights_read(self, tokens: int) -> int:
-        """FF weights that the `tokens` generated so far needed: those of kept neurons, and L and R, once a token.
+    def neurons_kept(self, tokens: int) -> int:
+        """Neurons that the `tokens` generated so far kept, in all. CATS counts them on the device."""
+        if self.method.name == "griffin":
+            return tokens * griffin_count(self.method.density, self.num_neurons)
+        return int(self._neurons_kept)
+
+    def weights_read(self, tokens: int, kept: int) -> int:
+        """FF weights that the `tokens` generated so far needed: those of `kept` neurons, and L and R, once a token.
 
         With m matrices a block, GRIFFIN reads m k D + 2 r D a token. CATS reads every row of the gate (of W_1 where
         there is none) to know its neurons, and the other matrices' rows of the kept ones.
@@ -137,8 +143,8 @@ class SparseFF:
         depth, matrices = self.packed.hidden_size, self.packed.num_matrices
         low_rank = 2 * self.packed.rank * depth * tokens
         if self.method.name == "griffin":
-            return matrices * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
-        return depth * ((matrices - 1) * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
+            return matrices * depth * kept + low_rank
+        return depth * ((matrices - 1) * kept + self.num_neurons * tokens) + low_rank
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once the weights are loaded: check that they still are in packed storage, and copy L and R beside them.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Path, Request
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from .metrics import RefreshedMetrics, gauges
+from .metrics import RefreshedMetrics, set_info, set_metrics
 from .selections import merge_selections
 from .settings import EngineSettings
 from .state import merge
@@ -53,9 +53,8 @@ class CapreseRoute:
             return found
 
         async def refresh() -> None:
-            if app.state.caprese_core:
-                for gauge, value in zip(gauges(), (await _report(app.state))["prompt_mass"], strict=True):
-                    gauge.set(value)
+            if app.state.caprese_engine is not None:
+                set_metrics(await _report(app.state))
 
         app.add_middleware(RefreshedMetrics, refresh=refresh)
 
@@ -64,9 +63,8 @@ class CapreseRoute:
         settings = None if engine_client is None else EngineSettings.read(engine_client.vllm_config)
         state.caprese_engine = engine_client
         state.caprese_shows = settings is not None and settings.show_selections
-        state.caprese_core = settings is not None and settings.method.has_core
-        if state.caprese_core:
-            gauges()  # there from the first scrape on
+        if settings is not None:
+            set_info(settings)
         # vLLM guards its own paths only; GET /caprese wants the same key as /v1.
         tokens = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         state.caprese_guard = AuthenticationMiddleware(self, tokens) if tokens else None

@@ -15,6 +15,7 @@ from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.self_check import SelfCheck, check_block
 
+from .counters import Counters, block_sums, merge_sums
 from .ff import SparseFF, StepView
 from .pages import COMMANDS, Commands
 from .requests import RequestTable, Scheduled, Step
@@ -55,6 +56,7 @@ class State:
     def __post_init__(self) -> None:
         # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
         self.table = torch.empty(0)
+        self.counters = Counters()
         self.recent = RecentSelections()
         self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
@@ -127,6 +129,7 @@ class State:
         for key, slot in step.restored:
             self.table[:, slot] = self.parked.pop(key)
         self.scheduled += len(step.sparse_rows)
+        self.counters.count(step)
         self._set_view(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
         if self.can_replay(step):
             self.decode_slots[: step.num_rows] = step.sparse_slots
@@ -208,9 +211,8 @@ class State:
         tokens = self.generated_tokens
         untouched = self.num_layers - len(self.blocks)
         masses = [block.prompt_mass for block in self.blocks if block.prompt_mass is not None]
-        read = (
-            sum(block.weights_read(tokens) / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
-        )
+        sums = block_sums(self.blocks, tokens)
+        read = sums["ff_bytes_needed"] / sums["ff_bytes_dense"] if sums["ff_bytes_dense"] else 0.0  # of our blocks
         return {
             "enabled": True,
             "method": self.method.name,
@@ -224,7 +226,12 @@ class State:
             "tensor_parallel_size": self.tensor_parallel_size,
             "live_requests": len(self.requests),
             "generated_tokens": tokens,
-            "ff_weights_read": (untouched + read) / self.num_layers if tokens else None,
+            "off_tokens": self.counters.off_tokens,
+            "ff_weights_read": (untouched + read * len(self.blocks)) / self.num_layers if tokens else None,
+            **sums,
+            "statistics_pages": max((block.statistics.num_pages for block in self.blocks), default=0),
+            "pages_written": self.counters.pages_written,
+            "pages_read": self.counters.pages_read,
             "prompt_mass": masses[0].tolist() if masses else [0.0, 0.0],  # this rank's part: outside of the core, all
         }
 
@@ -240,6 +247,8 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
         whole["ff_weights_read"] = 1 - spared
     outside, total = (sum(masses) for masses in zip(*(report["prompt_mass"] for report in reports), strict=True))
+    whole |= merge_sums(reports)
+    whole["statistics_pages"] = max(report["statistics_pages"] for report in reports)
     whole["prompt_mass"] = [outside, total]
     whole["prompt_mass_outside_core"] = outside / total if total else None
     return whole
