@@ -74,6 +74,7 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
         kernel_extension=config.kernel_extension,
         page_tokens=config.statistics_page,
         num_pages=_prefix_caching(vllm_config, config, method, served),
+        show_selections=config.show_selections,
         exact_tokens=EXACT_VALUES // served.intermediate_size if exact else 0,
     ).write(vllm_config)
     compat.wrap(compat.ADD_ENDPOINTS, _with_route)

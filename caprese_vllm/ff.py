@@ -128,8 +128,14 @@ class SparseFF:
             return own if self.core is None else own.add_(view.kernels.core_ff(x, self.core, slots))
         return view.kernels.cats_ff(x, self.packed, self.selections, slots, out=out, kept=self._neurons_kept)[0]
 
-    def weights_read(self, tokens: int) -> int:
-        """FF weights that the `tokens` generated so far needed: those of kept neurons, and L and R, once a token.
+    def neurons_kept(self, tokens: int) -> int:
+        """Neurons that the `tokens` generated so far kept, in all. CATS counts them on the device."""
+        if self.method.name == "griffin":
+            return tokens * griffin_count(self.method.density, self.num_neurons)
+        return int(self._neurons_kept)
+
+    def weights_read(self, tokens: int, kept: int) -> int:
+        """FF weights that the `tokens` generated so far needed: those of `kept` neurons, and L and R, once a token.
 
         With m matrices a block, GRIFFIN reads m k D + 2 r D a token. CATS reads every row of the gate (of W_1 where
         there is none) to know its neurons, and the other matrices' rows of the kept ones.
@@ -137,8 +143,8 @@ class SparseFF:
         depth, matrices = self.packed.hidden_size, self.packed.num_matrices
         low_rank = 2 * self.packed.rank * depth * tokens
         if self.method.name == "griffin":
-            return matrices * depth * tokens * griffin_count(self.method.density, self.num_neurons) + low_rank
-        return depth * ((matrices - 1) * int(self._neurons_kept) + self.num_neurons * tokens) + low_rank
+            return matrices * depth * kept + low_rank
+        return depth * ((matrices - 1) * kept + self.num_neurons * tokens) + low_rank
 
     def fill_adapter(self, adapters: Adapters | None) -> None:
         """Once the weights are loaded: check that they still are in packed storage, and copy L and R beside them.
@@ -167,6 +173,19 @@ class SparseFF:
                 rows = packed[self.num_neurons :].zero_()  # r may not divide by the ranks: rows of zeros add nothing
                 rows[: len(share)].copy_(share)
         self.arrange(None if adapters is None else adapters.prior.get(self.layer))
+
+    def selected(self, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(core, tail) of a GRIFFIN selection, bool [F] each, in the order of checkpoints.
+
+        `own` [F] is a request's row of `selections`; None where all requests share the core and nothing else.
+        """
+        core = torch.zeros(self.num_neurons, dtype=torch.bool, device=self.packed.up_plus.device)
+        tail = torch.zeros_like(core) if own is None else own.clone()
+        if self.core is not None:
+            core[self.num_neurons - self.core.num_neurons :] = True
+        if self._order is not None:
+            core, tail = (torch.zeros_like(mask).index_copy_(0, self._order, mask) for mask in (core, tail))
+        return core, tail
 
     def restore_order(self) -> None:
         """Put the neurons where checkpoints have them, before weights are loaded again; `fill_adapter` follows."""

@@ -26,7 +26,11 @@ def install() -> None:
 
 
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
-    parser = original(parser)
+    return add_flags(original(parser))
+
+
+def add_flags(parser: Any) -> Any:
+    """Add our flags to an argparse parser, and let its --additional-config, if it has one, merge with them."""
     group = parser.add_argument_group("Caprese", "Sparse feed-forward decoding with distilled low-rank recovery.")
     keys = "; ".join(f"{name}: {field.description}" for name, field in CapreseConfig.model_fields.items())
     keys = keys.replace("%", "%%")  # argparse formats the help with %

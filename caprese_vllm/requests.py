@@ -151,6 +151,16 @@ class RequestTable:
         return Step(row, chunks, rows, slots, self._tensor(dense_rows), self._tensor(off_rows), parked, restored)
 
     @property
+    def ids(self) -> Iterable[str]:
+        """The live requests."""
+        return self._requests
+
+    def place(self, request_id: str) -> tuple[int, int | None]:
+        """A live request's key, and the slot of its selection: None while it has none, or is parked."""
+        request = self._requests[request_id]
+        return request.key, request.slot
+
+    @property
     def slots_in_use(self) -> list[int]:
         """The slots that hold a live request's selection."""
         return sorted(self._holders)

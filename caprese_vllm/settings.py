@@ -28,6 +28,7 @@ class EngineSettings:
     kernel_extension: str | None  # a name in `ff_kernels`
     page_tokens: int  # prefix cache: tokens between two pages of statistics, before rounding up to whole KV blocks
     num_pages: int  # prefix cache: pages of statistics on each device; 0: no prefix caching
+    show_selections: bool  # whether GET /caprese/selections/ID is answered
     exact_tokens: int  # longest prompt whose magnitudes are kept as they are (CATS in float32); 0: none
     version: str = __version__  # part of the compile cache's key
 

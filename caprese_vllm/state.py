@@ -15,9 +15,11 @@ from caprese_kernels.config import Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.self_check import SelfCheck, check_block
 
+from .counters import Counters, block_sums, merge_sums
 from .ff import SparseFF, StepView
 from .pages import COMMANDS, Commands
 from .requests import RequestTable, Scheduled, Step
+from .selections import BINS, RecentSelections, binned, find_named
 from .statistics import ChunkPlan
 
 STATE = "caprese"  # our key in vLLM's per-engine forward context
@@ -44,6 +46,7 @@ class State:
     digest: str | None = None  # its SHA-256 when the front end checked it
     start_up_check: bool = True
     tensor_parallel_size: int = 1
+    show_selections: bool = False  # whether selections of finished requests are kept for a while
     graph_rows: int = 0  # the most rows of a full CUDA graph
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's, for the next step
@@ -53,6 +56,8 @@ class State:
     def __post_init__(self) -> None:
         # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
         self.table = torch.empty(0)
+        self.counters = Counters()
+        self.recent = RecentSelections()
         self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
         self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
@@ -124,6 +129,7 @@ class State:
         for key, slot in step.restored:
             self.table[:, slot] = self.parked.pop(key)
         self.scheduled += len(step.sparse_rows)
+        self.counters.count(step)
         self._set_view(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
         if self.can_replay(step):
             self.decode_slots[: step.num_rows] = step.sparse_slots
@@ -154,11 +160,48 @@ class State:
 
     def finish_request(self, request_id: str) -> None:
         """Free what a finished request holds: its slot, its parked selection, its statistics."""
+        if self.show_selections and (selection := self._selection(request_id)) is not None:
+            self.recent.add(request_id, selection.clone())
         key = self.requests.finish(request_id)
         if key is not None:
             self.parked.pop(key, None)
             for block in self.blocks:
                 block.statistics.forget(key)
+
+    def _selection(self, request_id: str | None) -> Tensor | None:
+        """table[:, slot] of a live request; None without such a request, or while its prompt is not done."""
+        if request_id is None or request_id not in self.requests.ids:
+            return None
+        key, slot = self.requests.place(request_id)
+        return self.parked.get(key) if slot is None else self.table[:, slot]
+
+    def selections(self, name: str) -> dict[str, Any] | None:
+        """This process's part of GET /caprese/selections/NAME (`merge_selections`).
+
+        None for an unknown request, and for any where selections are not shown.
+
+        GRIFFIN: for each layer, and each of its bins of neurons, the share that is in the core, and in the request's
+        tail. CATS chooses neurons for each token, so a request has only its threshold. Where all requests share one
+        selection, any name has it.
+        """
+        if not self.show_selections:
+            return None
+        selection = self._selection(find_named(self.requests.ids, name))
+        selection = self.recent.find(name) if selection is None else selection
+        if selection is None and self.method.needs_statistic:
+            return None
+        layers: dict[int, dict[str, Any]] = {}
+        for block in self.blocks:
+            own = None if selection is None or not self.method.needs_statistic else selection[block.index]
+            if self.method.name == "griffin":
+                bins = BINS // block.ranks.size
+                shares = (binned(mask, bins) for mask in block.selected(own))
+                layers[block.layer] = {"neurons": block.num_neurons, **dict(zip(("core", "tail"), shares, strict=True))}
+            else:
+                assert own is not None
+                layers[block.layer] = {"threshold": float(own)}
+        rank = self.blocks[0].ranks.rank if self.blocks else 0
+        return {"rank": rank, "method": self.method.name, "layers": layers}
 
     def report(self) -> dict[str, Any]:
         """This process's part of what GET /caprese shows (`merge`).
@@ -168,9 +211,8 @@ class State:
         tokens = self.generated_tokens
         untouched = self.num_layers - len(self.blocks)
         masses = [block.prompt_mass for block in self.blocks if block.prompt_mass is not None]
-        read = (
-            sum(block.weights_read(tokens) / (block.num_weights * tokens) for block in self.blocks) if tokens else 0.0
-        )
+        sums = block_sums(self.blocks, tokens)
+        read = sums["ff_bytes_needed"] / sums["ff_bytes_dense"] if sums["ff_bytes_dense"] else 0.0  # of our blocks
         return {
             "enabled": True,
             "method": self.method.name,
@@ -184,7 +226,12 @@ class State:
             "tensor_parallel_size": self.tensor_parallel_size,
             "live_requests": len(self.requests),
             "generated_tokens": tokens,
-            "ff_weights_read": (untouched + read) / self.num_layers if tokens else None,
+            "off_tokens": self.counters.off_tokens,
+            "ff_weights_read": (untouched + read * len(self.blocks)) / self.num_layers if tokens else None,
+            **sums,
+            "statistics_pages": max((block.statistics.num_pages for block in self.blocks), default=0),
+            "pages_written": self.counters.pages_written,
+            "pages_read": self.counters.pages_read,
             "prompt_mass": masses[0].tolist() if masses else [0.0, 0.0],  # this rank's part: outside of the core, all
         }
 
@@ -200,6 +247,8 @@ def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         spared = sum(1 - report["ff_weights_read"] for report in reports) / whole["tensor_parallel_size"]
         whole["ff_weights_read"] = 1 - spared
     outside, total = (sum(masses) for masses in zip(*(report["prompt_mass"] for report in reports), strict=True))
+    whole |= merge_sums(reports)
+    whole["statistics_pages"] = max(report["statistics_pages"] for report in reports)
     whole["prompt_mass"] = [outside, total]
     whole["prompt_mass_outside_core"] = outside / total if total else None
     return whole

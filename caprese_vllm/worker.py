@@ -39,6 +39,12 @@ class WorkerExtension:
         assert state is not None
         return state.report()
 
+    def caprese_selections(self, name: str) -> dict[str, Any] | None:
+        """This worker's part of GET /caprese/selections/NAME."""
+        state = state_of(self.vllm_config)  # type: ignore[attr-defined]
+        assert state is not None
+        return state.selections(name)
+
     def caprese_check(self) -> dict[int, dict[str, Any]]:
         """This worker's part of `caprese doctor`: every block's kernels, by layer."""
         state = state_of(self.vllm_config)  # type: ignore[attr-defined]
@@ -76,6 +82,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
         digest=settings.digest,
         start_up_check=settings.start_up_check,
         tensor_parallel_size=parallel.tensor_parallel_size,
+        show_selections=settings.show_selections,
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
     )
     context = vllm_config.compilation_config.static_forward_context

@@ -189,6 +189,10 @@ class CapreseConfig(BaseModel):
     start_up_check: Annotated[bool, Field(strict=True)] = Field(
         True, description="compare one layer's kernels with plain arithmetic before serving"
     )
+    show_selections: Annotated[bool, Field(strict=True)] = Field(
+        False,
+        description="answer GET /caprese/selections/ID: which neurons a request selected, by its id",
+    )
     kernel_extension: str | None = Field(
         None,
         min_length=1,

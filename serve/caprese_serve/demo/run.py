@@ -88,6 +88,11 @@ def run(math: int, reading: int, variants: Sequence[str], concurrency: int, outp
     return report
 
 
+def device_flags() -> tuple[str, ...]:
+    """The demo's model is float32 where it runs on a CPU."""
+    return () if torch.cuda.is_available() else ("--dtype", "float32")
+
+
 def show(report: DemoReport) -> None:
     """Print the table with remarks on it, and commands to try next."""
     result, notes = terminal.result(), terminal.notes()
@@ -110,11 +115,10 @@ def _chosen(ids: Sequence[str]) -> list[Variant]:
 def _measure(variant: Variant, asked: Sequence[Problem], concurrency: int, logs: Path) -> Row:
     """Start a server, warm it up, send all problems, and stop it."""
     console = terminal.notes()
-    device = () if torch.cuda.is_available() else ("--dtype", "float32")
     log = logs / f"{variant.id}.log"
     warm_up = list(problems("math", "train", WARM_UP))
     console.print(Text.assemble((variant.label, "bold"), "  ", (" ".join(variant.flags()), "dim")), soft_wrap=True)
-    with VllmServer(MODEL, *FLAGS, *device, *variant.flags(), log=log, env=ENV, console=console) as server:
+    with VllmServer(MODEL, *FLAGS, *device_flags(), *variant.flags(), log=log, env=ENV, console=console) as server:
         try:
             ask(server, SERVED_NAME, warm_up, concurrency)
             before = _counted(server, variant)
@@ -159,6 +163,7 @@ def _next_steps() -> str:
       --served-model-name {SERVED_NAME} --max-model-len 512
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d \\
       '{{"model": "{SERVED_NAME}", "temperature": 0, "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+  {caprese} playground    # the full model and Caprese answer side by side, on a page in your browser
   {caprese} distill YOUR_MODEL --method griffin --data YOUR_SAMPLES.jsonl --output adapters.safetensors"""
 
 
