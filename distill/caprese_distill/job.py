@@ -52,6 +52,8 @@ from .loading import (
     load_model_on,
     load_skeleton,
     load_small_parts,
+    memory_error,
+    out_of_memory,
     stored_dtype,
 )
 from .memory import check_disk, check_memory, estimate_memory
@@ -120,7 +122,7 @@ class Job:
         check_disk(plan.memory, config.output, held_bytes(all_progress(config.output)))  # the least that it takes
         if self._on_one_device and (warning := check_memory(plan.memory, self._device)):
             self._note(warning)
-        with _device_memory():
+        with _reported_memory():
             self._model = self._load_model()
             if self._on_one_device:
                 remaining = remaining_work(self._model, plan.work, config.output)
@@ -135,7 +137,7 @@ class Job:
         output = config.output
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _device_memory():
+            with _reported_memory():
                 adapters = run_stages(self._model, plan.work, output, self.console, config.tensorboard)
                 held_out = split(plan.work.samples)[1][:MAX_HELD_OUT]
                 quality = executor_of(self._model).quality(held_out, adapters, self.console)
@@ -253,17 +255,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def _device_memory() -> Iterator[None]:
-    """Raise a device's lack of memory as a CapreseError."""
+def _reported_memory() -> Iterator[None]:
+    """Raise a lack of memory, the device's or the process's, as a CapreseError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CapreseError(
-            "device memory",
-            expected="enough for the model and a sample",
-            found=str(error),
-            fix="use a lower --max-length, or --stage layer-wise",
-        ) from None
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise memory_error(error) from None
 
 
 def _check_tensorboard(logs: Path) -> None:

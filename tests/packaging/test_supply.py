@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 from tests.support.packaging import ROOT
-from tools.licences import PAGE, pinned, pins_of
+from tools.licences import PAGE, page, pinned, pins_of
 from tools.lock import LOCK
 
 # Words that keep a licence from being one that an Apache-2.0 project can be installed with.
@@ -72,6 +73,12 @@ def test_the_hashed_file_has_the_same_pins() -> None:
     text = LOCK.read_text()
     assert normal(pins_of(LOCK)) == normal(pinned())
     assert text.count("--hash=sha256:") == len(pinned())
+
+
+def test_the_page_of_licences_is_current() -> None:
+    """It is what `python -m tools.licences` writes where the pinned versions are installed."""
+    assert {name: metadata.version(name) for name in pinned()} == pinned()
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def test_licences_are_listed() -> None:
