@@ -31,7 +31,7 @@ CLOCK = """
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
-static long jump(void) { static unsigned n; return ((n++ * 7919) % 41 - 20) * 31557600L; }
+static long jump(void) { static unsigned n; return ((long)(n++ * 7919 % 41) - 20) * 31557600L; }
 int clock_gettime(clockid_t id, struct timespec *t) {
     int code = syscall(SYS_clock_gettime, id, t);
     if (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE) t->tv_sec += jump();
@@ -135,7 +135,7 @@ def test_a_clock_that_jumps(model_dir: ModelDir, write_rows: WriteRows, tmp_path
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, source], check=True)
     jumping = os.environ | {"LD_PRELOAD": str(library)}
     times = subprocess.run(
-        [sys.executable, "-c", "import time; print(*(time.time() for _ in range(4)))"],
+        [sys.executable, "-c", "import time; print(*(time.time() for _ in range(40)))"],
         env=jumping, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     steps = [float(b) - float(a) for a, b in pairwise(times)]
