@@ -22,8 +22,8 @@ def read_calibration(config: DistillConfig) -> tuple[DistillConfig, Adapters | N
     if not found.prior:
         raise CapreseError(
             where,
-            expected="a file of version 2, which has priors",
-            found=f"version {found.version}",
+            expected="a file with priors",
+            found="none",
             fix="make one with `caprese calibrate`, or leave out --calibration",
         )
     chosen = {

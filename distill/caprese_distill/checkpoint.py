@@ -21,7 +21,7 @@ from caprese_kernels.errors import CapreseError
 
 from .data.batches import Batch
 from .data.samples import Sample
-from .kept import set_aside, take_back
+from .kept import kept_files, set_aside, take_back
 from .placement import aligned
 from .progress import note, progress_bar
 
@@ -100,6 +100,29 @@ def load_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | N
     except _READ_ERRORS:
         return None
     return None if isinstance(progress, str) else progress
+
+
+def find_progress(path: Path, identify: Callable[[], Mapping[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
+    """This run's checkpoint, at `path` or kept beside it, and its progress; None without one.
+
+    `identify`, which reads all weights, is called only where there is a file.
+    """
+    there = [each for each in (path, *kept_files(path)) if each.exists()]
+    identity = identify() if there else {}
+    for each in there:
+        progress = load_progress(each, identity)
+        if progress is not None:
+            return each, progress
+    return None
+
+
+def header_digest(path: Path) -> str | None:
+    """SHA-256 of a checkpoint's identity and progress; None where no file can be read."""
+    try:
+        with _open(path) as file:
+            return hashlib.sha256(json.dumps(file.metadata(), sort_keys=True).encode()).hexdigest()
+    except _READ_ERRORS:
+        return None
 
 
 @contextmanager

@@ -68,14 +68,15 @@ def encode_rows(
     renderer: ChatRenderer,
     bad_rows: BadRows,
     console: Console,
+    held_out: int = 1,
 ) -> list[Sample]:
-    """The rows as samples, with remarks on what is not used. CapreseError for fewer than two samples."""
+    """The rows as samples, with remarks on what is not used. CapreseError for fewer than one beside those held out."""
     with progress_bar(console, "rows/s") as bar:
         line = bar.add_task("tokens", total=len(source.rows))
         limit = max_sample_tokens(model_config, config.max_length)
         samples, skipped = encode(renderer, source.rows, limit, bad_rows, lambda: bar.advance(line))
     note_remarks(renderer, source, console)
-    check_samples(config, samples, skipped, bad_rows, source, console)
+    check_samples(config, samples, skipped, bad_rows, source, console, held_out)
     return samples
 
 
@@ -92,6 +93,7 @@ def check_samples(
     bad_rows: BadRows,
     source: Source,
     console: Console,
+    held_out: int = 1,
 ) -> None:
     """CapreseError for too few samples or too many bad rows; a remark on those that were skipped."""
     rows = source.provenance["drawn"]
@@ -100,10 +102,10 @@ def check_samples(
         source.provenance["bad_rows"] = len(bad_rows)
         note(console, f"skipped {len(bad_rows)} of {rows} rows that cannot be used: {bad_rows.reasons()}")
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-    if len(samples) < 2:
+    if len(samples) < 1 + held_out:
         raise CapreseError(
             f"samples of {config.data}",
-            expected="2 or more usable (one is held out)",
+            expected="2 or more usable (one is held out)" if held_out else "1 or more usable",
             found=f"{len(samples)} of {rows}" + (f" ({reasons})" if reasons else ""),
             fix="give more data, or a higher --max-length",
         )

@@ -26,7 +26,7 @@ from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.hub import check_upload
 
-from .blocks import find_blocks
+from .blocks import adapter_config, find_blocks
 from .calibration import check_calibration, read_calibration
 from .card import write_card
 from .config import DistillConfig
@@ -52,6 +52,8 @@ from .loading import (
     load_model_on,
     load_skeleton,
     load_small_parts,
+    memory_error,
+    out_of_memory,
     stored_dtype,
 )
 from .memory import check_disk, check_memory, estimate_memory
@@ -64,7 +66,7 @@ from .result import Result
 from .scale.cluster import Cluster
 from .scale.pool import connect
 from .scale.ray_training import Workers
-from .stage_files import clean_up, held_bytes, scratch_path
+from .stage_files import all_progress, clean_up, held_bytes, scratch_path
 from .stages import executor_of, remaining_work, run_stages
 from .timing import estimate_seconds
 from .work import Work
@@ -117,13 +119,14 @@ class Job:
         plan, config = self.plan(), self.config
         if self._model is not None:
             return self._estimate
-        check_disk(plan.memory, config.output, held_bytes(config.output))
+        check_disk(plan.memory, config.output, held_bytes(all_progress(config.output)))  # the least that it takes
         if self._on_one_device and (warning := check_memory(plan.memory, self._device)):
             self._note(warning)
-        with _device_memory():
+        with _reported_memory():
             self._model = self._load_model()
             if self._on_one_device:
                 remaining = remaining_work(self._model, plan.work, config.output)
+                check_disk(plan.memory, config.output, held_bytes(remaining.files))
                 seconds = estimate_seconds(self._model, plan.work, remaining)
                 self._estimate = Estimate(plan.memory, seconds, remaining.resumed, self._device)
         return self._estimate
@@ -134,7 +137,7 @@ class Job:
         output = config.output
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _device_memory():
+            with _reported_memory():
                 adapters = run_stages(self._model, plan.work, output, self.console, config.tensorboard)
                 held_out = split(plan.work.samples)[1][:MAX_HELD_OUT]
                 quality = executor_of(self._model).quality(held_out, adapters, self.console)
@@ -231,8 +234,9 @@ class Job:
                 config.layer_wise_learning_rate, config.layer_wise_batch, config.layer_wise_epochs, seed=config.seed
             )
         priors = self._calibrated.prior if self._calibrated else None
+        collects = priors is None and adapter_config(info, method, {}).prior_required
         weighted = config.weighting == "gradient"
-        return Work(samples, info, method, recipe, adam, weighted, priors, collects_priors=priors is None)
+        return Work(samples, info, method, recipe, adam, weighted, priors, collects_priors=collects)
 
     def _load_model(self) -> Any:
         """The model in this process, or the Cluster whose workers load it."""
@@ -252,17 +256,14 @@ class Job:
 
 
 @contextlib.contextmanager
-def _device_memory() -> Iterator[None]:
-    """Raise a device's lack of memory as a CapreseError."""
+def _reported_memory() -> Iterator[None]:
+    """Raise a lack of memory, the device's or the process's, as a CapreseError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CapreseError(
-            "device memory",
-            expected="enough for the model and a sample",
-            found=str(error),
-            fix="use a lower --max-length, or --stage layer-wise",
-        ) from None
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise memory_error(error) from None
 
 
 def _check_tensorboard(logs: Path) -> None:

@@ -81,6 +81,8 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
             **options,
         )
     except Exception as error:  # as above
+        if out_of_memory(error):
+            raise memory_error(error) from None
         raise _unloadable(model, error) from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -91,6 +93,25 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
 def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
     """`load_model`, moved to the device."""
     return load_model(model, dtype).to(device)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, torch's on a CPU (a RuntimeError that says so), or Python's."""
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, (RuntimeError, OSError))
+        and ("can't allocate memory" in said or "Cannot allocate memory" in said)
+    )
+
+
+def memory_error(error: BaseException) -> CapreseError:
+    """What is reported of `out_of_memory`."""
+    return CapreseError(
+        "device memory" if isinstance(error, torch.OutOfMemoryError) else "memory",
+        expected="enough for the model and a sample",
+        found=shorten(str(error), 250) or type(error).__name__,
+        fix="use a lower --max-length, a smaller --dtype, fewer --layers, or --stage layer-wise",
+    )
 
 
 def _attention(config: Any) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from .kept import kept_files, set_aside, take_back
 Identity = dict[str, Any]  # JSON values
 
 
-def held_bytes(output: Path) -> int:
-    """Bytes of the files that a killed run left beside `output`."""
-    return sum(path.stat().st_size for path in hidden_files(output) if path.exists())
+def held_bytes(paths: Iterable[Path]) -> int:
+    """Bytes of those of the files that exist."""
+    return sum(path.stat().st_size for path in paths if path.exists())
+
+
+def all_progress(output: Path) -> list[Path]:
+    """Every file from which a run with this output may go on; whether it does, only its model and data say."""
+    return [each for path in hidden_files(output) for each in (path, *kept_files(path))]
 
 
 def clean_up(output: Path) -> None:
@@ -42,32 +47,58 @@ def scratch_path(output: Path) -> Path:
 
 
 def keep_stage(adapters: Adapters, path: Path, identity: Identity, resume: Path) -> None:
-    """Write what a stage made to `path`, and remove its checkpoint `resume`."""
-    marked = adapters.config.model_copy(update={"training": adapters.config.training | {"identity": identity}})
+    """Write what a stage made to `path`, and remove its checkpoint `resume`.
+
+    The file names that checkpoint: after a kill between the two, `earlier_stage` removes it.
+    """
+    marks = {"identity": identity, "checkpoint": checkpoint.header_digest(resume)}
+    marked = adapters.config.model_copy(update={"training": adapters.config.training | marks})
     replace(adapters, config=marked).save(path)
     checkpoint.remove(resume)
 
 
-def load_stage(path: Path, identity: Identity) -> Adapters | None:
+@dataclass(frozen=True)
+class Stage:
+    """The file of a finished stage, its contents, and the digest of the checkpoint that it took the place of."""
+
+    path: Path
+    adapters: Adapters
+    checkpoint: str | None
+
+
+def load_stage(path: Path, identity: Identity) -> Stage | None:
     """What a stage with the same identity left at `path`; None without it."""
     if path.exists():
         with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
             found = Adapters.load(path)
+            mark = found.config.training.pop("checkpoint", None)
             if found.config.training.pop("identity", None) == identity:
-                return found
+                return Stage(path, found, mark)
     return None
 
 
-def earlier_stage(path: Path, identity: Identity, console: Console | None) -> Adapters | None:
-    """As `load_stage`; besides, what another run left at `path` is kept beside it, and taken back by its own run."""
+def find_stage(path: Path, identity: Identity) -> Stage | None:
+    """As `load_stage`, at `path` or kept beside it."""
+    found = (load_stage(each, identity) for each in (path, *kept_files(path)))
+    return next((stage for stage in found if stage is not None), None)
+
+
+def earlier_stage(path: Path, identity: Identity, resume: Path, console: Console | None) -> Adapters | None:
+    """The adapters of `load_stage`; besides, what another run left at `path` is kept beside it, and taken back by its
+    own run. The stage's own checkpoint `resume` is removed where a kill left it."""
     take_back(path, lambda each: load_stage(each, identity) is not None, console)
     found = load_stage(path, identity)
-    if found is None and path.exists():
+    if found is not None:
+        for left in (resume, *kept_files(resume)) if found.checkpoint else ():
+            if checkpoint.header_digest(left) == found.checkpoint:
+                checkpoint.remove(left)
+        return found.adapters
+    if path.exists():
         with contextlib.suppress(CapreseError):  # a file that cannot be read is made again
             there = Adapters.load(path).config.training.get("identity")
             other = [key for key in identity if not isinstance(there, dict) or there.get(key) != identity[key]]
             set_aside(path, f"it belongs to a run with other {', '.join(other)}; starting anew", console)
-    return found
+    return None
 
 
 def stage_identity(settings: Mapping[str, Any]) -> Identity:

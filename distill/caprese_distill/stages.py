@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +33,9 @@ from .selection import Priors, selection_settings, uniform_priors
 from .stage_files import (
     Identity,
     earlier_stage,
+    find_stage,
     keep_stage,
     layer_wise_path,
-    load_stage,
     prior_path,
     prior_resume_path,
     stage_identity,
@@ -96,59 +97,67 @@ def remaining_work(model: Any, work: Work, output: Path) -> RemainingWork:
     """What `run_stages` with the same arguments would do: everything, or what an earlier run left."""
     if work.collects_priors:
         return _remaining_from_priors(model, work, output)
-    samples, method, recipe = work.samples, work.method, work.recipe
-    resume = checkpoint.resume_path(output)
-    unweighted = replace(work, weighting=False)
-    initial = load_stage(layer_wise_path(output), _identity(LocalExecutor(model), unweighted))
+    stage = find_stage(layer_wise_path(output), _identity(LocalExecutor(model), replace(work, weighting=False)))
+    files = [stage.path] if stage else []
+    initial = stage.adapters if stage else None
     if work.weighting:
-        weighted = load_stage(weighted_path(output), _identity(LocalExecutor(model), work))
+        weighted = find_stage(weighted_path(output), _identity(LocalExecutor(model), work))
         if weighted is None:
             return _remaining_weighted(model, work, output, initial)
-        initial = weighted
-    progress = None
-    batches: Sequence[Batch] = []
+        files.append(weighted.path)
+        initial = weighted.adapters
     if initial is None:
-        if resume.exists():
-            progress = checkpoint.load_progress(resume, pass_identity(model, samples, method, work.adam, work.priors))
-        batches = _layer_wise_batches(samples, next(model.parameters()).device, work.adam, progress or {})
-    layers = method.layers if initial is None and work.adam is None else ()
+        return _remaining_layer_wise(model, work, output)
+    recipe = work.recipe
     if recipe is None:
-        return RemainingWork(batches, layers, [], 0, initial is not None or bool(progress))
-    steps, evaluations = steps_of(split(samples)[0], recipe), recipe.epochs + 1
-    if initial is not None and resume.exists():
-        identity = training_identity(model, samples, method, initial.tensors(), recipe)
-        progress = checkpoint.load_progress(resume, identity)
-        if progress:
-            steps, evaluations = steps[progress["step"] :], evaluations - len(progress["errors"])
-    return RemainingWork(batches, layers, steps, evaluations, initial is not None or bool(progress))
+        return RemainingWork([], (), [], 0, True, files=files)
+    steps, evaluations = steps_of(split(work.samples)[0], recipe), recipe.epochs + 1
+    identify = partial(training_identity, model, work.samples, work.method, initial.tensors(), recipe)
+    found = checkpoint.find_progress(checkpoint.resume_path(output), identify)
+    if found:
+        files.append(found[0])
+        steps, evaluations = steps[found[1]["step"] :], evaluations - len(found[1]["errors"])
+    return RemainingWork([], (), steps, evaluations, True, files=files)
+
+
+def _remaining_layer_wise(model: Any, work: Work, output: Path) -> RemainingWork:
+    """As `remaining_work`, while the layer-wise stage is not done."""
+    identify = partial(pass_identity, model, work.samples, work.method, work.adam, work.priors)
+    found = checkpoint.find_progress(checkpoint.resume_path(output), identify)
+    batches = _layer_wise_batches(work.samples, next(model.parameters()).device, work.adam, found[1] if found else {})
+    layers = work.method.layers if work.adam is None else ()
+    steps = steps_of(split(work.samples)[0], work.recipe) if work.recipe else []
+    evaluations = work.recipe.epochs + 1 if work.recipe else 0
+    return RemainingWork(batches, layers, steps, evaluations, bool(found), files=[found[0]] if found else [])
 
 
 def _remaining_from_priors(model: Any, work: Work, output: Path) -> RemainingWork:
     """As `remaining_work`, for a run that begins with the priors."""
     fit, method = split(work.samples)[0], work.method
-    found = load_stage(prior_path(output), _prior_identity(LocalExecutor(model), work))
-    priors = uniform_priors(work.info, method) if found is None else found.prior
+    stage = find_stage(prior_path(output), _prior_identity(LocalExecutor(model), work))
+    priors = stage.adapters.prior if stage else uniform_priors(work.info, method)
     rest = remaining_work(model, replace(work, priors=priors, collects_priors=False), output)
-    if found is not None:
-        return replace(rest, resumed=True)
-    progress = checkpoint.load_progress(prior_resume_path(output), prior_identity(model, fit, method)) or {}
-    batches = prior_batches(model, fit)[progress.get("batches", 0) :]
-    return replace(rest, prior=batches, resumed=rest.resumed or bool(progress))
+    if stage:
+        return replace(rest, resumed=True, files=[*rest.files, stage.path])
+    found = checkpoint.find_progress(prior_resume_path(output), partial(prior_identity, model, fit, method))
+    batches = prior_batches(model, fit)[found[1]["batches"] if found else 0 :]
+    files = [*rest.files, found[0]] if found else rest.files
+    return replace(rest, prior=batches, resumed=rest.resumed or bool(found), files=files)
 
 
 def _remaining_weighted(model: Any, work: Work, output: Path, initial: Adapters | None) -> RemainingWork:
     """As `remaining_work`, while the weighted closed form is not done."""
     first = remaining_work(model, replace(work, weighting=False), output)
-    batches, resume = make_batches(work.samples, next(model.parameters()).device), checkpoint.resume_path(output)
-    progress = None
-    if initial is not None and resume.exists():
-        identity = weighted_identity(model, work.samples, work.method, initial)
-        progress = checkpoint.load_progress(resume, identity)
+    batches, found = make_batches(work.samples, next(model.parameters()).device), None
+    if initial is not None:
+        identify = partial(weighted_identity, model, work.samples, work.method, initial)
+        found = checkpoint.find_progress(checkpoint.resume_path(output), identify)
     return replace(
         first,
         layers=(*first.layers, *work.method.layers),
-        resumed=first.resumed or bool(progress),
-        weighted=batches[(progress or {}).get("batches", 0) :],
+        resumed=first.resumed or bool(found),
+        weighted=batches[found[1]["batches"] if found else 0 :],
+        files=[*first.files, found[0]] if found else first.files,
     )
 
 
@@ -210,7 +219,7 @@ def _prior_stage(executor: Executor, work: Work, output: Path, console: Console 
     """The priors: those that an earlier run with the same settings left, or new ones."""
     path, resume = prior_path(output), prior_resume_path(output)
     identity = _prior_identity(executor, work)
-    found = earlier_stage(path, identity, console)
+    found = earlier_stage(path, identity, resume, console)
     if found is not None:
         if console:
             console.print(f"priors: made before, {path}", markup=False)
@@ -225,7 +234,7 @@ def _layer_wise_stage(executor: Executor, work: Work, output: Path, keep: bool, 
     """The layer-wise adapters: those that an earlier run with the same settings left, or new ones."""
     path, resume = layer_wise_path(output), checkpoint.resume_path(output)
     identity = _identity(executor, replace(work, weighting=False))
-    found = earlier_stage(path, identity, console)
+    found = earlier_stage(path, identity, resume, console)
     if found is not None:
         if console:
             console.print(f"layer-wise stage: done before, {path}", markup=False)
@@ -244,7 +253,7 @@ def _weighted_stage(
     """The adapters of the weighted closed form: those that an earlier run left, or new ones."""
     path, resume = weighted_path(output), checkpoint.resume_path(output)
     identity = _identity(LocalExecutor(model), work)
-    found = earlier_stage(path, identity, console)
+    found = earlier_stage(path, identity, resume, console)
     if found is not None:
         if console:
             console.print(f"weighted closed form: done before, {path}", markup=False)

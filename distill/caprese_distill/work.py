@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from caprese_kernels.config import BaseModelInfo, Method
 
@@ -48,3 +49,4 @@ class RemainingWork:
     resumed: bool  # whether an earlier run did a part
     prior: Sequence[Batch] = ()  # to feed to the original model, for the priors
     weighted: Sequence[Batch] = ()  # to feed to original and student, for the weighted closed form
+    files: Sequence[Path] = ()  # what that run left, from which this one goes on

@@ -3,7 +3,8 @@
 One safetensors file holds, for each sparse layer i, `layers.{i}.L` [D, r] and `layers.{i}.R` [r, D]
 (paper, section 3.1), all of one dtype, and in its header `format`, `format_version` and `config`.
 Version 2 adds `layers.{i}.prior` [F] float32, which sums to 1: each neuron's share of the statistic of the
-distillation data's responses. It may leave L and R out (rank 0). A file without a prior is written as version 1.
+distillation data's responses. It may leave L and R out (rank 0). Only CATS files leave the priors out, which it never
+uses. A file of the paper's method without a prior is written as version 1.
 It is never a pickle: a file that is not safetensors is refused unread. The header is checked whole, and bounded, before
 any tensor is read; tensors are read from the descriptor whose header was checked.
 """
@@ -67,8 +68,8 @@ class Adapters:
 
     @property
     def version(self) -> str:
-        """The file version that holds these: 2 with priors, 1 without."""
-        return "2" if self.prior else "1"
+        """The file version that holds these: 2 with priors, or a score that version 1 cannot name; else 1."""
+        return "2" if self.prior or self.config.uses_version_2 else "1"
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by their names in the file."""
@@ -257,7 +258,7 @@ def _check_layers(config: AdapterConfig, names: Iterable[str], where: str) -> No
     parts = ("L", "R") if config.rank else ()
     layers = quote(sorted(config.layers))
     has_prior = any(name.endswith(".prior") for name in names)
-    if not has_prior and (not config.rank or config.uses_version_2):
+    if not has_prior and (not config.rank or config.prior_required):
         _refuse(where, f"priors of layers {layers} (its config says that it has them)", "none")
     parts = (*parts, "prior") if has_prior else parts
     ordered = [f"layers.{i}.{part}" for i in sorted(config.layers) for part in parts]

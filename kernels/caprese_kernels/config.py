@@ -160,6 +160,12 @@ class AdapterConfig(BaseModel):
         """Whether it says what only version 2 can say."""
         return (self.score, self.prior, self.core) != ("paper", 0.0, 0.0)
 
+    @property
+    def prior_required(self) -> bool:
+        """Whether a file with this configuration must have priors: CATS never selects by them, and the paper's method
+        needs none."""
+        return self.method != "cats" and self.uses_version_2
+
 
 class CapreseConfig(BaseModel):
     """What a user asks for when serving. Keys that are not given come from the adapter."""

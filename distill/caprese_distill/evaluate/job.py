@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Evaluati
     model_config, tokenizer = load_small_parts(config.model)
     adapters.config.base_model.check_serves(BaseModelInfo.from_hf(model_config, config.model), f"adapter {path}")
     renderer = chat_renderer(config, model_config, tokenizer, console)
-    samples = encode_rows(config, source, model_config, renderer, bad_rows, console)
+    samples = encode_rows(config, source, model_config, renderer, bad_rows, console, held_out=0)
     model = load_model_on(config.model, config.dtype, device).eval()
     quality = measure_adapters(model, adapters, samples, console)
     return Evaluation(path, adapters, quality, source.provenance, time.monotonic() - started)

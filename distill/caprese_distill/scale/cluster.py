@@ -154,9 +154,10 @@ class Cluster:
     def quality(
         self, samples: Sequence[Sample], adapters: Adapters, console: Console | None = None
     ) -> dict[str, Quality]:
-        """`measure_adapters` on one of the workers, which takes a small part of the run's time."""
-        with contextlib.closing(self):
-            return self.pool().call(_quality, adapters, samples)
+        """`measure_adapters` on one worker, which takes a small part of the run's time."""
+        self.close()
+        with Pool(self.workers.load, 1, self.workers.resources) as pool:
+            return pool.call(_quality, adapters, samples)
 
 
 # What workers run. Matrices are passed as numpy arrays, which Ray keeps in shared memory without a copy.
