@@ -48,7 +48,7 @@ SELECTIONS = {
 
 
 def accuracies(path: Path) -> list[str]:
-    """A row for each variant: score with its standard error, difference to Full with its interval, tokens a response."""
+    """A row for each variant: score with its standard error, paired difference to Full, tokens a response."""
     lines = [
         "| selection | right | of Full, points (95%) | tokens a response | cut off | FF weights read |",
         "|---|---:|---:|---:|---:|---:|",
