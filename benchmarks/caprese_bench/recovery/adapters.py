@@ -71,7 +71,7 @@ class CorrectionStore:
     ):
         self.model, self.samples, self.info, self.method = model, samples, info, method
         self.folder, self.given = folder, given
-        few = {"epochs": 1} if quick else {}
+        few: dict[str, Any] = {"epochs": 1} if quick else {}
         self.adam = AdamSettings(lr=settings.adam, **few)
         self.recipes = {
             stage: Recipe(rate, **share, gradient_checkpointing=False)  # the models are small
