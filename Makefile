@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup demo check test lint gpu-check clean
+.PHONY: help setup demo check test lint gpu-check audit clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -92,6 +92,11 @@ GPU_FLAGS ?=
 SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/distill:$(CURDIR)/serve:$(CURDIR)/benchmarks
 gpu-check:  ## Run the checks that need a GPU, 13 minutes at most, into out/gpu-check (GPU_PYTHON=python3 has CUDA)
 	@PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tools.gpu_check $(GPU_FLAGS)
+
+audit:  ## Look up known vulnerabilities of all pinned packages (needs pip-audit and its data on the network)
+	@command -v pip-audit >/dev/null || { echo "pip-audit is needed: pipx install pip-audit"; exit 1; }
+	@status=0; for lock in requirements/hashed-*.txt; do echo "== $$lock"; \
+	  pip-audit --disable-pip --require-hashes -r $$lock || status=1; done; exit $$status
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}
