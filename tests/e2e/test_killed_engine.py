@@ -9,7 +9,9 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from getpass import getuser
 from pathlib import Path
+from tempfile import gettempdir
 
 import httpx
 import psutil
@@ -44,6 +46,7 @@ def test_a_killed_process_ends_the_server(tmp_path: Path, name: str) -> None:
     command = [vllm_program(), "serve", str(MODEL), "--host", "127.0.0.1", "--port", str(port), *FLAGS]
     command += ["--caprese-weights", str(ADAPTERS["griffin"])]
     env = {**os.environ, **ENV, "CAPRESE_TEST_MARK": mark, "TMPDIR": str(tmp_path)}
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/torchinductor_{getuser()}")  # what it compiled before
     url, outcome = f"http://127.0.0.1:{port}", list[object]()
     client = httpx.Client(base_url=url, trust_env=False, timeout=90)
 
