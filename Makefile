@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup demo check test lint gpu-check clean
+.PHONY: help setup demo check test lint gpu-check audit clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,7 +49,7 @@ SLOW := tests/engine tests/e2e \
   tests/benchmarks/test_served_lora.py \
   tests/distill/test_adam.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py tests/distill/test_chat.py tests/distill/test_hub.py \
-  tests/distill/test_faults.py tests/distill/test_ray_node.py tests/distill/test_weighted.py \
+  tests/distill/test_faults.py tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_broken_backends.py tests/kernels/test_gpu.py::test_kernels \
   tests/kernels/test_histogram.py \
   tests/examples tests/packaging tests/docs/test_commands.py::test_vllm_knows_its_flags \
@@ -92,6 +92,11 @@ GPU_FLAGS ?=
 SOURCES := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/distill:$(CURDIR)/serve:$(CURDIR)/benchmarks
 gpu-check:  ## Run the checks that need a GPU, 13 minutes at most, into out/gpu-check (GPU_PYTHON=python3 has CUDA)
 	@PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tools.gpu_check $(GPU_FLAGS)
+
+audit:  ## Look up known vulnerabilities of all pinned packages (needs pip-audit and its data on the network)
+	@command -v pip-audit >/dev/null || { echo "pip-audit is needed: pipx install pip-audit"; exit 1; }
+	@status=0; for lock in requirements/hashed-*.txt; do echo "== $$lock"; \
+	  pip-audit --disable-pip --require-hashes -r $$lock || status=1; done; exit $$status
 
 clean:  ## Remove .venv, results and caches
 	rm -rf .venv out build *.egg-info requirements/vllm-metadata/{build,*.egg-info}

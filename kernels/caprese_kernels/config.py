@@ -162,9 +162,9 @@ class AdapterConfig(BaseModel):
 
     @property
     def prior_required(self) -> bool:
-        """Whether a file with this configuration must have priors: CATS never selects by them, and the paper's method
-        needs none."""
-        return self.method != "cats" and self.uses_version_2
+        """Whether a file with this configuration must have priors: CATS (prior 0, core 0) never selects by them, and
+        the paper's method needs none."""
+        return self.uses_version_2 and (self.method != "cats" or self.prior > 0 or self.core > 0)
 
 
 class CapreseConfig(BaseModel):

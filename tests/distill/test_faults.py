@@ -107,7 +107,7 @@ def test_a_disk_that_fills_at_any_write(
     monkeypatch.setattr(files, "staged", watched)
     run(tmp_path / "whole.safetensors")
     whole = Adapters.load(tmp_path / "whole.safetensors").tensors()
-    assert {name.removeprefix(".whole.safetensors.") for name in writes} >= {"prior", "layer-wise", "resume"}
+    assert {name.removeprefix(".whole.safetensors.") for name in writes} >= {"prior", "resume"}
     first, last = ({name: n for n, name in order} for order in (numbered(writes)[::-1], numbered(writes)))
     for full_at in sorted({*first.values(), *last.values()}):  # .resume: the first stage's, and the last one's
         with small_disk(tmp_path / f"disk-{full_at}", 16) as disk:

@@ -394,6 +394,22 @@ def write_version_2(path: Path, tensors: Mapping[str, Tensor], **config: Any) ->
     return write(path, tensors, format_version="2", config=json.dumps(settings))
 
 
+def test_cats_needs_no_prior(tmp_path: Path) -> None:
+    """Nor does its file; a file that names one must have it, and so must GRIFFIN's with the weighted score."""
+    raw = make_config(method="cats", score="weighted", prior=0.0, core=0.0)
+    path = tmp_path / "a.safetensors"
+    Adapters.from_tensors(AdapterConfig.model_validate(raw), make_tensors(), "here").save(path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format_version"] == "2"
+    loaded = Adapters.load(path)
+    assert (loaded.config.score, loaded.config.version, loaded.prior) == ("weighted", "2", {})
+    for wrong in ({"prior": 0.5}, {"core": 0.5}, {"method": "griffin"}, {"rank": 0}):
+        tensors = {} if "rank" in wrong else make_tensors()
+        config = AdapterConfig.model_validate(raw | wrong)
+        with pytest.raises(CapreseError, match="priors of layers"):
+            Adapters.from_tensors(config, tensors, "here")
+
+
 WRONG_PRIORS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "none": (lambda t: t.clear(), ("priors of layers [0, 2]", "none")),
     "one layer's": (lambda t: t.pop("layers.2.prior"), ("tensor layers.2.prior",)),
