@@ -40,7 +40,7 @@ EXTRAS: dict[str, set[str]] = {
     "caprese_kernels": set(),
     "caprese_vllm": {"cuda"},
     "caprese_distill": {"distill", "ray", "cuda"},
-    "caprese_serve": {"demo", "distill"},
+    "caprese_serve": {"demo", "distill", "playground"},
     "caprese_bench": {"bench"},
 }
 
@@ -139,8 +139,10 @@ def test_extras_of_verbs(distribution: Distribution) -> None:
     """The extra that an error names is the verb's, and enough for it."""
     verbs = distribution.entry_points.select(group="caprese.commands").names
     metadata = Parser().parsestr(distribution.read_text("METADATA") or "")
-    assert verbs == {"demo", "distill", "calibrate", "evaluate", "inspect", "doctor", "bench", "collect-env"}
-    assert verbs & set(metadata.get_all("Provides-Extra", [])) == {"demo", "distill", "calibrate", "evaluate", "bench"}
+    plain = {"inspect", "doctor", "collect-env"}
+    assert verbs - plain == {"serve", "playground", "demo", "distill", "calibrate", "evaluate", "bench"}
+    assert verbs & set(metadata.get_all("Provides-Extra", [])) == verbs - plain
+    assert {"starlette", "uvicorn", "httpx", "openai"} == requirements(distribution, "playground")
     for verb in ("calibrate", "evaluate"):
         assert requirements(distribution, verb) == requirements(distribution, "distill")
     assert {"vllm", "openai", "httpx"} <= requirements(distribution, "demo")

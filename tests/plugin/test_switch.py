@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from caprese_vllm.route import CapreseRoute
 from tests.support.hostile import TEXTS, VALUES, damaged, mutated
 
-REPORT = {"enabled": True, "generated_tokens": 0, "prompt_mass": [0.0, 0.0]}
+REPORT = {"enabled": True, "generated_tokens": 0, "statistics_pages": 3, "prompt_mass": [0.0, 0.0]}
 MERGED = {**REPORT, "prompt_mass_outside_core": None}
 
 
