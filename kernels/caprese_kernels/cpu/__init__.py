@@ -1,7 +1,7 @@
-"""C++ kernels for CPUs: AVX-512 (bfloat16 through vdpbf16ps where there is one) or AVX2, compiled on first use.
+"""C++ kernels for CPUs: AVX-512 (bfloat16 through AMX or vdpbf16ps where there are) or AVX2, compiled on first use.
 
 A batch of up to GATHER_UP_TO tokens reads only the rows it needs (ff.cpp). A larger one needs nearly every row, and
-arithmetic limits it: two matrix products of oneDNN over views of the same storage, z masked between them (masked.cpp).
+arithmetic limits it: two matrix products over the same storage, z masked between them (products.cpp).
 `reference` defines the functions; `library` raises Unavailable where the kernels cannot be compiled.
 """
 
@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -58,7 +57,7 @@ class _Batch(ctypes.Structure):
 
 def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
-    return _gather(x, ff, None, out) if len(x) <= GATHER_UP_TO else reference.dense_ff(x, ff, out)
+    return (_gather if len(x) <= GATHER_UP_TO else _products)(x, ff, None, out)
 
 
 def griffin_ff(
@@ -72,7 +71,7 @@ def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None, pat
     """As reference.core_ff; `path` decides between our kernel and matrix products, by default the number of tokens."""
     if (path or ("kernel" if len(x) <= CORE_GATHER_UP_TO else "products")) == "kernel":
         return _gather(x, ff, slots, out)
-    return reference.core_ff(x, ff, slots, out)
+    return _products(x, ff, slots, out)
 
 
 def cats_ff(
@@ -87,11 +86,7 @@ def cats_ff(
 def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
     if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
         return _gather(x, ff, slots, out, **selections)
-    # Not the product's own out=: where `out` begins would then decide how the product rounds.
-    y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
-    if ff.down_bias is not None:
-        y += ff.down_bias
-    return reference.into(out, y.masked_fill_(slots[:, None] < 0, 0))
+    return _products(x, ff, slots, out, **selections)
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
@@ -111,20 +106,31 @@ def _gather(
     return y
 
 
-def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
-    """z+ [T, F + r], zero where a token does not keep a neuron."""
-    x, neurons = _rows(x), ff.num_neurons
-    low_rank = ff.up_plus[neurons:]
-    gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
-    z = x.new_empty(len(x), neurons + ff.rank)
-    block, batch = described(x, ff, None, slots, **selections)
-    library().caprese_mask(
-        *(block, batch, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0))),
+def _products(
+    x: Tensor,
+    ff: PackedFF | CoreFF,
+    slots: Tensor | None,
+    out: Tensor | None = None,
+    z: Tensor | None = None,
+    gate: Tensor | None = None,
+    **selections: Tensor,
+) -> Tensor:
+    """y by two matrix products over all rows, z masked between them. Without slots: every neuron, no low-rank rows.
+
+    `z` [T, F] (or [T, F + r]) and `gate` [T, F], if given, take what is computed on the way.
+    """
+    x, y = _rows(x), x.new_empty(x.shape) if out is None else out
+    library().caprese_products(
+        *described(x, ff, y, slots, **selections),
+        *_address_and_stride(z),
+        *_address_and_stride(gate),
         torch.get_num_threads(),
     )
-    if ff.rank:
-        z[:, neurons:] = F.linear(x, low_rank)
-    return z
+    return y
+
+
+def _address_and_stride(rows: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    return (_pointer(None), _int(0)) if rows is None else (_pointer(rows.data_ptr()), _int(rows.stride(0)))
 
 
 def _rows(x: Tensor) -> Tensor:
