@@ -64,7 +64,7 @@ class Target:
         if self.name == "cpu":
             library = module.library(self.march)
             monkeypatch.setattr(module, "library", lambda: library)
-            for name in ("GATHER_UP_TO", "CORE_GATHER_UP_TO"):
+            for name in ("GATHER_UP_TO", "CORE_GATHER_UP_TO", "GATHER_UP_TO_ON_AMX"):
                 monkeypatch.setattr(module, name, self.gathers_below - 1)
             monkeypatch.setattr(module, "SHARED_UNION", module.SHARED_UNION if self.gathers_below else -1)
         return module

@@ -26,11 +26,13 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "cpu"
-# Measured on both paths, 1536 x 8960, density .5, two cores of an EPYC 9004: with one selection a token, 64 tokens take
-# as long gathered as masked, 256 tokens 1.6 times as long; with one selection for all, gathering wins at 256 too.
+# Measured on both paths, one selection a token, density .5. 1536 x 8960, two cores of an EPYC 9004, without AMX: 64
+# tokens take as long gathered as masked. 896 x 4864, a core of a Xeon with AMX, processor time: float32 takes .51 of
+# the time gathered at 4 tokens, .66 at 16, .90 at 64; bfloat16 .67 at 4, .76 at 8, 1.1 at 16, 2.9 at 64.
 GATHER_UP_TO = 64  # tokens
+GATHER_UP_TO_ON_AMX = 12  # tokens of bfloat16, also where they share selections or are a core's
 CORE_GATHER_UP_TO = 64  # tokens of a core: `caprese bench kernels --sections core` measures both paths
-SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too
+SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too, without AMX
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
 
@@ -57,7 +59,7 @@ class _Batch(ctypes.Structure):
 
 def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
-    return (_gather if len(x) <= GATHER_UP_TO else _products)(x, ff, None, out)
+    return (_gather if _are_few(x, GATHER_UP_TO) else _products)(x, ff, None, out)
 
 
 def griffin_ff(
@@ -69,7 +71,7 @@ def griffin_ff(
 
 def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None, path: CorePath | None = None) -> Tensor:
     """As reference.core_ff; `path` decides between our kernel and matrix products, by default the number of tokens."""
-    if (path or ("kernel" if len(x) <= CORE_GATHER_UP_TO else "products")) == "kernel":
+    if (path or ("kernel" if _are_few(x, CORE_GATHER_UP_TO) else "products")) == "kernel":
         return _gather(x, ff, slots, out)
     return _products(x, ff, slots, out)
 
@@ -84,9 +86,18 @@ def cats_ff(
 
 
 def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
-    if len(x) <= GATHER_UP_TO or _share_rows(slots, ff, selections.get("keep")):
+    if _are_few(x, GATHER_UP_TO) or (not _on_amx(x) and _share_rows(slots, ff, selections.get("keep"))):
         return _gather(x, ff, slots, out, **selections)
     return _products(x, ff, slots, out, **selections)
+
+
+def _on_amx(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and bool(library().caprese_has_tiles())
+
+
+def _are_few(x: Tensor, most: int) -> bool:
+    """Whether gathering is faster for that many tokens whose rows have little in common; `most`: without AMX."""
+    return len(x) <= (min(most, GATHER_UP_TO_ON_AMX) if _on_amx(x) else most)
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:

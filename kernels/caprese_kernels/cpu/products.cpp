@@ -2,9 +2,9 @@
 // definition.
 //
 // Tokens come in blocks. First z of a block, neurons divided among the threads: rows of gate and up are A, as they are
-// stored; the tokens, transposed once, are B. Then y, columns divided among the threads: z is A; down rows are B, copied
-// a part at a time into the order that the product reads. Every sum runs over its terms in their order whatever the
-// block and the thread, so a token's bits depend neither on its batch nor on the number of threads.
+// stored; the tokens, transposed once, are B. Then y, columns divided among the threads: z is A; down rows are B,
+// copied a part at a time into the order that the product reads. Every sum runs over its terms in their order whatever
+// the block and the thread, so a token's bits depend neither on its batch nor on the number of threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -325,6 +325,15 @@ void run(const Block& block, const Batch& batch, const Outputs& out, int threads
 
 }  // namespace
 
+// Whether bfloat16 runs on AMX.
+extern "C" int caprese_has_tiles() {
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+    return Tiles::available();
+#else
+    return 0;
+#endif
+}
+
 // kept must be zero on entry.
 extern "C" void caprese_products(const Block* block, const Batch* batch, void* z, int64_t z_stride, void* gate,
                                  int64_t gate_stride, int threads) {
@@ -333,7 +342,7 @@ extern "C" void caprese_products(const Block* block, const Batch* batch, void* z
         case 0: return run<float, Floats<float>>(*block, *batch, out, threads);
         case 1:
 #if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
-            if (Tiles::available()) return run<Bf16, Tiles>(*block, *batch, out, threads);
+            if (caprese_has_tiles()) return run<Bf16, Tiles>(*block, *batch, out, threads);
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
             return run<Bf16, Pairs>(*block, *batch, out, threads);
