@@ -84,19 +84,24 @@ class SparseFF:
             out[step.num_rows :].zero_()
         if len(step.dense_rows):
             rows = _rows(step, step.dense_rows)
-            out[rows] = self._prompt(x[rows], view.chunks)
+            out[rows] = self._prompt(x[rows], view)
         if len(step.off_rows):
             _write(out, step, step.off_rows, lambda rows, y: view.kernels.dense_ff(x[rows], self.packed, out=y))
         if len(step.sparse_rows):
             _write(out, step, step.sparse_rows, lambda rows, y: self._sparse(x[rows], view, y))
 
-    def _prompt(self, x: Tensor, chunks: ChunkPlan | None) -> Tensor:
-        y, z, gate_up = self.block.run(x)
+    def _prompt(self, x: Tensor, view: StepView) -> Tensor:
+        chunks, measures = view.chunks, self.prompt_mass is not None
+        # `gate` is [P, F] where a kernel computes, [P, 2F] from the model's own layers.
+        y, z, gate = view.kernels.prompt_ff(x, self.packed, chunks is not None or measures) or self.block.run(x)
         if self.prompt_mass is not None and self.core is not None:
+            assert z is not None
             mass = self.statistics.mass(z)
             self.prompt_mass += torch.stack([mass[: self.num_neurons - self.core.num_neurons].sum(), mass.sum()])
         if chunks is not None:
-            selections = self.statistics.observe(chunks, z, gate_up)
+            assert z is not None
+            assert gate is not None
+            selections = self.statistics.observe(chunks, z, gate)
             if selections is not None:
                 if self.core is not None:  # which no kernel gathers
                     selections[:, self.num_neurons - self.core.num_neurons :] = False

@@ -37,6 +37,9 @@ class Backend(Protocol):
     NAME: str
 
     def dense_ff(self, x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor: ...
+    def prompt_ff(
+        self, x: Tensor, ff: PackedFF, observed: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None: ...
     def griffin_ff(
         self,
         x: Tensor,

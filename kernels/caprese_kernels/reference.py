@@ -52,6 +52,15 @@ def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     return into(out, y if ff.down_bias is None else y + ff.down_bias)
 
 
+def prompt_ff(x: Tensor, ff: PackedFF, observed: bool) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The original block of prompt tokens with what their statistic needs: y = FF(x) [T, D], and if `observed` z [T, F]
+    and what goes into the activation, x W_g (x W_1 without a gate) with its bias [T, F].
+
+    None from a backend that has nothing faster than the model's own layers, as from this one.
+    """
+    return None
+
+
 def into(out: Tensor | None, y: Tensor) -> Tensor:
     """y, in `out` where that is given."""
     return y if out is None else out.copy_(y)

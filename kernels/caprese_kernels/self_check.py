@@ -87,6 +87,8 @@ def check_block(
             got = kernels.cats_ff(rows, ff, tau, places)[0]
         sparse.append(_error(got, wanted[:n], slack[:n]))
         dense.append(_error(kernels.dense_ff(rows, ff), wanted_dense[:n], none[:n]))
+        if (prompt := kernels.prompt_ff(rows, ff, observed=True)) is not None:
+            dense.append(_error(prompt[0], wanted_dense[:n], none[:n]))
     return SelfCheck(_worst(sparse), _worst(dense), selection, TOLERANCES[x.dtype])
 
 

@@ -115,7 +115,11 @@ print(torch.get_num_threads())
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_batch_of_few_selections_gathers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of few prompts: more tokens than one pass takes, and no weight of a dropped neuron is read."""
+    """Samples of few prompts: more tokens than one pass takes, and no weight of a dropped neuron is read.
+
+    Not on AMX, where multiplying all rows is faster.
+    """
+    monkeypatch.setattr(cpu, "_on_amx", lambda x: False)
     generator = torch.Generator().manual_seed(0)
     rows, depth = 60, 40
     gate, up, down = (torch.randn(rows, depth, generator=generator).to(dtype) / 6 for _ in range(3))
@@ -134,6 +138,21 @@ def test_a_large_batch_of_few_selections_gathers(dtype: torch.dtype, monkeypatch
     assert torch.equal(found[64:128], cpu.griffin_ff(x[64:128], ff, keep, slots[64:128])), "a token's bits are its own"
     monkeypatch.setattr(cpu, "SHARED_UNION", 0.4)
     assert cpu.griffin_ff(x, ff, keep, slots).isnan().any(), "half of the neurons are too many now: all are read"
+
+
+@needs_compiler
+def test_amx_gathers_for_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a dropped neuron show whether they were read."""
+    ff = PackedFF.pack(*(torch.ones(32, 32, dtype=torch.bfloat16) for _ in range(3)), "silu")
+    ff.down_plus[5] = torch.nan
+    keep = torch.ones(1, 32, dtype=torch.bool)
+    keep[0, 5] = False
+    for amx in (False, True):
+        monkeypatch.setattr(cpu, "_on_amx", lambda x, amx=amx: amx)
+        for tokens in (cpu.GATHER_UP_TO_ON_AMX, cpu.GATHER_UP_TO_ON_AMX + 1):
+            x, slots = torch.ones(tokens, 32, dtype=torch.bfloat16), torch.zeros(tokens, dtype=torch.int64)
+            read = bool(cpu.griffin_ff(x, ff, keep, slots).isnan().any())
+            assert read == (amx and tokens > cpu.GATHER_UP_TO_ON_AMX), (amx, tokens)
 
 
 @needs_compiler

@@ -1,19 +1,17 @@
-"""C++ kernels for CPUs: AVX-512 (bfloat16 through vdpbf16ps where there is one) or AVX2, compiled on first use.
+"""C++ kernels for CPUs: AVX-512 (bfloat16 through AMX or vdpbf16ps where there are) or AVX2, compiled on first use.
 
 A batch of up to GATHER_UP_TO tokens reads only the rows it needs (ff.cpp). A larger one needs nearly every row, and
-arithmetic limits it: two matrix products of oneDNN over views of the same storage, z masked between them (masked.cpp).
+arithmetic limits it: two matrix products over the same storage, z masked between them (products.cpp).
 `reference` defines the functions; `library` raises Unavailable where the kernels cannot be compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -24,17 +22,17 @@ from .build import Unavailable, library
 
 __all__ = [
     "NAME", "Unavailable", "cats_ff", "cats_observe", "cats_threshold", "core_ff", "dense_ff", "griffin_ff",
-    "griffin_norms", "griffin_observe", "griffin_select", "library", "plan_layers", "read_memory",
+    "griffin_norms", "griffin_observe", "griffin_select", "library", "plan_layers", "prompt_ff", "read_memory",
 ]  # fmt: skip
 
 NAME = "cpu"
-# Measured on both paths, 1536 x 8960, density .5, two cores of an EPYC 9004: with one selection a token, 64 tokens take
-# as long gathered as masked, 256 tokens 1.6 times as long; with one selection for all, gathering wins at 256 too.
+# Measured on both paths, one selection a token, density .5. 1536 x 8960, two cores of an EPYC 9004, without AMX: 64
+# tokens take as long gathered as masked. 896 x 4864, a core of a Xeon with AMX, processor time: float32 takes .51 of
+# the time gathered at 4 tokens, .66 at 16, .90 at 64; bfloat16 .67 at 4, .76 at 8, 1.1 at 16, 2.9 at 64.
 GATHER_UP_TO = 64  # tokens
-# bfloat16 where oneDNN has AMX: the core of 16 tokens (1536 x 8960, half of it) takes 4.3 ms by our kernel, and 3.2 by
-# products; of 8 tokens 2.6 and 3.0 (two cores of a Xeon with AMX).
-GATHER_UP_TO_BESIDE_AMX = 8  # tokens
-SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too
+GATHER_UP_TO_ON_AMX = 12  # tokens of bfloat16, also where they share selections or are a core's
+CORE_GATHER_UP_TO = 64  # tokens of a core: `caprese bench kernels --sections core` measures both paths
+SHARED_UNION = 0.6  # of F: up to this share, gathering wins for more tokens too, without AMX
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATION_FUNCTIONS)}  # in the order of vector.h's enum
 
@@ -61,7 +59,13 @@ class _Batch(ctypes.Structure):
 
 def dense_ff(x: Tensor, ff: PackedFF, out: Tensor | None = None) -> Tensor:
     """As reference.dense_ff."""
-    return _gather(x, ff, None, out) if len(x) <= _gather_up_to(x) else reference.dense_ff(x, ff, out)
+    return (_gather if _are_few(x, GATHER_UP_TO) else _products)(x, ff, None, out)
+
+
+def prompt_ff(x: Tensor, ff: PackedFF, observed: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As reference.prompt_ff. A token's bits do not depend on how its prompt is cut, nor on the batch."""
+    z, gate = (x.new_empty(len(x), ff.num_neurons) if observed else None for _ in range(2))
+    return _products(x, ff, None, None, z, gate), z, gate
 
 
 def griffin_ff(
@@ -73,9 +77,9 @@ def griffin_ff(
 
 def core_ff(x: Tensor, ff: CoreFF, slots: Tensor, out: Tensor | None = None, path: CorePath | None = None) -> Tensor:
     """As reference.core_ff; `path` decides between our kernel and matrix products, by default the number of tokens."""
-    if (path or ("kernel" if len(x) <= _gather_up_to(x) else "products")) == "kernel":
+    if (path or ("kernel" if _are_few(x, CORE_GATHER_UP_TO) else "products")) == "kernel":
         return _gather(x, ff, slots, out)
-    return reference.core_ff(x, ff, slots, out)
+    return _products(x, ff, slots, out)
 
 
 def cats_ff(
@@ -88,23 +92,18 @@ def cats_ff(
 
 
 def _sparse(x: Tensor, ff: PackedFF, slots: Tensor, out: Tensor | None, **selections: Tensor) -> Tensor:
-    if len(x) <= _gather_up_to(x) or _share_rows(slots, ff, selections.get("keep")):
+    if _are_few(x, GATHER_UP_TO) or (not _on_amx(x) and _share_rows(slots, ff, selections.get("keep"))):
         return _gather(x, ff, slots, out, **selections)
-    # Not the product's own out=: where `out` begins would then decide how the product rounds.
-    y = _masked_z(x, ff, slots, **selections) @ ff.down_plus
-    if ff.down_bias is not None:
-        y += ff.down_bias
-    return reference.into(out, y.masked_fill_(slots[:, None] < 0, 0))
+    return _products(x, ff, slots, out, **selections)
 
 
-def _gather_up_to(x: Tensor) -> int:
-    """The most tokens for which our kernel beats matrix products."""
-    return GATHER_UP_TO_BESIDE_AMX if x.dtype == torch.bfloat16 and _has_amx() else GATHER_UP_TO
+def _on_amx(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and bool(library().caprese_has_tiles())
 
 
-@functools.cache
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+def _are_few(x: Tensor, most: int) -> bool:
+    """Whether gathering is faster for that many tokens whose rows have little in common; `most`: without AMX."""
+    return len(x) <= (min(most, GATHER_UP_TO_ON_AMX) if _on_amx(x) else most)
 
 
 def _share_rows(slots: Tensor, ff: PackedFF, keep: Tensor | None) -> bool:
@@ -124,20 +123,31 @@ def _gather(
     return y
 
 
-def _masked_z(x: Tensor, ff: PackedFF, slots: Tensor, **selections: Tensor) -> Tensor:
-    """z+ [T, F + r], zero where a token does not keep a neuron."""
-    x, neurons = x.contiguous(), ff.num_neurons
-    low_rank = ff.up_plus[neurons:]
-    gate_up = F.linear(x, ff.gate_up_plus[: len(ff.gate_up_plus) - ff.rank], ff.gate_up_bias)
-    z = x.new_empty(len(x), neurons + ff.rank)
-    block, batch = described(x, ff, None, slots, **selections)
-    library().caprese_mask(
-        *(block, batch, _pointer(gate_up.data_ptr()), _pointer(z.data_ptr()), _int(z.stride(0))),
+def _products(
+    x: Tensor,
+    ff: PackedFF | CoreFF,
+    slots: Tensor | None,
+    out: Tensor | None = None,
+    z: Tensor | None = None,
+    gate: Tensor | None = None,
+    **selections: Tensor,
+) -> Tensor:
+    """y by two matrix products over all rows, z masked between them. Without slots: every neuron, no low-rank rows.
+
+    `z` [T, F] (with slots [T, F + r]) and `gate` [T, F], if given, take what is computed on the way.
+    """
+    x, y = _rows(x), x.new_empty(x.shape) if out is None else out
+    library().caprese_products(
+        *described(x, ff, y, slots, **selections),
+        *_address_and_stride(z),
+        *_address_and_stride(gate),
         torch.get_num_threads(),
     )
-    if ff.rank:
-        z[:, neurons:] = F.linear(x, low_rank)
-    return z
+    return y
+
+
+def _address_and_stride(rows: Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    return (_pointer(None), _int(0)) if rows is None else (_pointer(rows.data_ptr()), _int(rows.stride(0)))
 
 
 def _rows(x: Tensor) -> Tensor:

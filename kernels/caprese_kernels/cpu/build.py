@@ -28,8 +28,8 @@ from ..errors import printable
 logger = logging.getLogger("vllm.caprese")
 
 HERE = Path(__file__).parent
-SOURCES = ("ff.cpp", "masked.cpp", "statistics.cpp")
-HEADERS = ("block.h", "rows.h", "vector.h")
+SOURCES = ("ff.cpp", "products.cpp", "statistics.cpp")
+HEADERS = ("block.h", "lanes.h", "multiply.h", "rows.h", "vector.h")
 COMPILE_SECONDS = 600  # a compiler that takes longer waits for something
 MAX_LIBRARY = 1 << 28  # bytes
 # -fopenmp: the threads are torch's, whose libgomp is already loaded under the same name.

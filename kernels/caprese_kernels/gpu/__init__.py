@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..packed import PackedFF
-from ..reference import core_ff  # three products of cuBLAS
+from ..reference import core_ff, prompt_ff  # products of cuBLAS
 from . import crossover, gather, masked
 from .crossover import Path
 from .gather import RowPlan, plan_rows
@@ -31,6 +31,7 @@ __all__ = [
     "griffin_select",
     "plan_layers",
     "plan_rows",
+    "prompt_ff",
 ]
 
 NAME = "triton"
