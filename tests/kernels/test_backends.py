@@ -107,7 +107,8 @@ def test_conforms(target: Target, case: Case, check: Callable[..., None], monkey
     ("target", "case"), [pytest.param(t, c, id=f"{t.label}-{c.id}") for t in TARGETS for c in t.cases]
 )
 def test_requests_stand_alone(target: Target, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    same_bits = target.name == "cpu"
+    # The C++ kernels promise it within a path; from this many tokens on another one adds up in another order.
+    same_bits = target.name == "cpu" and (case.tokens < target.gathers_below or target.gathers_below == 0)
     conformance.check_request_stands_alone(target.load(monkeypatch), CPU, case, same_bits=same_bits)
 
 
