@@ -65,7 +65,8 @@ SLOW := tests/engine tests/e2e \
   tests/distill/test_hostile_settings.py::test_yaml_files \
   tests/plugin/test_architectures.py tests/plugin/test_compat.py::test_another_version_is_reported \
   tests/plugin/test_compat.py::test_installed_is_not_enabled tests/plugin/test_requests.py::test_random_schedules \
-  tests/serve/test_demo.py tests/serve/test_doctor_options.py tests/tools/test_compile_kernels.py tests/tools/test_demo_scripts.py \
+  tests/serve/test_demo.py tests/serve/test_doctor_options.py tests/serve/test_playground.py tests/serve/test_serve.py \
+  tests/tools/test_compile_kernels.py tests/tools/test_demo_scripts.py \
   tests/tools/test_gpu_check.py tests/tools/test_gpu_rehearsal.py \
   tests/test_imports.py::test_every_module_needs_only_its_own_extra \
   tests/test_imports.py::test_packages_without_any_extra
