@@ -17,7 +17,7 @@ from caprese_kernels.errors import CapreseError, printable
 from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, ff_kernels, refusals
-from .settings import KEY, EngineSettings, user_value
+from .settings import KEY, RESELECT, EngineSettings
 from .statistics import keeps_values, page_nbytes
 
 logger = init_logger("vllm.caprese")
@@ -131,13 +131,15 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
 
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a wrong switch that came another way than through the server, whose requests `SwitchMiddleware` checks."""
+    """Refuse wrong switches that came another way than through the server, whose requests `SwitchMiddleware` checks."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
-    if user_value(self.vllm_config.additional_config) is not None and KEY in extra:
-        from .switch import check_switch  # the server's code: not for a process without requests of its own
+    if KEY in extra or RESELECT in extra:
+        settings = EngineSettings.read(self.vllm_config)
+        if settings is not None:
+            from .switch import check_switches  # the server's code: not for a process without requests of its own
 
-        check_switch(extra[KEY])
+            check_switches(extra, settings)
     return result
 
 

@@ -152,8 +152,8 @@ class RequestTable:
                 sparse_slots.extend([slot] * (row + count - boundary))
             row += count
         rows, slots = self._tensor(sparse_rows), self._tensor(sparse_slots)
-        dense = self._tensor(dense_rows)
-        return Step(row, chunks, rows, slots, dense, self._tensor(off_rows), moves.parked, moves.restored)
+        prompts = self._tensor(dense_rows)
+        return Step(row, chunks, rows, slots, prompts, self._tensor(off_rows), moves.parked, moves.restored)
 
     def dense_length(self, request_id: str, prompt_len: int) -> int:
         """How many of the request's first tokens run dense: its prompt, and what rounds have made exact."""

@@ -29,7 +29,8 @@ class CapreseRoute:
             """Method, density, rank, layers, kernel, tokens that ran sparse, and the share of FF weights they needed.
 
             The tokens include rejected drafts, and those that were computed again after a preemption. With a core, the
-            share of the prompts' activation mass outside of it, in the middle one of the sparse layers.
+            share of the prompts' activation mass outside of it, in the middle one of the sparse layers. The interval of
+            reselection, and how many rounds there were.
             """
             guard = request.app.state.caprese_guard
             if guard is not None and not guard.verify_token(request.headers):
@@ -47,6 +48,7 @@ class CapreseRoute:
         # A server that only renders prompts has no engine.
         settings = None if engine_client is None else EngineSettings.read(engine_client.vllm_config)
         state.caprese_engine = engine_client
+        state.caprese_settings = settings
         state.caprese_core = settings is not None and settings.method.has_core
         if state.caprese_core:
             gauges()  # there from the first scrape on

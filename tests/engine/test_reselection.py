@@ -70,9 +70,7 @@ def test_density_one_is_plain_vllm(
 @pytest.mark.parametrize(
     ("architecture", "method", "asynchronous"), [("llama", "griffin", True), ("qwen2", "cats", False)]
 )
-def test_v2_runner(
-    model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool
-) -> None:
+def test_v2_runner(model_dir: ModelDir, tmp_path: Path, architecture: str, method: str, asynchronous: bool) -> None:
     """The GPU's runner, in chunks, with preemptions and hits; at density 1 plain vLLM's tokens and probabilities."""
     case = new_case(model_dir, tmp_path, architecture, method, True, reselect=RHO)
     plain = Case(case.model_dir, method, density=1.0, layers=list(range(LAYERS)), reselect=RHO)

@@ -2,7 +2,8 @@
 
 With --v1 it is the V1 runner as it comes, for what must not share a process with other engines.
 Reads a JSON job {model, caprese, engine, prompts, new_tokens} on standard input and writes, as its last line, the
-tokens (with "logprobs" in the job theirs, too) and what the plugin reports. Triton's interpreter must be chosen before Triton is imported: hence a process.
+tokens (with "logprobs" in the job, their probabilities too) and what the plugin reports. Triton's interpreter must be
+chosen before Triton is imported: hence a process.
 """
 
 import json
