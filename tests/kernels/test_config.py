@@ -60,6 +60,7 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "score": "weighted",
         "prior": 0.5,
         "core": 1.0,
+        "reselect_interval": 64,
         "statistics_page": 256,
         "statistics_mib": 100,
         "kernel": "reference",
