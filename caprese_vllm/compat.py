@@ -174,18 +174,25 @@ V2_GATHER_BATCH = Seam(
     "keeps prompt tokens and requests with Caprese off out of full CUDA graphs of decoding (V2 runner)",
     "ModelState has a say in what is a decode batch; vLLM counts a prompt's last token, scheduled alone, as one",
 )
+V2_UPDATE_REQUESTS = Seam(
+    "vllm.v1.worker.gpu.model_runner",
+    "GPUModelRunner.update_requests",
+    ("self", "scheduler_output"),
+    "takes requests back to where a round of reselection begins (V2 runner)",
+    "vLLM lets a scheduler compute tokens of a running request again",
+)
 SEAMS = tuple(value for value in globals().values() if isinstance(value, Seam))
 
 # module, symbol, what of it: one line each.
 _USES = """
 vllm.engine.arg_utils EngineArgs: additional_config model hf_overrides quantization quantization_config enable_sleep_mode worker_extension_cls scheduler_cls
 vllm.config VllmConfig: additional_config model_config parallel_config compilation_config scheduler_config cache_config offload_config load_config speculative_config kv_transfer_config weight_transfer_config use_v2_model_runner num_speculative_tokens
-vllm.config ModelConfig: model architectures dtype hf_config hf_text_config max_model_len model_impl runner_type quantization quantization_config enable_prompt_embeds get_num_experts
+vllm.config ModelConfig: model architectures dtype hf_config hf_text_config max_model_len model_impl runner_type quantization quantization_config enable_prompt_embeds get_num_experts get_sliding_window
 vllm.config ParallelConfig: worker_extension_cls tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size prefill_context_parallel_size use_ubatching
 vllm.config CompilationConfig: splitting_ops cudagraph_mode static_forward_context
 vllm.config CUDAGraphMode: NONE PIECEWISE has_full_cudagraphs
 vllm.config CacheConfig: kv_sharing_fast_prefill enable_prefix_caching
-vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls
+vllm.config SchedulerConfig: max_num_seqs async_scheduling scheduler_cls disable_hybrid_kv_cache_manager
 vllm.config SpeculativeConfig: method
 vllm.config LoadConfig: load_format
 vllm.entrypoints.serve.exception_handling.error_response create_error_response: message
@@ -220,12 +227,16 @@ vllm.utils.torch_utils direct_register_custom_op: mutates_args fake_impl target_
 vllm.lora.worker_manager WorkerLoRAManager: _adapter_manager
 vllm.lora.lora_model LoRAModel: loras
 vllm.lora.request LoRARequest: lora_name
-vllm.v1.request Request: request_id status sampling_params block_hashes num_prompt_tokens num_tokens num_computed_tokens
+vllm.v1.request Request: request_id status sampling_params block_hashes num_prompt_tokens num_tokens num_computed_tokens num_output_tokens num_output_placeholders max_tokens next_decode_eligible_step resumable
 vllm.v1.request RequestStatus: RUNNING
-vllm.v1.core.sched.output SchedulerOutput: num_scheduled_tokens finished_req_ids
+vllm.v1.core.sched.output SchedulerOutput: num_scheduled_tokens finished_req_ids scheduled_cached_reqs
+vllm.v1.core.sched.output CachedRequestData: req_ids num_computed_tokens
 vllm.v1.core.sched.output NewRequestData: req_id sampling_params prompt_len
 vllm.v1.core.sched.async_scheduler AsyncScheduler:
-vllm.v1.core.sched.scheduler Scheduler: vllm_config block_size hash_block_size kv_cache_manager requests add_request schedule _handle_blocked_waiting_request _get_local_prefix_cache_hit _update_after_schedule reset_prefix_cache
+vllm.v1.core.sched.scheduler Scheduler: vllm_config block_size hash_block_size kv_cache_manager kv_cache_config requests running current_step max_model_len prev_step_scheduled_req_ids add_request schedule _handle_blocked_waiting_request _get_local_prefix_cache_hit _update_after_schedule reset_prefix_cache
+vllm.v1.kv_cache_interface SlidingWindowSpec: sliding_window
+vllm.v1.kv_cache_interface KVCacheConfig: kv_cache_groups
+vllm.v1.kv_cache_interface KVCacheGroupSpec: kv_cache_spec
 vllm.v1.core.kv_cache_manager KVCacheManager: coordinator enable_caching empty_kv_cache_blocks create_kv_cache_blocks prefix_cache_lookup_enabled
 vllm.v1.core.kv_cache_coordinator KVCacheCoordinator: find_longest_cache_hit cache_blocks
 vllm.v1.worker.gpu_model_runner GPUModelRunner: vllm_config input_batch requests
@@ -237,6 +248,9 @@ vllm.v1.worker.gpu.model_states.interface ModelState.add_request: req_index new_
 vllm.v1.worker.gpu.model_states.interface ModelState.remove_request: req_id
 vllm.v1.worker.gpu.model_states.interface ModelState.preprocess_state: input_batch
 vllm.v1.worker.gpu.model_runner GPUModelRunner: vllm_config model_state req_states
+vllm.v1.worker.gpu.states RequestState: req_id_to_index prefill_len num_computed_tokens num_computed_tokens_np
+vllm.v1.worker.gpu.buffer_utils UvaBackedTensor: np copy_to_uva
+vllm.v1.worker.gpu.buffer_utils StagedWriteTensor: stage_write_elem apply_write
 vllm.v1.worker.gpu.input_batch InputBatch: req_ids num_computed_tokens_np num_scheduled_tokens num_tokens_after_padding
 """  # noqa: E501
 

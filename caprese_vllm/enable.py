@@ -17,18 +17,17 @@ from caprese_kernels.errors import CapreseError, printable
 from caprese_kernels.reference import EXACT_VALUES
 
 from . import compat, ff_kernels, refusals
-from .settings import KEY, EngineSettings, user_value
+from .settings import KEY, RESELECT, EngineSettings
 from .statistics import keeps_values, page_nbytes
 
 logger = init_logger("vllm.caprese")
 
 WORKER_EXTENSION = "caprese_vllm.worker.WorkerExtension"
-# By whether requests select for themselves, and whether scheduling is asynchronous.
+# By what requests do, for synchronous and for asynchronous scheduling.
 SCHEDULERS = {
-    (True, False): "caprese_vllm.scheduler.CapreseScheduler",
-    (True, True): "caprese_vllm.scheduler.CapreseAsyncScheduler",
-    (False, False): "caprese_vllm.scheduler.CoreScheduler",
-    (False, True): "caprese_vllm.scheduler.CoreAsyncScheduler",
+    "reselect": ("caprese_vllm.rounds.ReselectingScheduler", "caprese_vllm.rounds.ReselectingAsyncScheduler"),
+    "select": ("caprese_vllm.scheduler.CapreseScheduler", "caprese_vllm.scheduler.CapreseAsyncScheduler"),
+    "share": ("caprese_vllm.scheduler.CoreScheduler", "caprese_vllm.scheduler.CoreAsyncScheduler"),
 }
 MAX_PAGES = 4096  # of 512 tokens each, two million tokens: more than a KV cache holds
 FF_OP = "caprese::ff"
@@ -58,6 +57,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
     model = vllm_config.model_config
     served = BaseModelInfo.from_hf(hf_config, model.model, model.architectures)
     method, warnings = resolve(config, adapters.config if adapters else None, served)
+    if config.reselect_interval is not None:
+        refusals.check_reselection(method, vllm_config)
     refusals.check_tensor_parallel(method, served.intermediate_size, vllm_config.parallel_config.tensor_parallel_size)
     for warning in warnings:
         logger.warning("Caprese: %s", printable(warning))
@@ -65,6 +66,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
     _choose_graphs(vllm_config, kernels, config.kernel_extension)
     exact = keeps_values(method, vllm_config.model_config.dtype)
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    num_pages = _prefix_caching(vllm_config, config, method, served)
+    _choose_scheduler(vllm_config, config, method)
     EngineSettings(
         method=method,
         weights=config.weights,
@@ -73,8 +76,9 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
         kernel=config.kernel,
         kernel_extension=config.kernel_extension,
         page_tokens=config.statistics_page,
-        num_pages=_prefix_caching(vllm_config, config, method, served),
+        num_pages=num_pages,
         show_selections=config.show_selections,
+        reselect_interval=config.reselect_interval,
         exact_tokens=EXACT_VALUES // served.intermediate_size if exact else 0,
     ).write(vllm_config)
     compat.wrap(compat.ADD_ENDPOINTS, _with_route)
@@ -84,12 +88,8 @@ def create_engine_config(original: Callable[..., Any], args: Any, given: Any, *r
 
 def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, served: BaseModelInfo) -> int:
     """The number of pages for statistics of cached prefixes; switches prefix caching off where no page fits."""
-    cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
-    if not cache.enable_prefix_caching:
-        return 0
-    chosen = SCHEDULERS[method.needs_statistic, bool(scheduler.async_scheduling)]
-    if not method.needs_statistic:
-        scheduler.scheduler_cls = chosen
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if not cache.enable_prefix_caching or not method.needs_statistic:
         return 0
     neurons = served.intermediate_size // vllm_config.parallel_config.tensor_parallel_size
     nbytes = page_nbytes(method, neurons, model.max_model_len, model.dtype)
@@ -110,8 +110,19 @@ def _prefix_caching(vllm_config: Any, config: CapreseConfig, method: Method, ser
         )
         cache.enable_prefix_caching = False
         return 0
-    scheduler.scheduler_cls = chosen
     return min(budget // nbytes, MAX_PAGES)
+
+
+def _choose_scheduler(vllm_config: Any, config: CapreseConfig, method: Method) -> None:
+    """A scheduler that publishes exact KV entries alone, and runs rounds; vLLM's own where nothing is published."""
+    scheduler = vllm_config.scheduler_config
+    if config.reselect_interval is not None:
+        kind = "reselect"
+    elif vllm_config.cache_config.enable_prefix_caching:
+        kind = "select" if method.needs_statistic else "share"
+    else:
+        return
+    scheduler.scheduler_cls = SCHEDULERS[kind][bool(scheduler.async_scheduling)]
 
 
 def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> Any:
@@ -121,13 +132,15 @@ def _with_route(original: Callable[..., Any], supported_tasks: Any = None) -> An
 
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a wrong switch that came another way than through the server, whose requests `SwitchMiddleware` checks."""
+    """Refuse wrong switches that came another way than through the server, whose requests `SwitchMiddleware` checks."""
     result = original(self, params, *args, **kwargs)
     extra = getattr(params, "extra_args", None) or {}
-    if user_value(self.vllm_config.additional_config) is not None and KEY in extra:
-        from .switch import check_switch  # the server's code: not for a process without requests of its own
+    if KEY in extra or RESELECT in extra:
+        settings = EngineSettings.read(self.vllm_config)
+        if settings is not None:
+            from .switch import check_switches  # the server's code: not for a process without requests of its own
 
-        check_switch(extra[KEY])
+            check_switches(extra, settings)
     return result
 
 

@@ -117,7 +117,7 @@ class SparseFF:
         tokens = 1 if self.method.name == "griffin" else EXACT_VALUES // (self.num_neurons * self.ranks.size) + 1
         tokens = tokens if keeps_values(self.method, packed.down_plus.dtype) else 1
         gate_up = packed.down_plus.new_zeros(tokens, len(packed.gate_up_plus) - packed.rank)
-        chunk = PromptChunk(key=-1, slot=0, prompt_len=tokens, begin=0, end=tokens, first=True, last=True)
+        chunk = PromptChunk(key=-1, slot=0, length=tokens, begin=0, end=tokens, first=True, last=True)
         plan = ChunkPlan.of([chunk], gate_up.device)
         self.statistics.observe(plan, gate_up[:, : self.num_neurons].contiguous(), gate_up)
 

@@ -16,10 +16,11 @@ COMMANDS = "caprese_pages"  # attribute of SchedulerOutput: request id -> Comman
 
 
 class Commands(NamedTuple):
-    """What one request's prompt tokens of one step do with pages."""
+    """What one request's prompt tokens of one step do with pages, and whether a round of reselection begins."""
 
     load: int | None = None  # begin with this page's statistic instead of nothing
     saves: tuple[tuple[int, int], ...] = ()  # (length of a prefix, the page that takes its statistic), ascending
+    length: int | None = None  # a round: from this step on, so many of the request's first tokens run dense, and count
 
 
 @dataclass
@@ -64,6 +65,11 @@ class PageIndex:
         self._pages[key] = page
         self._touched.add(key)
         return page
+
+    def drop(self, key: Hashable) -> None:
+        """Free the page of `key`, if there is one that this step did not touch."""
+        if key in self._pages and key not in self._touched:
+            self._free.append(self._pages.pop(key))
 
     def clear(self) -> None:
         """Forget all pages: the weights changed, or the user resets the prefix cache."""

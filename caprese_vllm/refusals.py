@@ -104,6 +104,45 @@ def check_engine(vllm_config: Any) -> None:
     _refuse_quantized_blocks(model.quantization, quantized)
 
 
+def check_reselection(method: Method, vllm_config: Any) -> None:
+    """Raise CapreseError, with the reason, for an engine in which requests cannot select anew."""
+    model, limit = vllm_config.model_config, vllm_config.model_config.max_model_len
+    window = model.get_sliding_window()
+    # vLLM keeps all blocks where layers with a window and others share one kind of block.
+    mixed = "full_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+    kept = mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    # whether it is so, what is expected, what was found, what to do
+    refused = [
+        (
+            not method.needs_statistic,
+            "neurons that a request chooses for itself",
+            f"prior {method.prior:g}, core {method.core:g}: all requests share one selection, which no text changes",
+            "leave it out, or choose a core below 1",
+        ),
+        (
+            window is not None and window < limit and not kept,
+            "KV blocks that stay: a round computes tokens again, and attends to those before",
+            f"layers that drop what is behind a window of {window} tokens",
+            f"leave it out, {'add --disable-hybrid-kv-cache-manager, ' if mixed else ''}or --disable-sliding-window",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "one token a step: drafts would cross a round's end",
+            "speculative decoding",
+            "leave one of them out",
+        ),
+        (
+            vllm_config.parallel_config.pipeline_parallel_size > 1,
+            "an engine in which rounds were tested",
+            "pipeline parallelism",
+            "leave one of them out",
+        ),
+    ]
+    for is_so, expected, found, fix in refused:
+        if is_so:
+            raise CapreseError("reselect_interval", expected=expected, found=found, fix=fix)
+
+
 def check_tensor_parallel(method: Method, intermediate_size: int, ranks: int) -> None:
     """Raise CapreseError unless F divides by the ranks, and GRIFFIN keeps floor(d F / ranks) >= 1 neurons of each."""
     if intermediate_size % ranks:

@@ -3,6 +3,9 @@
 A token is a *prompt token* if its index in the request is below the prompt's length, else a
 *generated token*. That alone decides its path, so chunked prefill, mixed batches, preemption
 (prompt and generated tokens recomputed together) and one-token prompts need no cases of their own.
+
+A round of reselection makes generated tokens prompt tokens: the length that decides grows to the round's end, and the
+tokens up to there run, count and select as the rest of a longer prompt would.
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ class PromptChunk(NamedTuple):
     """Consecutive prompt tokens of one request: entries [begin, end) of the step's dense_rows."""
 
     key: int  # of its request, for the request's life
-    slot: int  # for the selection, -1 unless last
-    prompt_len: int
+    slot: int  # for the selection and its statistic, -1 in a prompt that goes on
+    length: int  # of the prompt; in a round, of the text up to the round's end
     begin: int
     end: int
     first: bool  # its statistic starts from nothing, or from the page `load`
-    last: bool  # ends the prompt: select afterwards
+    last: bool  # ends the prompt or the round: select afterwards
     load: int | None = None  # page of the cached prefix before this chunk
     saves: tuple[tuple[int, int], ...] = ()  # (entry of dense_rows, page that takes the statistic before that entry)
+    round: bool = False  # its statistic goes on from the one that the last selection was made from
 
     def parts(self) -> list[tuple[int, int, int | None]]:
         """(begin, end, page that takes the statistic then), in order, of its entries of dense_rows."""
@@ -70,10 +74,20 @@ class Step:
 
 
 @dataclass
+class _Moves:
+    """Which selections change places in a step."""
+
+    batch: set[str]  # its requests
+    parked: list[tuple[int, int]] = field(default_factory=list)
+    restored: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
 class _Request:
     key: int
+    length: int  # of its prompt, or of the text up to the end of its last round
     slot: int | None = None  # of its selection; None: it has none yet, or it is parked
-    seen: int = 0  # prompt tokens that the statistic holds
+    seen: int = 0  # tokens that the statistic holds, of the first `length`
     selected: bool = False
 
 
@@ -106,8 +120,7 @@ class RequestTable:
         `commands` are the scheduler's, for requests whose statistic begins with a page or leaves some behind.
         """
         scheduled = list(scheduled)
-        parked: list[tuple[int, int]] = []
-        restored: list[tuple[int, int]] = []
+        moves = _Moves({one.request_id for one in scheduled})
         chunks: list[PromptChunk] = []
         sparse_rows: list[int] = []
         sparse_slots: list[int] = []
@@ -115,7 +128,7 @@ class RequestTable:
         off_rows: list[int] = []
         row = 0
         for request_id, prompt_len, start, count, dense in scheduled:
-            boundary = row + min(max(prompt_len - start, 0), count)
+            boundary = row + min(max(self.dense_length(request_id, prompt_len) - start, 0), count)
             begin = len(dense_rows)
             dense_rows.extend(range(row, boundary))
             if dense:
@@ -127,28 +140,29 @@ class RequestTable:
                 sparse_slots.extend([0] * (row + count - boundary))
                 row += count
                 continue
-            request = self._requests.get(request_id) or self._add(request_id)
-            if boundary > row and not request.selected:
+            request = self._requests.get(request_id) or self._add(request_id, prompt_len)
+            if boundary > row and request.seen < request.length:
                 pages = commands.get(request_id, Commands())
-                first = start == 0 or pages.load is not None  # also after a preemption in mid-prompt
-                self._see(request_id, request, prompt_len, start, boundary - row, first)
-                last = request.selected
-                into = self._take(request_id, request, scheduled, parked) if last else -1
-                saves = tuple((begin + length - start, page) for length, page in pages.saves)
-                ends = (begin, len(dense_rows))
-                chunks.append(PromptChunk(request.key, into, prompt_len, *ends, first, last, pages.load, saves))
+                chunks += self._chunk(request_id, request, start, boundary - row, begin, pages, moves)
             if boundary < row + count:
                 if not request.selected:
                     raise RuntimeError(f"request {request_id} generates, but its prompt was never seen whole")
-                slot = request.slot
-                if slot is None:
-                    slot = self._take(request_id, request, scheduled, parked)
-                    restored.append((request.key, slot))
+                slot = self._slot(request_id, request, moves)
                 sparse_rows.extend(range(boundary, row + count))
                 sparse_slots.extend([slot] * (row + count - boundary))
             row += count
         rows, slots = self._tensor(sparse_rows), self._tensor(sparse_slots)
-        return Step(row, chunks, rows, slots, self._tensor(dense_rows), self._tensor(off_rows), parked, restored)
+        prompts = self._tensor(dense_rows)
+        return Step(row, chunks, rows, slots, prompts, self._tensor(off_rows), moves.parked, moves.restored)
+
+    def dense_length(self, request_id: str, prompt_len: int) -> int:
+        """How many of the request's first tokens run dense: its prompt, and what rounds have made exact."""
+        request = self._requests.get(request_id)
+        return prompt_len if request is None else max(prompt_len, request.length)
+
+    def begin_round(self, request_id: str, length: int) -> None:
+        """From the next step on, the request's first `length` tokens run dense, and count."""
+        self._requests[request_id].length = length
 
     @property
     def ids(self) -> Iterable[str]:
@@ -175,35 +189,54 @@ class RequestTable:
             del self._holders[request.slot]
         return request.key
 
-    def _add(self, request_id: str) -> _Request:
-        request = self._requests[request_id] = _Request(self._created)
+    def _add(self, request_id: str, prompt_len: int) -> _Request:
+        request = self._requests[request_id] = _Request(self._created, prompt_len)
         self._created += 1
         return request
 
-    def _take(self, request_id: str, request: _Request, batch: list[Scheduled], parked: list[tuple[int, int]]) -> int:
-        """A slot for the request; if none is free, that of the longest holder that is not in the batch."""
+    def _slot(self, request_id: str, request: _Request, moves: _Moves) -> int:
+        """The request's slot; if it has none, a free one, or that of the longest holder that is not in the batch."""
+        if request.slot is not None:
+            return request.slot
         if not self._free:
-            present = {one.request_id for one in batch}
-            absent = (slot for slot, holder in self._holders.items() if holder not in present)
+            absent = (slot for slot, holder in self._holders.items() if holder not in moves.batch)
             slot = next(absent, None)
             if slot is None:
                 raise RuntimeError(f"more than {self.num_slots} requests in one batch")
             loser = self._requests[self._holders.pop(slot)]
             loser.slot = None
-            parked.append((loser.key, slot))
+            moves.parked.append((loser.key, slot))
             self._free.append(slot)
         request.slot = self._free.pop()
         self._holders[request.slot] = request_id
+        if request.selected:
+            moves.restored.append((request.key, request.slot))
         return request.slot
 
-    def _see(self, request_id: str, request: _Request, prompt_len: int, start: int, count: int, first: bool) -> None:
-        """Note the prompt tokens [start, start + count); the statistic of those before comes from a page if `first`."""
+    def _chunk(
+        self, request_id: str, request: _Request, start: int, count: int, begin: int, pages: Commands, moves: _Moves
+    ) -> list[PromptChunk]:
+        """The part of the dense tokens [start, start + count) that the statistic does not hold yet: one chunk, or none.
+
+        Entry `begin` of dense_rows is token `start`. A prompt that was preempted halfway starts its statistic again; a
+        round that was goes on, and counts no token twice.
+        """
+        again = request.selected
+        first = not again and (start == 0 or pages.load is not None)
         if first:
             request.seen = start
-        if start != request.seen:
+        if start > request.seen or (start < request.seen and not again):
             raise RuntimeError(f"request {request_id}: prompt tokens {request.seen} to {start} were skipped")
-        request.seen = start + count
-        request.selected = request.seen == prompt_len
+        end = min(start + count, request.length)
+        if end <= request.seen:
+            return []
+        entries = begin + request.seen - start, begin + end - start
+        request.seen = end
+        last = end == request.length
+        slot = self._slot(request_id, request, moves) if last or again else -1
+        request.selected |= last
+        saves = tuple((begin + length - start, page) for length, page in pages.saves)
+        return [PromptChunk(request.key, slot, request.length, *entries, first, last, pages.load, saves, again)]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return index_tensor(values, self.device)

@@ -32,7 +32,8 @@ class CapreseRoute:
             """Method, density, rank, layers, kernel, tokens that ran sparse, and the share of FF weights they needed.
 
             The tokens include rejected drafts, and those that were computed again after a preemption. With a core, the
-            share of the prompts' activation mass outside of it, in the middle one of the sparse layers.
+            share of the prompts' activation mass outside of it, in the middle one of the sparse layers. The interval of
+            reselection, and how many rounds there were.
             """
             _authorize(request)
             return await _report(request.app.state)
@@ -62,6 +63,7 @@ class CapreseRoute:
         # A server that only renders prompts has no engine.
         settings = None if engine_client is None else EngineSettings.read(engine_client.vllm_config)
         state.caprese_engine = engine_client
+        state.caprese_settings = settings
         state.caprese_shows = settings is not None and settings.show_selections
         if settings is not None:
             set_info(settings)

@@ -21,6 +21,7 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
     compat.wrap(compat.V2_RELOAD_WEIGHTS, reload_weights)
     compat.wrap(compat.V2_FINISH_REQUESTS, _finish_requests)
     compat.wrap(compat.V2_GATHER_BATCH, _gather_batch)
+    compat.wrap(compat.V2_UPDATE_REQUESTS, _update_requests)
     base: Any = resolve_model_state_cls(vllm_config, model)
 
     class CapreseModelState(base):
@@ -68,10 +69,11 @@ def model_state_class(vllm_config: Any, model: Any, state: State) -> type:
         def only_decodes(self, batch: Any, num_computed_tokens: Any) -> bool:
             """Whether every row is a generated token of a request that runs sparse."""
             starts = num_computed_tokens[batch.idx_mapping_np].tolist()
-            watched = (self.watched[req_id] for req_id in batch.req_ids)
-            return all(
-                start >= prompt_len and not off for start, (prompt_len, off) in zip(starts, watched, strict=True)
-            )
+            for req_id, start in zip(batch.req_ids, starts, strict=True):
+                prompt_len, off = self.watched[req_id]
+                if off or start < state.requests.dense_length(req_id, prompt_len):
+                    return False
+            return True
 
     return CapreseModelState
 
@@ -85,6 +87,28 @@ def _gather_batch(original: Callable[..., Any], self: Any, scheduler_output: Any
         return batch, uniform_token_count
     # has_prefill also keeps it out of graphs for decode batches of mixed lengths.
     return batch._replace(has_prefill=True, decode_graph_eligible=False), None
+
+
+def _update_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> None:
+    """Take requests back to where their rounds begin; up to the rounds' ends nothing is sampled, as in a prompt.
+
+    vLLM counts computed tokens on the device, and takes a running request's on the host for that count's mirror.
+    """
+    state = state_of(self.vllm_config)
+    commands = {} if state is None else state.commands
+    requests, rows = scheduler_output.scheduled_cached_reqs, self.req_states
+    begun = False
+    for req_id, computed in zip(requests.req_ids, requests.num_computed_tokens, strict=True):
+        command = commands.get(req_id)
+        if command is not None and command.length is not None:
+            row = rows.req_id_to_index[req_id]
+            rows.prefill_len.np[row] = command.length
+            rows.num_computed_tokens.stage_write_elem(row, computed)
+            begun = True
+    if begun:
+        rows.prefill_len.copy_to_uva()
+        rows.num_computed_tokens.apply_write()
+    original(self, scheduler_output)
 
 
 def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> None:

@@ -14,7 +14,7 @@ that end
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -29,12 +29,19 @@ WORTH_WAITING = 64  # tokens that another request must be about to compute for o
 
 @dataclass
 class _Prompt:
-    """How much of a request's prompt its statistic covers."""
+    """How much of a request's prompt its statistic covers.
+
+    A round of reselection makes generated tokens the rest of a longer prompt.
+    """
 
     off: bool
-    length: int  # tokens; a streaming-input session's prompt grows by tokens that ran sparse
+    length: int  # tokens, with those of rounds; a streaming-input session's prompt grows by tokens that ran sparse
     exact_values: bool  # a CATS prompt so short that its values are kept; a longer prompt cannot use its pages
+    counted: int = 0  # tokens that the statistic covers once the scheduled steps have run
     selected: bool = False  # the prompt's last token is scheduled
+    told: int = 0  # the length that the workers know
+    interval: int = 0  # rho, generated tokens between two rounds; 0: none
+    last_pages: list[Hashable] = field(default_factory=list)  # keys of pages that the last round left
     page: int | None = None  # the page that the statistic starts from, once the request is admitted
     junction: int = 0  # where plain vLLM's cache hit ends, beyond the last page
 
@@ -70,7 +77,8 @@ class _PromptScheduler(Scheduler):
 
     def add_request(self, request: Any) -> None:
         length = request.num_prompt_tokens
-        request.caprese = _Prompt(switched_off(request.sampling_params), length, length <= self.exact_tokens)
+        off = switched_off(request.sampling_params)
+        request.caprese = _Prompt(off, length, length <= self.exact_tokens, told=length)
         super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Any, *limits: Any, **named_limits: Any) -> Any:
@@ -80,7 +88,7 @@ class _PromptScheduler(Scheduler):
         if prompt.off or not prompt.selected or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
             return found
         _, hit, boundary, diverged = found
-        return self._cut(request, min(hit, prompt.length), boundary, diverged)
+        return self._cut(request, min(hit, prompt.counted), boundary, diverged)
 
     def _cut(self, request: Any, position: int, boundary: int, diverged: bool) -> tuple[Any, int, int, bool]:
         """A hit of at most `position` tokens."""
@@ -92,11 +100,14 @@ class _PromptScheduler(Scheduler):
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             prompt: _Prompt = request.caprese
-            prompt.selected |= request.num_computed_tokens + count >= request.num_prompt_tokens
+            reached = min(request.num_computed_tokens + count, prompt.length)
+            # A prompt that was preempted halfway is counted anew, a round is not.
+            prompt.counted = max(prompt.counted, reached) if prompt.selected else reached
+            prompt.selected |= prompt.counted == prompt.length
         super()._update_after_schedule(scheduler_output)
 
 
-class _StatisticsScheduler(_PromptScheduler):
+class StatisticsScheduler(_PromptScheduler):
     """With pages of statistics: for requests that select for themselves."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -157,21 +168,28 @@ class _StatisticsScheduler(_PromptScheduler):
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             prompt: _Prompt = request.caprese
-            if prompt.off or prompt.selected:
+            if prompt.off or prompt.counted == prompt.length:
                 continue
-            begin, end = request.num_computed_tokens, request.num_computed_tokens + count
-            saves = []
-            for position in self._ends(request) if self._uses_pages(request) else ():
-                if begin < position <= end and (key := self._key(request, position)) not in self.pages:
-                    page = self.pages.reserve(key)
-                    if page is not None:
-                        saves.append((position, page))
-            if prompt.page is not None or saves:
-                commands[request_id] = Commands(prompt.page, tuple(saves))
-            prompt.page = None
+            length = prompt.length if prompt.length > prompt.told else None
+            command = Commands(prompt.page, self._reserve(request, request.num_computed_tokens + count), length)
+            if command != Commands():
+                commands[request_id] = command
+            prompt.page, prompt.told = None, prompt.length
         setattr(scheduler_output, COMMANDS, commands)
         super()._update_after_schedule(scheduler_output)
         self.leaders = {key: leader for key, leader in self.leaders.items() if leader.on_its_way}
+
+    def _reserve(self, request: Any, end: int) -> tuple[tuple[int, int], ...]:
+        """Pages for the prefixes that are worth one and end in what the step adds to the statistic, up to `end`."""
+        prompt: _Prompt = request.caprese
+        begin = prompt.counted if prompt.selected else request.num_computed_tokens
+        saves = []
+        for position in self._ends(request) if self.kv_cache_manager.enable_caching else ():
+            if begin < position <= end and (key := self._key(request, position)) not in self.pages:
+                page = self.pages.reserve(key)
+                if page is not None:
+                    saves.append((position, page))
+        return tuple(saves)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         done = super().reset_prefix_cache(*args, **kwargs)
@@ -185,7 +203,7 @@ class _StatisticsScheduler(_PromptScheduler):
 
     def _ends(self, request: Any) -> list[int]:
         """Lengths of this request's prefixes that are worth a page, ascending."""
-        length = request.num_prompt_tokens
+        length = request.caprese.length
         last = {(length - 1) // self.block_size * self.block_size, length // self.block_size * self.block_size}
         pages = range(self.page_tokens, length + 1, self.page_tokens)
         return sorted({*pages, *last, request.caprese.junction} - {0})
@@ -211,9 +229,9 @@ class CoreAsyncScheduler(_PromptScheduler, AsyncScheduler):
     """For selections that all requests share, and asynchronous scheduling."""
 
 
-class CapreseScheduler(_StatisticsScheduler):
+class CapreseScheduler(StatisticsScheduler):
     """For requests' own selections, and synchronous scheduling."""
 
 
-class CapreseAsyncScheduler(_StatisticsScheduler, AsyncScheduler):
+class CapreseAsyncScheduler(StatisticsScheduler, AsyncScheduler):
     """For requests' own selections, and asynchronous scheduling."""

@@ -14,6 +14,7 @@ from caprese_kernels import __version__
 from caprese_kernels.config import KernelName, Method
 
 KEY = "caprese"  # in additional_config, and in a request's vllm_xargs
+RESELECT = "caprese_reselect"  # in a request's vllm_xargs
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EngineSettings:
     page_tokens: int  # prefix cache: tokens between two pages of statistics, before rounding up to whole KV blocks
     num_pages: int  # prefix cache: pages of statistics on each device; 0: no prefix caching
     show_selections: bool  # whether GET /caprese/selections/ID is answered
+    reselect_interval: int | None  # rho of requests that do not say; 0: they do not reselect; None: no request may
     exact_tokens: int  # longest prompt whose magnitudes are kept as they are (CATS in float32); 0: none
     version: str = __version__  # part of the compile cache's key
 
@@ -57,3 +59,10 @@ def user_value(additional_config: Any) -> Any:
 def switched_off(sampling_params: Any) -> bool:
     """Whether the client sent `vllm_xargs: {"caprese": "off"}`; the front end refuses any other value."""
     return KEY in (getattr(sampling_params, "extra_args", None) or {})
+
+
+def reselect_interval(sampling_params: Any, default: int) -> int:
+    """The request's rho: what the client sent as `caprese_reselect`, which the front end checked; 0: no reselection."""
+    if switched_off(sampling_params):
+        return 0
+    return (getattr(sampling_params, "extra_args", None) or {}).get(RESELECT, default)

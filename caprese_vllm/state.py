@@ -48,17 +48,23 @@ class State:
     tensor_parallel_size: int = 1
     show_selections: bool = False  # whether selections of finished requests are kept for a while
     graph_rows: int = 0  # the most rows of a full CUDA graph
+    reselect_interval: int | None = None  # of requests that do not say; None: none selects anew, no statistic is kept
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's, for the next step
     view: StepView | None = None  # of the current step; None: profiling or a dummy batch, all rows dense
     scheduled: int = 0  # generated tokens that the scheduler sent to sparse blocks
+    rounds: int = 0  # of reselection
 
     def __post_init__(self) -> None:
         # GRIFFIN's selections [layers, slots, F] bool or CATS's thresholds [layers, slots] float32; see `allocate`.
         self.table = torch.empty(0)
         self.counters = Counters()
         self.recent = RecentSelections()
-        self.parked: dict[int, Tensor] = {}  # request key -> table[:, slot] of a slot that it had to give up
+        # Where requests reselect, the statistics that these were made from: [layers, slots, F] float32 (GRIFFIN) or
+        # [layers, slots, NUM_MAGNITUDES] int32 or int64 (CATS); else of no layer.
+        self.statistics = torch.empty(0, self.requests.num_slots, 0)
+        # Request key -> table[:, slot] and statistics[:, slot] of a slot that it had to give up.
+        self.parked: dict[int, tuple[Tensor, Tensor]] = {}
         # Row of a decode batch -> slot, -1 for padding; what captured kernels read. int64 [graph_rows].
         self.decode_slots = torch.full((self.graph_rows,), -1, device=self.requests.device)
         # Generated tokens that the first block computed sparse. The device counts them, inside of CUDA graphs too: a
@@ -91,6 +97,19 @@ class State:
         self.table = torch.zeros(shape, dtype=dtype, device=self.requests.device)
         for index, (block, selections) in enumerate(zip(self.blocks, self.table, strict=True)):
             block.index, block.selections = index, selections
+        if self.reselect_interval is not None:
+            first = self.blocks[0].statistics
+            shape, dtype = (len(self.blocks), slots, first.width), first.kept_dtype
+            self.statistics = torch.zeros(shape, dtype=dtype, device=self.requests.device)
+            for block, kept in zip(self.blocks, self.statistics, strict=True):
+                block.statistics.kept = kept
+
+    def receive(self, commands: Mapping[str, Commands]) -> None:
+        """The scheduler's commands for the next step: rounds of reselection begin before its batch is put together."""
+        self.commands = commands
+        for request_id, command in commands.items():
+            if command.length is not None:
+                self.requests.begin_round(request_id, command.length)
 
     def fill_adapters(self) -> None:
         """Once weights are loaded: L, R and priors of the adapter file into every block."""
@@ -125,9 +144,10 @@ class State:
         """
         step = self.requests.begin(scheduled, self.commands)
         for key, slot in step.parked:
-            self.parked[key] = self.table[:, slot].clone()
+            self.parked[key] = self.table[:, slot].clone(), self.statistics[:, slot].clone()
         for key, slot in step.restored:
-            self.table[:, slot] = self.parked.pop(key)
+            self.table[:, slot], self.statistics[:, slot] = self.parked.pop(key)
+        self.rounds += sum(chunk.round and chunk.last for chunk in step.chunks)
         self.scheduled += len(step.sparse_rows)
         self.counters.count(step)
         self._set_view(step, ChunkPlan.of(step.chunks, self.requests.device) if step.chunks else None)
@@ -173,7 +193,9 @@ class State:
         if request_id is None or request_id not in self.requests.ids:
             return None
         key, slot = self.requests.place(request_id)
-        return self.parked.get(key) if slot is None else self.table[:, slot]
+        if slot is not None:
+            return self.table[:, slot]
+        return self.parked[key][0] if key in self.parked else None
 
     def selections(self, name: str) -> dict[str, Any] | None:
         """This process's part of GET /caprese/selections/NAME (`merge_selections`).
@@ -225,6 +247,8 @@ class State:
             "kernel": self.kernels.NAME,
             "tensor_parallel_size": self.tensor_parallel_size,
             "live_requests": len(self.requests),
+            "reselect_interval": self.reselect_interval,
+            "reselections": self.rounds,
             "generated_tokens": tokens,
             "off_tokens": self.counters.off_tokens,
             "ff_weights_read": (untouched + read * len(self.blocks)) / self.num_layers if tokens else None,
@@ -276,7 +300,7 @@ def run_step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
     if state is None:
         return original(self, *args, **kwargs)
     scheduler_output = args[0] if args else kwargs.get("scheduler_output")
-    state.commands = getattr(scheduler_output, COMMANDS, {})
+    state.receive(getattr(scheduler_output, COMMANDS, {}))
     try:
         return original(self, *args, **kwargs)
     finally:

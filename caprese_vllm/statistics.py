@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from caprese_kernels.backend import Backend
 from caprese_kernels.config import Method
 from caprese_kernels.packed import PackedFF
-from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic
+from caprese_kernels.reference import EXACT_VALUES, NUM_MAGNITUDES, CatsStatistic, magnitude_bins
 from caprese_kernels.selection import LayerSelector
 
 from .ranks import Ranks
@@ -65,9 +65,13 @@ class ChunkPlan:
     rounds: list[Round]
     loaded_rows: Tensor  # chunks that begin with a page
     loaded_pages: Tensor
-    last_rows: Tensor  # chunks that end their prompt,
+    last_rows: Tensor  # chunks that end their prompt or round,
     slots: Tensor  # and where their selections go
-    unfinished: list[int]  # keys of those that do not,
+    round_rows: Tensor  # chunks of rounds,
+    round_slots: Tensor  # and the slots of the statistics that they go on from
+    kept_rows: Tensor  # both kinds,
+    kept_slots: Tensor  # and the slots that keep their statistics
+    unfinished: list[int]  # keys of the others,
     unfinished_rows: Tensor  # and their rows
 
     @classmethod
@@ -87,7 +91,9 @@ class ChunkPlan:
             saves = (tensor(row for row, _ in saved), tensor(page for _, page in saved))
             rounds.append(Round(tensor(offsets), tensor(rows), *saves))
         loaded = [(row, chunk.load) for row, chunk in enumerate(chunks) if chunk.load is not None]
-        rest = [(row, chunk.key) for row, chunk in enumerate(chunks) if not chunk.last]
+        again = [(row, chunk.slot) for row, chunk in enumerate(chunks) if chunk.round]
+        kept = [(row, chunk.slot) for row, chunk in enumerate(chunks) if chunk.round or chunk.last]
+        rest = [(row, chunk.key) for row, chunk in enumerate(chunks) if not (chunk.round or chunk.last)]
         return cls(
             chunks,
             rounds,
@@ -95,6 +101,10 @@ class ChunkPlan:
             tensor(page for _, page in loaded),
             tensor(row for row, chunk in enumerate(chunks) if chunk.last),
             tensor(chunk.slot for chunk in chunks if chunk.last),
+            tensor(row for row, _ in again),
+            tensor(slot for _, slot in again),
+            tensor(row for row, _ in kept),
+            tensor(slot for _, slot in kept),
             [key for _, key in rest],
             tensor(row for row, _ in rest),
         )
@@ -108,6 +118,8 @@ class Statistics:
 
     `num_pages` of them are kept for cached prefixes (`pages`) of up to `max_tokens` tokens. Float32 models keep the
     values themselves of prompts short enough (CatsStatistic); so do their pages.
+
+    Where requests reselect, `kept` [slots, ...] has the statistic behind every slot's selection (`State.allocate`).
     """
 
     def __init__(
@@ -115,15 +127,21 @@ class Statistics:
     ):
         self.method, self.packed, self.kernels, self.ranks = method, packed, kernels, ranks
         self.griffin = method.name == "griffin"
-        self._width = packed.num_neurons if self.griffin else NUM_MAGNITUDES
+        self.width = packed.num_neurons if self.griffin else NUM_MAGNITUDES
         self._dtype = torch.float32 if self.griffin else torch.int64
         kept = page_dtype(method, packed.num_neurons, max_tokens)
-        self._pages = torch.empty(num_pages, self._width, dtype=kept, device=packed.up_plus.device)
+        self._pages = torch.empty(num_pages, self.width, dtype=kept, device=packed.up_plus.device)
         # Scales and priors come with the weights (`SparseFF.fill_adapter`).
         self.selector = LayerSelector(Method(method.name, method.density, method.layers, 0), packed.num_neurons)
+        self.kept: Tensor | None = None  # None: no request reselects
         self._rows: dict[int, Tensor] = {}
         self._exact: dict[int, CatsStatistic] = {}
         self._exact_pages: dict[int, list[Tensor]] = {}
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of `kept`: as of pages, which hold statistics of as many tokens."""
+        return self._pages.dtype
 
     @property
     def num_pages(self) -> int:
@@ -153,21 +171,26 @@ class Statistics:
         ended: Iterator[Tensor] = iter([] if thresholds is None else thresholds)
         last = [chunk for chunk in plan.chunks if chunk.last]  # in the order of rows, as every rank does
         selected = [
-            self._exact_threshold(self._exact.pop(chunk.key)) if chunk.key in self._exact else next(ended)
-            for chunk in last
+            self._exact_threshold(self._exact[chunk.key]) if chunk.key in self._exact else next(ended) for chunk in last
         ]
+        if self.kept is None:
+            for chunk in last:
+                self._exact.pop(chunk.key, None)
         return torch.stack(selected) if selected else None
 
     def _observe(self, plan: ChunkPlan, values: Tensor) -> Tensor | None:
         """By statistics of a fixed size: one row of a table a chunk, in rounds, between which pages are saved."""
-        table = torch.zeros(len(plan.chunks), self._width, dtype=self._dtype, device=values.device)
+        table = torch.zeros(len(plan.chunks), self.width, dtype=self._dtype, device=values.device)
         if len(plan.loaded_rows):
             table[plan.loaded_rows] = self._pages[plan.loaded_pages].to(self._dtype)
         for row, chunk in enumerate(plan.chunks):
             before = self._rows.pop(chunk.key, None)  # also of a pass that a preemption cut short
-            if not chunk.first:
+            if not (chunk.first or chunk.round):
                 assert before is not None
                 table[row].copy_(before)
+        if len(plan.round_rows):
+            assert self.kept is not None
+            table[plan.round_rows] = self.kept[plan.round_slots].to(self._dtype)
         scale, norms = self.selector.scale, self._norms(values)  # a rank's collective comes before any round
         for part in plan.rounds:
             if self.griffin:
@@ -176,6 +199,8 @@ class Statistics:
                 self.kernels.cats_observe(values, self.packed.activation, part.offsets, part.rows, table, scale)
             if len(part.saved_rows):
                 self._pages[part.saved_pages] = table[part.saved_rows].to(self._pages.dtype)
+        if self.kept is not None and len(plan.kept_rows):
+            self.kept[plan.kept_slots] = table[plan.kept_rows].to(self.kept.dtype)
         if plan.unfinished:
             # A copy: views of the whole table would keep it alive.
             self._rows |= zip(plan.unfinished, table[plan.unfinished_rows], strict=True)
@@ -183,7 +208,7 @@ class Statistics:
 
     def mass(self, z: Tensor) -> Tensor:
         """s^2 [F] float32 of all tokens of z [P, F] together, of which nothing is kept. A collective, as `observe`."""
-        total = torch.zeros(1, self._width, dtype=torch.float32, device=z.device)
+        total = torch.zeros(1, self.width, dtype=torch.float32, device=z.device)
         offsets, rows = (index_tensor(values, z.device) for values in ([0, len(z)], [0]))
         self.kernels.griffin_observe(z, offsets, rows, total, self._norms(z), self.selector.scale)
         return total[0]
@@ -201,18 +226,26 @@ class Statistics:
 
     def _exact_threshold(self, statistic: CatsStatistic) -> Tensor:
         if self.ranks.size > 1:
-            statistic.values = [self.ranks.gather(torch.cat(statistic.values)).flatten()]
+            statistic = replace(statistic, values=[self.ranks.gather(torch.cat(statistic.values)).flatten()])
         return statistic.threshold(self.method.density)
+
+    def _num_values(self, chunk: PromptChunk) -> int:
+        return chunk.length * self.packed.num_neurons * self.ranks.size
 
     def _add_exactly(self, chunk: PromptChunk, gate: Tensor) -> bool:
         if chunk.first:
             self._exact.pop(chunk.key, None)
-            num_values = chunk.prompt_len * self.packed.num_neurons * self.ranks.size
-            statistic = CatsStatistic(num_values, gate.dtype, self.selector.scale)
+            statistic = CatsStatistic(self._num_values(chunk), gate.dtype, self.selector.scale)
             if statistic.exact:
                 self._exact[chunk.key] = statistic
                 if chunk.load is not None:
                     statistic.values = list(self._exact_pages[chunk.load])
+        if chunk.round and chunk.key in self._exact:
+            self._exact[chunk.key].num_values = self._num_values(chunk)
+            if not self._exact[chunk.key].exact:  # the text outgrew it: counts from now on
+                assert self.kept is not None
+                bins = magnitude_bins(torch.cat(self._exact.pop(chunk.key).values))
+                self.kept[chunk.slot] = torch.bincount(bins, minlength=NUM_MAGNITUDES).to(self.kept.dtype)
         if chunk.key not in self._exact:
             return False
         for begin, end, page in chunk.parts():

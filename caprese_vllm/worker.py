@@ -84,6 +84,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
         tensor_parallel_size=parallel.tensor_parallel_size,
         show_selections=settings.show_selections,
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
+        reselect_interval=settings.reselect_interval,
     )
     context = vllm_config.compilation_config.static_forward_context
     context[STATE] = state
@@ -122,12 +123,20 @@ def _process_weights(
     num_pages = max((block.statistics.num_pages for block in state.blocks), default=0)
     logger.info(
         "Caprese: %d of %d FF blocks replaced: %s, layers %s, kernel %s, L and R %.1f MiB, slot tables of %d requests "
-        "%.1f MiB, %d pages of statistics %.1f MiB%s, adapter %s",
+        "%.1f MiB, %d pages of statistics %.1f MiB%s, %s, adapter %s",
         len(state.method.layers), state.num_layers, state.method, layer_spans(state.method.layers), state.kernels.NAME,
-        extra / 2**20, state.requests.num_slots, state.table.nbytes / 2**20, num_pages,
+        extra / 2**20, state.requests.num_slots, (state.table.nbytes + state.statistics.nbytes) / 2**20,
+        num_pages,
         sum(block.statistics.nbytes for block in state.blocks) / 2**20, part,
+        _describe_reselection(state.reselect_interval),
         printable(state.weights or "none (plain baseline)"),
     )  # fmt: skip
+
+
+def _describe_reselection(interval: int | None) -> str:
+    if interval is None:
+        return "no reselection"
+    return f"reselection every {interval} tokens" if interval else "reselection where a request asks"
 
 
 def _prepare_weights(

@@ -164,7 +164,8 @@ def table_2() -> list[str]:
 def table_3() -> list[str]:
     header = ["AMC 2023, E2E Caprese (GRIFFIN)", "no reselection", "every 1024", "every 256", "every 64", "Full"]
     rows = [[name, *(f"{value:.2f} / -" for value in values)] for name, values in TABLE_3.items()]
-    return [*markdown(header, rows), "Reselection is not part of this code.", ""]
+    note = "Not measured here: no such model ran. Reselection is [`reselect_interval`](serving.md#reselection)."
+    return [*markdown(header, rows), note, ""]
 
 
 def table_4() -> list[str]:

@@ -184,6 +184,11 @@ class CapreseConfig(BaseModel):
     core: Share | None = Field(
         None, description="griffin: share kappa of a selection that all requests share, by the adapter's prior"
     )
+    reselect_interval: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None,
+        description="generated tokens that run sparse between two reselections; 0: only where a request asks for some; "
+        "null: never",
+    )
     statistics_page: Annotated[int, Field(ge=1, strict=True)] = Field(
         512, description="prefix cache: tokens between two pages of statistics, rounded up to whole KV blocks"
     )
@@ -225,16 +230,7 @@ class CapreseConfig(BaseModel):
                 found=type(value).__name__,
                 fix='write for example {"method": "griffin", "density": 0.5}',
             )
-        value = dict(value)
-        interval = value.pop("reselect_interval", None)  # in the paper, but not implemented
-        if interval is not None:
-            raise CapreseError(
-                f"{where}: key 'reselect_interval'",
-                expected="null, or no such key",
-                found=quote(interval),
-                fix="leave it out: reselection is not available yet",
-            )
-        return validate(cls, value, where)
+        return validate(cls, dict(value), where)
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,16 @@ def griffin_observe(
             statistic[slot] += griffin_statistic(z[rows], None if norms is None else norms[rows], scale)
 
 
+def round_end(dense: int, interval: int) -> int:
+    """The length at which a text whose first `dense` tokens ran the original block runs all others through it, too.
+
+    These are the rho = `interval` generated tokens that ran the sparse block, and the newest one, which ran no block
+    yet. Their statistic is added to that of the first `dense` (s^2 and counts add up), and a new selection is made from
+    the sum: the one that a prompt of the whole text so far would make (paper, section 4.3.1).
+    """
+    return dense + interval + 1
+
+
 def griffin_count(density: float, num_neurons: int) -> int:
     """k = floor(d F)."""
     return math.floor(density * num_neurons)

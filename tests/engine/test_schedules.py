@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vllm import LLM
 
 import caprese_vllm.enable
+import caprese_vllm.rounds
 import caprese_vllm.scheduler
 from tests.support.engine import engine, force_async_scheduling, generate, greedy, leaks
 from tests.support.equality import BLOCK, ROUNDING, Case, new_case
@@ -49,6 +50,7 @@ class Setting:
     options: dict[str, Any]
     statistics_page: int
     pages: int
+    reselect: int | None = None
 
 
 # Gemma 2's two kinds of attention hold blocks each; one of them drops those behind its window.
@@ -63,7 +65,22 @@ SETTINGS = {
         5,
     ),
     "async": Setting("qwen2", "griffin", True, {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 10}, 96, 4),
+    "reselect": Setting(
+        "llama", "griffin", False, {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 10}, 64, 4, reselect=3
+    ),
+    "reselect-async": Setting(
+        "qwen2", "cats", True, {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 10}, 32, 5, reselect=3
+    ),
 }
+# Besides, where requests reselect.
+MORE_HAPPENINGS = (
+    "rounds",
+    "rounds that waited",
+    "rounds cut by the budget",
+    "pages saved by rounds",
+    "preempted in a round",
+    "preempted before a round",
+)
 
 elements = st.builds(
     Element,
@@ -86,7 +103,8 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 
 @pytest.fixture(scope="module")
 def case(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> Case:
-    return new_case(model_dir, tmp_path_factory.mktemp("adapter"), setting.architecture, setting.method, True)
+    folder = tmp_path_factory.mktemp("adapter")
+    return new_case(model_dir, folder, setting.architecture, setting.method, True, reselect=setting.reselect)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +132,7 @@ def llm(case: Case, setting: Setting) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caprese_vllm.enable, "MAX_PAGES", setting.pages)  # the smallest budget is a MiB: a thousand
         patch.setattr(caprese_vllm.scheduler, "WORTH_WAITING", BLOCK)  # prompts are short here, and so are steps
+        patch.setattr(caprese_vllm.rounds, "ROUND_TOKENS", 1)  # and so are rounds
         if setting.asynchronous:
             force_async_scheduling(patch)
         options = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4} | setting.options
@@ -139,8 +158,9 @@ def test_random_schedules(llm: LLM, pool: list[Answer], setting: Setting) -> Non
         check(llm, pool, [Element(**{**vars(e), "prompt": e.prompt % len(pool)}) for e in schedule], reset)
 
     # What happens depends on the tokens, and these on the last bits of a processor's sums: go on where it was not all.
+    happenings = HAPPENINGS + MORE_HAPPENINGS if setting.reselect else HAPPENINGS
     for count in (PLAYED or 30, 60, 120):
-        if not all(seen[name] for name in HAPPENINGS):
+        if not all(seen[name] for name in happenings):
             many = settings(
                 max_examples=count,
                 derandomize=not PLAYED,
@@ -150,7 +170,7 @@ def test_random_schedules(llm: LLM, pool: list[Answer], setting: Setting) -> Non
             )
             many(given(schedules, st.none() | st.none() | st.none() | st.integers(1, 60))(run))()
     print(f"\n{setting.architecture}, {setting.method}: {dict(seen)}")
-    assert not [name for name in HAPPENINGS if not seen[name]], dict(seen)
+    assert not [name for name in happenings if not seen[name]], dict(seen)
 
 
 def test_an_answer_that_became_a_prompt_while_its_request_was_preempted(llm: LLM, case: Case) -> None:

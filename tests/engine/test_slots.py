@@ -14,12 +14,16 @@ from tests.support.models import random_prompts
 NEW_TOKENS = 24
 
 
-@pytest.mark.parametrize("method", ["griffin", "cats"])
+@pytest.mark.parametrize(("method", "reselect"), [("griffin", None), ("cats", None), ("griffin", 5), ("cats", 5)])
 def test_more_requests_with_selections_than_slots(
-    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    reselect: int | None,
 ) -> None:
     """The least urgent request is preempted, more urgent ones take both places and slots, then it goes on."""
-    case = new_case(model_dir, tmp_path, "llama", method, True)
+    case = new_case(model_dir, tmp_path, "llama", method, True, reselect=reselect)
     prompts = random_prompts((20, 21, 18, 40), seed=41)
     parked, restored, sizes = [], [], []
     begin = State.begin

@@ -60,6 +60,7 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "score": "weighted",
         "prior": 0.5,
         "core": 1.0,
+        "reselect_interval": 64,
         "statistics_page": 256,
         "statistics_mib": 100,
         "kernel": "reference",
@@ -80,6 +81,7 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "score": None,
         "prior": None,
         "core": None,
+        "reselect_interval": None,
         "statistics_page": 512,
         "statistics_mib": None,
         "kernel": "auto",
@@ -88,6 +90,7 @@ def test_keys_that_are_not_given_stay_open() -> None:
     }
     assert config(density=1).density == 1.0
     assert config(reselect_interval=None, layers="all").layers == "all"
+    assert config(reselect_interval=0).reselect_interval == 0
 
 
 @pytest.mark.parametrize(
@@ -106,9 +109,9 @@ def test_keys_that_are_not_given_stay_open() -> None:
         ({"layers": [0, -1]}, ("key 'layers.1'", "greater than or equal to 0", "-1")),
         ({"layers": [0, "1"]}, ("key 'layers.1'", "integer", "'1'")),
         ({"layers": [1.5]}, ("key 'layers.0'", "integer", "1.5")),
-        ({"reselect_interval": 0}, ("key 'reselect_interval'", "null, or no such key", "found 0")),
-        ({"reselect_interval": 64}, ("key 'reselect_interval'", "found 64", "reselection is not available yet")),
-        ({"reselect_interval": True}, ("key 'reselect_interval'", "null, or no such key", "True")),
+        ({"reselect_interval": -1}, ("key 'reselect_interval'", "greater than or equal to 0", "found -1")),
+        ({"reselect_interval": 6.4}, ("key 'reselect_interval'", "integer", "found 6.4")),
+        ({"reselect_interval": True}, ("key 'reselect_interval'", "integer", "True")),
         ({"statistics_page": 0}, ("key 'statistics_page'", "greater than or equal to 1", "found 0")),
         ({"statistics_mib": -1}, ("key 'statistics_mib'", "greater than or equal to 0", "found -1")),
         ({"kernel": "cuda"}, ("key 'kernel'", "'triton', 'cpu' or 'reference'", "'cuda'")),

@@ -156,7 +156,7 @@ def test_the_configuration_flag(text: str) -> None:
 
 
 def test_configurations_of_wrong_values() -> None:
-    for key in (*CapreseConfig.model_fields, "reselect_interval", "unknown", ESCAPES):
+    for key in (*CapreseConfig.model_fields, "unknown", ESCAPES):
         for value in VALUES:
             try:
                 CapreseConfig.parse({key: value}, "additional_config")

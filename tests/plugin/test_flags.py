@@ -58,7 +58,6 @@ def test_the_help_of_every_flag_can_be_formatted() -> None:
     assert "default1%ofitsmemory" in shown
     for name, field in CapreseConfig.model_fields.items():
         assert "".join(f"{name}: {field.description}".split()) in shown
-    assert "reselect" not in shown, "not available yet"
 
 
 def test_no_flag_no_trace(model_dir: ModelDir) -> None:
@@ -119,7 +118,13 @@ def test_the_resolved_method_reaches_every_process(model_dir: ModelDir, tmp_path
         ({"method": "griffin", "density": 0.001}, {}, "density"),
         ({"method": "griffin", "layers": [9]}, {}, "9"),
         ({"method": "griffin", "kernel": "triton"}, {}, "triton"),
-        ({"method": "griffin", "reselect_interval": 8}, {}, "reselect"),
+        (
+            {"method": "griffin", "reselect_interval": 8},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative decoding",
+        ),
+        ({"method": "cats", "reselect_interval": 0}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"method": "griffin", "reselect_interval": 8}, {"kv_transfer_config": CONNECTOR}, "KV transfer"),
         ({"method": "griffin", "kernel_extension": "mine"}, {}, "found 'mine'; registered: "),
         ({"method": "griffin", "unknown": 1}, {}, "unknown"),
         ({"method": "griffin"}, {"tensor_parallel_size": 2}, "divides the model's 97 neurons"),
@@ -151,6 +156,24 @@ def test_what_does_not_fit_is_refused_by_name(
         configure(model_dir("llama"), caprese, **options)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_reselection_that_cannot_be_is_refused_with_the_reason(model_dir: ModelDir, tmp_path: Path) -> None:
+    """One selection for all; layers that drop KV entries, unless the window holds any text, or all blocks stay."""
+    directory = model_dir("llama")
+    shared = {"score": "weighted", "prior": 0.5, "core": 1.0}
+    adapter = make_adapter(directory, tmp_path / "a.safetensors", "griffin", selection=shared)
+    asked = {"weights": str(adapter), "reselect_interval": 64}
+    with pytest.raises(CapreseError, match=r"core 1: all requests share one selection, which no text changes; leave"):
+        configure(directory, asked)
+    assert configure(directory, {**asked, "core": 0.5}).scheduler_config.get_scheduler_cls().__name__ == (
+        "ReselectingScheduler"
+    )
+    window = {"method": "griffin", "reselect_interval": 64}
+    with pytest.raises(CapreseError, match=r"behind a window of 32 tokens; leave it out, add --disable-hybrid"):
+        configure(model_dir("gemma2"), window)
+    configure(model_dir("gemma2"), window, max_model_len=32)
+    configure(model_dir("gemma2"), window, disable_hybrid_kv_cache_manager=True)
 
 
 def test_a_density_that_leaves_a_rank_no_neuron(model_dir: ModelDir) -> None:

@@ -60,6 +60,29 @@ def test_a_request_preempted_in_mid_prompt_begins_its_statistic_again() -> None:
     assert chunk.last
 
 
+def test_a_round_counts_what_ran_sparse_once() -> None:
+    """Cut, then preempted, then computed from the start: only what the statistic lacks is a chunk."""
+    table = RequestTable(CPU, 8)
+    begin(table, ("a", 3, 0, 3))
+    slot = begin(table, ("a", 3, 3, 1)).sparse_slots.item()
+    begin(table, ("a", 3, 4, 1))
+    table.begin_round("a", 6)
+    step = begin(table, ("b", 1, 0, 1), ("a", 3, 3, 2))
+    assert step.dense_rows.tolist() == [0, 1, 2]
+    chunk = step.chunks[1]
+    assert (chunk.begin, chunk.end, chunk.slot, chunk.length) == (1, 3, slot, 6)
+    assert (chunk.round, chunk.first, chunk.last) == (True, False, False)
+    step = begin(table, ("a", 3, 0, 4))
+    assert (step.chunks, step.dense_rows.tolist()) == ([], [0, 1, 2, 3])
+    (chunk,) = begin(table, ("a", 3, 4, 2)).chunks
+    assert (chunk.begin, chunk.end, chunk.slot, chunk.last) == (1, 2, slot, True)
+    assert begin(table, ("a", 3, 6, 1)).decode
+    assert table.dense_length("a", 3) == 6
+    table.begin_round("a", 8)
+    with pytest.raises(RuntimeError, match="tokens 6 to 7 were skipped"):
+        begin(table, ("a", 3, 7, 1))
+
+
 def test_an_identifier_used_again_is_another_request() -> None:
     table = RequestTable(CPU, 8)
     begin(table, ("a", 2, 0, 2))
@@ -104,6 +127,7 @@ class Simulated:
     prompt_len: int
     computed: int = 0
     length: int = 0  # tokens that exist
+    exact: int = 0  # tokens that run dense: the prompt, and those of rounds
     seen: list[int] = field(default_factory=list)  # prompt indices in the statistic, in order
 
 
@@ -134,7 +158,7 @@ def check(
     for name, count in batch:
         request = live[name]
         for index in range(request.computed, request.computed + count):
-            if index < request.prompt_len:
+            if index < request.exact:
                 owner[dense.index(row)] = (name, index)
                 assert row not in slot_of
             else:
@@ -151,9 +175,13 @@ def check(
         assert memory.names.setdefault(chunk.key, name) == name, "a key is of one request for ever"
         request.seen = [] if chunk.first else request.seen
         request.seen += [owner[entry][1] for entry in range(chunk.begin, chunk.end)]
-        assert chunk.last == (request.seen == list(range(request.prompt_len)))
-        assert (chunk.slot >= 0) == chunk.last
-        if chunk.last:
+        assert request.seen == list(range(len(request.seen))), "a token was left out, or counted twice"
+        assert chunk.last == (len(request.seen) == request.exact)
+        assert chunk.round == (chunk.length > request.prompt_len)
+        assert (chunk.slot >= 0) == (chunk.last or chunk.round)
+        if chunk.round:
+            assert memory.table[chunk.slot] == name, "a round goes on from another request's statistic"
+        elif chunk.last:
             assert memory.table.get(chunk.slot) not in live, "a selection of a live request is overwritten"
             memory.table[chunk.slot] = name
     assert all(0 <= slot < num_slots for slot in memory.table)
@@ -162,21 +190,26 @@ def check(
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_random_schedules(data: st.DataObject) -> None:
-    """Storms of preemptions, with up to fifty live requests on one to four slots."""
+    """Storms of preemptions and rounds, with up to fifty live requests on one to four slots."""
     num_slots = data.draw(st.integers(1, 4))
     table, live, memory, made = RequestTable(CPU, num_slots), {}, Memory(), 0
     for _ in range(data.draw(st.integers(1, 25))):
         for _ in range(data.draw(st.integers(0, 2))):
-            live[f"r{made}"] = Simulated(prompt_len := data.draw(st.integers(1, 12)), length=prompt_len)
+            live[f"r{made}"] = Simulated(
+                prompt_len := data.draw(st.integers(1, 12)), length=prompt_len, exact=prompt_len
+            )
             made += 1
         for name in list(live):
-            fate = data.draw(st.sampled_from(["run"] * 8 + ["abort", "preempt"]))
+            fate = data.draw(st.sampled_from(["run"] * 8 + ["abort", "preempt", "round", "round"]))
             if fate == "abort":
                 key = table.finish(name)
                 memory.parked.pop(key, None)
                 del live[name]
             elif fate == "preempt":
                 live[name].computed = 0
+            elif fate == "round" and (one := live[name]).length > one.exact == len(one.seen) <= one.computed:
+                one.computed, one.exact = one.exact, one.length
+                table.begin_round(name, one.exact)
         order = data.draw(st.permutations(list(live)))
         running = order[: data.draw(st.integers(0, num_slots))]
         batch = [(name, data.draw(st.integers(1, live[name].length - live[name].computed))) for name in running]

@@ -76,6 +76,36 @@ def test_a_wrong_switch_is_refused_before_anything_streams(path: str, stream: bo
         assert (found.status_code, json.loads(found.content.removeprefix(b"data: "))) == (200, body)
 
 
+def test_a_wrong_interval_is_refused() -> None:
+    app, reached = serve()
+    for value in ("64", -1, 8.0, 1.5, True, [8], None):
+        found = ask(app, "POST", PATHS[0], json={"vllm_xargs": {"caprese_reselect": value}})
+        assert found.status_code == 400
+        assert "a whole number of tokens, or 0 for no reselection" in found.json()["error"]["message"]
+    together = {"caprese": "off", "caprese_reselect": 8}
+    for body, reason in (
+        ({"vllm_xargs": together}, "a dense request selects nothing"),
+        ({"use_beam_search": True, "vllm_xargs": {"caprese_reselect": 8}}, "with beam search"),
+    ):
+        found = ask(app, "POST", PATHS[0], json=body)
+        assert (found.status_code, reason in found.json()["error"]["message"]) == (400, True)
+    assert not reached
+    for right in ({"caprese_reselect": 8}, {"caprese_reselect": 0}, {"caprese": "off", "caprese_reselect": 0}):
+        assert ask(app, "POST", PATHS[0], json={"vllm_xargs": right}).status_code == 200
+
+
+def test_a_server_without_reselection_says_how_to_have_it() -> None:
+    app, reached = serve()
+    app.state.caprese_settings = Namespace(reselect_interval=None)
+    found = ask(app, "POST", PATHS[0], json={"vllm_xargs": {"caprese_reselect": 8}})
+    assert found.status_code == 400
+    assert '{"reselect_interval": 0}' in found.json()["error"]["message"]
+    assert not reached
+    assert ask(app, "POST", PATHS[0], json={"vllm_xargs": {"caprese_reselect": 0}}).status_code == 200
+    app.state.caprese_settings = Namespace(reselect_interval=0)
+    assert ask(app, "POST", PATHS[0], json={"vllm_xargs": {"caprese_reselect": 8}}).status_code == 200
+
+
 def test_other_ways_to_write_it() -> None:
     app, reached = serve()
     texts = [

@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.transformers.base import Base
+from vllm.outputs import CompletionOutput
 from vllm.platforms.cpu import CpuPlatform
 
 from tests.support.quick_start import quick_start
@@ -80,6 +81,19 @@ def generate(
     chosen: Any = loras and [path and LoRARequest(path.name, int(path.name[4:]), str(path)) for path in loras]
     outputs = llm.generate(requests, params, lora_request=chosen, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def with_logprobs(llm: LLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[list[list[int]], list[float]]:
+    """Greedy tokens of all prompts as one batch, and the logarithms of all their probabilities, one after another."""
+    requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
+    outputs = [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+    return [list(one.token_ids) for one in outputs], [value for one in outputs for value in logprobs_of(one)]
+
+
+def logprobs_of(sample: CompletionOutput) -> list[float]:
+    """Of the sampled tokens, with `logprobs=0` in the request."""
+    return [next(iter(entry.values())).logprob for entry in sample.logprobs or []]
 
 
 def force_async_scheduling(patch: pytest.MonkeyPatch) -> None:

@@ -66,15 +66,17 @@ class Case:
     density: float = 0.5
     layers: list[int] | None = None
     selection: Mapping[str, Any] | None = None  # score, prior, core: the adapter's
+    reselect: int | None = None  # rho
 
     @property
     def caprese(self) -> dict[str, Any] | None:
         """The plugin's configuration: method and density come from the adapter if there is one."""
-        if self.adapter is not None:
-            return {"weights": str(self.adapter)}
         if self.method is None:
             return None
-        given = {"method": self.method, "density": self.density, "layers": self.layers}
+        given: dict[str, Any] = {"method": self.method, "density": self.density, "layers": self.layers}
+        if self.adapter is not None:
+            given = {"weights": str(self.adapter)}
+        given["reselect_interval"] = self.reselect
         return {key: value for key, value in given.items() if value is not None}
 
     @cached_property
@@ -92,6 +94,7 @@ class Case:
             tensors = load_file(self.adapter) if self.adapter is not None else {}
             left, right = low_rank(tensors, "L"), low_rank(tensors, "R")
             settings = {"density": self.density, "layers": self.layers, "left": left, "right": right} | settings
+            settings = {"reselect": self.reselect} | settings
             if self.selection is not None:
                 chosen = self.selection
                 shared = Shared(chosen["score"], chosen["prior"], chosen["core"], low_rank(tensors, "prior"))

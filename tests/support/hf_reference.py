@@ -198,10 +198,13 @@ class HFReference:
         tp: int = 1,
         process: Callable[[list[int], Tensor], Tensor] | None = None,
         shared: Shared | None = None,
+        reselect: int | None = None,
     ) -> Generation:
         """`method` None is the original model. `layers` None is the method's default.
 
         `tp` devices hold an equal part of the neurons each, in order, and GRIFFIN selects on each among its own.
+        After `reselect` sparse tokens, again and again, the whole text so far runs anew as a prompt, without a cache.
+
         The best token is chosen from `process(tokens generated so far, logits [V])`.
 
         With `forced` these tokens are generated, whatever the logits say, and `logprobs` are those of the logits.
@@ -221,7 +224,7 @@ class HFReference:
         for i, state in states.items():
             self.blocks[i].replace(state.forward)
         try:
-            result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced, process)
+            result = self._generate(list(prompt_ids), max_new_tokens, eos, states, forced, process, reselect)
         finally:
             for i in states:
                 self.blocks[i].restore()
@@ -236,14 +239,13 @@ class HFReference:
         states: Mapping[int, SparseBlock],
         forced: Sequence[int] | None,
         process: Callable[[list[int], Tensor], Tensor] | None,
+        reselect: int | None,
     ) -> Generation:
         result = Generation()
-        output = self.model(torch.tensor([prompt]), use_cache=True)
+        output = self._prefill(prompt, states)
         at = torch.arange(len(prompt) - 1)
         result.prompt_logprobs = output.logits[0].log_softmax(dim=1)[at, prompt[1:]].tolist()
-        for state in states.values():
-            assert state.tokens_seen == len(prompt), "the statistic must come from the prompt, all of it, once"
-            state.generating = True
+        steps = 0  # since the prompt's pass
         while True:
             logits = output.logits[0, -1]
             best = (logits if process is None else process(result.tokens, logits.clone())).topk(2)
@@ -253,4 +255,18 @@ class HFReference:
             result.logprobs.append(float(logits.log_softmax(dim=0)[token]))
             if len(result.tokens) == count or token == eos:
                 return result
-            output = self.model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+            steps += 1
+            if reselect and steps % (reselect + 1) == 0:
+                output = self._prefill([*prompt, *result.tokens], states)
+            else:
+                output = self.model(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
+
+    def _prefill(self, text: list[int], states: Mapping[int, SparseBlock]) -> Any:
+        """The original model on a text, from which the blocks select."""
+        for state in states.values():
+            state.generating, state.tokens_seen = False, 0
+        output = self.model(torch.tensor([text]), use_cache=True)
+        for state in states.values():
+            assert state.tokens_seen == len(text), "the statistic must come from the text, all of it, once"
+            state.generating = True
+        return output

@@ -125,6 +125,8 @@ def watch(llm: LLM) -> Counter[str]:
 
     def spy_preempt(request: Any, *args: Any, **options: Any) -> Any:
         seen["preempted while generating" if request.num_output_tokens else "preempted in mid-prompt"] += 1
+        seen["preempted in a round"] += request.caprese.selected and request.caprese.counted < request.caprese.length
+        seen["preempted before a round"] += getattr(inner, "_due", lambda request: False)(request)
         return preempt(request, *args, **options)
 
     def spy_follows(request: Any) -> bool:
@@ -149,7 +151,17 @@ def watch(llm: LLM) -> Counter[str]:
 
     def spy_schedule(*args: Any, **options: Any) -> Any:
         output = schedule(*args, **options)
+        for request_id in output.num_scheduled_tokens:
+            request = inner.requests[request_id]
+            cut = request.caprese.selected and request.num_computed_tokens < request.caprese.length
+            seen["rounds cut by the budget"] += cut and request.caprese.counted > request.num_prompt_tokens
+        due = [request for request in inner.running if getattr(inner, "_due", lambda request: False)(request)]
+        seen["rounds that waited"] += sum(request.request_id not in output.num_scheduled_tokens for request in due)
         for request_id, commands in getattr(output, COMMANDS).items():
+            seen["rounds"] += commands.length is not None
+            seen["pages saved by rounds"] += any(
+                position > inner.requests[request_id].num_prompt_tokens for position, _ in commands.saves
+            )
             seen["prefixes loaded"] += commands.load is not None
             junction = inner.requests[request_id].caprese.junction
             seen["junctions saved"] += any(0 < position == junction for position, _ in commands.saves)

@@ -2,7 +2,8 @@
 
 With --v1 it is the V1 runner as it comes, for what must not share a process with other engines.
 Reads a JSON job {model, caprese, engine, prompts, new_tokens} on standard input and writes, as its last line, the
-tokens and what the plugin reports. Triton's interpreter must be chosen before Triton is imported: hence a process.
+tokens (with "logprobs" in the job, their probabilities too) and what the plugin reports. Triton's interpreter must be
+chosen before Triton is imported: hence a process.
 """
 
 import json
@@ -75,7 +76,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     if "--v1" not in sys.argv:
         take_integer_masks()
-    from tests.support.engine import engine, force_async_scheduling, generate, greedy
+    from tests.support.engine import engine, force_async_scheduling, generate, greedy, with_logprobs
 
     if job.get("async"):
         force_async_scheduling(pytest.MonkeyPatch())
@@ -86,13 +87,17 @@ def main() -> None:
         preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
         loaded = count_loads(llm.llm_engine.engine_core.engine_core.scheduler)
         loras = [path and Path(path) for path in job.get("loras", [])]
-        results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]), loras or None)
+        if job.get("logprobs"):
+            results["tokens"], results["logprobs"] = with_logprobs(llm, job["prompts"], job["new_tokens"])
+        else:
+            results["tokens"] = generate(llm, job["prompts"], greedy(job["new_tokens"]), loras or None)
         results["preempted"] = len(preempted)
         results["loaded"] = len(loaded)
         results["async"] = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
         metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
         results["counters"] = {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
-        results["report"] = llm.collective_rpc("caprese_report")[0]
+        if job["caprese"] is not None:
+            results["report"] = llm.collective_rpc("caprese_report")[0]
     print(json.dumps(results), flush=True)
 
 

@@ -31,8 +31,12 @@ class CounterCheck:
 
     def expect(self, reply: Reply) -> int:
         """Number of sparse tokens that the server must have counted when this reply has arrived. The first token of
-        each sample is not among them: the prompt's pass, which is dense, generates it."""
-        self.expected += reply.tokens - len(reply.texts) if self.variant.method else 0
+        each sample is not among them: the prompt's pass, which is dense, generates it. Nor is, with reselection, the
+        token after every round."""
+        sparse = reply.tokens - len(reply.texts)
+        interval = self.variant.reselect_interval
+        sparse -= sparse // (interval + 1) if interval else 0
+        self.expected += sparse if self.variant.method else 0
         return self.expected
 
     def check(self, expected: int, now: Served) -> tuple[int, float | None]:

@@ -51,6 +51,11 @@ class ServedVariant:
             return None
         return f"{self.stage} caprese-{self.method.name}" if self.method.rank else self.method.name
 
+    @property
+    def reselect_interval(self) -> int:
+        """rho; 0 without reselection."""
+        return (json.loads(self.settings).get("reselect_interval") or 0) if self.settings else 0
+
     def flags(self) -> tuple[str, ...]:
         """Its flags for `vllm serve`."""
         if self.method is None:
