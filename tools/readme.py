@@ -169,6 +169,13 @@ def real_accuracy(path: Path) -> str:
     return _measured(shared_core.accuracies(path), path)
 
 
+def real(path: Path) -> str:
+    """The accuracies alone, for the README."""
+    machine = _machine(Result.load(path).provenance)
+    where = "[docs/performance.md](docs/performance.md#its-accuracy)"
+    return "\n".join([*shared_core.accuracies(path), "", f"Measured on {machine}: {where}."]) + "\n"
+
+
 def _measured(lines: list[str], path: Path) -> str:
     provenance = Result.load(path).provenance
     measured = f"- Measured by `{provenance['command']}` on {source(path, provenance)}"
@@ -317,7 +324,7 @@ def pages() -> dict[Path, str]:
     """Every file that this module writes, by path."""
     shown = Summary.load()
     tables = {
-        README: {"summary": summary(shown)},
+        README: {"real": real(REAL_ACCURACY), "summary": summary(shown)},
         DOCS / "demo.md": {"demo": demo(newest("demo"))},
         DOCS / "recovery.md": {"recovery": recovery(newest("recovery"))},
         DOCS / "performance.md": {
