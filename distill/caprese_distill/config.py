@@ -234,6 +234,7 @@ class DistillConfig(AdapterSettings):
             Group.TRAINING,
             "End to end: the error of the last hidden state (hidden: the paper's), the divergence of the next token's "
             "distribution (logits), or both.",
+            "LOSS",
         ),
     ] = "hidden"
     batch: Annotated[Integer, Field(ge=1), Option(Group.TRAINING, "End to end: samples of a step.", "N")] = 16

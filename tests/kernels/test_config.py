@@ -65,6 +65,7 @@ def test_parse_takes_a_mapping_or_its_json() -> None:
         "statistics_mib": 100,
         "kernel": "reference",
         "start_up_check": False,
+        "show_selections": True,
         "kernel_extension": "mine",
     }
     parsed = CapreseConfig.parse(given, "here")
@@ -86,6 +87,7 @@ def test_keys_that_are_not_given_stay_open() -> None:
         "statistics_mib": None,
         "kernel": "auto",
         "start_up_check": True,
+        "show_selections": False,
         "kernel_extension": None,
     }
     assert config(density=1).density == 1.0
