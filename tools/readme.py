@@ -27,6 +27,7 @@ PICTURE = DOCS / "accuracy-and-time.svg"
 INDEX_PAGE = DOCS / "package-index.md"
 SHARED_CORE = ROOT / "benchmarks/results/amd-epyc/shared-core/latency.json"
 REAL_ACCURACY = ROOT / "benchmarks/results/intel-xeon/shared-core/accuracy.json"
+REAL_LATENCY = ROOT / "benchmarks/results/intel-xeon/shared-core/latency.json"
 RESULTS = ROOT / "benchmarks/results"
 DEMO_TASKS = {"word problems": "math", "reading questions": "reading"}  # titles in accuracy.json: our columns
 SMALL, LARGE = "qwen2.5-0.5b", "qwen2.5-1.5b"  # models of latency.json that the README shows
@@ -331,6 +332,7 @@ def pages() -> dict[Path, str]:
             "kernels": kernels(newest("kernels")),
             "latency": latency(newest("latency")),
             "core": core(SHARED_CORE),
+            "core-bfloat16": core(REAL_LATENCY),
             "real-accuracy": real_accuracy(REAL_ACCURACY),
         },
     }

@@ -10,6 +10,9 @@ NAMES = {
     "prior-half": "core 1, first half of the layers",
     "prior-all": "core 1, all layers",
     "prior-all-tail": "core 0.8, all layers",
+    "layer-wise": "core 1, first half, L and R",
+    "core1-all": "core 1, all layers",
+    "core.8-all": "core 0.8, all layers",
 }
 
 
