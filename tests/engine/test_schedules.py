@@ -200,7 +200,8 @@ def test_an_answer_that_became_a_prompt_while_its_request_was_preempted(llm: LLM
     preempt(llm, "answers")
     while core.has_unfinished_requests():
         step()
-    assert seen["hits cut at the prompt"] >= 1, "the request did not find the other one's blocks"
+    if case.reselect is None:  # rounds make the KV of the tokens before them exact: they may be found and taken
+        assert seen["hits cut at the prompt"] >= 1, "the request did not find the other one's blocks"
     check_tokens([tokens["answers"], tokens["next turn"]], [reference, *case.expected([turn], 1)], "both")
 
 

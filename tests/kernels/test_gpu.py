@@ -65,6 +65,7 @@ def backend_calls(p: Problem) -> dict[str, tuple[Any, ...]]:
     z = torch.rand(3, p.ff.num_neurons, device=device)
     return {
         "dense_ff": (p.x, p.ff),
+        "prompt_ff": (p.x, p.ff, True),
         "griffin_ff": (p.x, p.ff, p.keep, p.slots),
         "core_ff": (p.x, p.ff.core(p.case.neurons // 2), p.slots),
         "plan_layers": (p.keep[None], p.slots),

@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self, shows: bool) -> None:
         method = Method("griffin", 0.5, (0,), 0)
-        settings = EngineSettings(method, None, None, True, "auto", None, 512, 0, shows, 0)
+        settings = EngineSettings(method, None, None, True, "auto", None, 512, 0, shows, None, 0)
         self.vllm_config = Namespace(additional_config={})
         settings.write(self.vllm_config)
         self.asked: list[str] = []
