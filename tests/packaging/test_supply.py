@@ -7,10 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 from tests.support.packaging import ROOT
-from tools.licences import PAGE, page, pinned, pins_of
+from tools.licences import CUDA_LOCK, CUDA_PAGE, PAGE, installed, licence, normal, page, pinned, pins_of
 from tools.lock import LOCK
 
-CUDA_LOCK = ROOT / "requirements" / "hashed-cuda-linux-x86_64-py311.txt"
 # Words that keep a licence from being one that an Apache-2.0 project can be installed with.
 NOT_ALLOWED = ("AGPL", "Affero", "not stated")
 SECRETS = {
@@ -68,11 +67,11 @@ def test_every_requirement_is_pinned() -> None:
 
 
 def test_the_hashed_file_has_the_same_pins() -> None:
-    def normal(pins: dict[str, str]) -> dict[str, str]:
-        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    def normalized(pins: dict[str, str]) -> dict[str, str]:
+        return {normal(name): version for name, version in pins.items()}
 
     text = LOCK.read_text()
-    assert normal(pins_of(LOCK)) == normal(pinned())
+    assert normalized(pins_of(LOCK)) == normalized(pinned())
     assert text.count("--hash=sha256:") == len(pinned())
 
 
@@ -98,8 +97,23 @@ def test_the_page_of_licences_is_current() -> None:
 
 def test_licences_are_listed() -> None:
     """Of exactly the packages and versions that are pinned, and none that forbids what this project does."""
-    rows = re.findall(r"^\| ([\w.-]+) \| (\S+) \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
-    listed = {name: version for name, version, _ in rows if name != "Package"}
-    assert listed == pinned()
-    wrong = {name: text for name, _, text in rows if any(word in text for word in NOT_ALLOWED)}
-    assert not wrong
+    listed = rows_of(PAGE)
+    assert {name: version for name, (version, _) in listed.items()} == pinned()
+    assert not {name: text for name, (_, text) in listed.items() if any(word in text for word in NOT_ALLOWED)}
+
+
+def test_licences_for_cuda_are_listed() -> None:
+    """Of exactly the packages and versions that the hashed file names; those installed here say the same."""
+    listed = rows_of(CUDA_PAGE)
+    assert {name: version for name, (version, _) in listed.items()} == pins_of(CUDA_LOCK)
+    wrong = {name for name, (_, text) in listed.items() if any(word in text for word in NOT_ALLOWED)}
+    assert wrong == {"cuda-toolkit"}  # which requires NVIDIA's other packages, and says nothing
+    here = {name: text for name, (version, text) in listed.items() if installed(name) == version}
+    assert len(here) > 50
+    assert {name: licence(name) for name in here} == here
+
+
+def rows_of(path: Path) -> dict[str, tuple[str, str]]:
+    """Version and licence of every package of a page."""
+    rows = re.findall(r"^\| ([\w.-]+) \| (\S+) \| (.+) \|$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: (version, text) for name, version, text in rows if name != "Package"}
