@@ -17,6 +17,7 @@ from caprese_kernels.self_check import SelfCheck, check_block
 
 from .counters import Counters, block_sums, merge_sums
 from .ff import SparseFF, StepView
+from .memory import MemoryNeeds
 from .pages import COMMANDS, Commands
 from .requests import RequestTable, Scheduled, Step
 from .selections import BINS, RecentSelections, binned, find_named
@@ -49,6 +50,7 @@ class State:
     show_selections: bool = False  # whether selections of finished requests are kept for a while
     graph_rows: int = 0  # the most rows of a full CUDA graph
     reselect_interval: int | None = None  # of requests that do not say; None: none selects anew, no statistic is kept
+    needs: MemoryNeeds | None = None
     blocks: list[SparseFF] = field(default_factory=list)
     commands: Mapping[str, Commands] = field(default_factory=dict)  # the scheduler's, for the next step
     view: StepView | None = None  # of the current step; None: profiling or a dummy batch, all rows dense

@@ -26,9 +26,14 @@ def page_dtype(method: Method, num_neurons: int, max_tokens: int) -> torch.dtype
     return torch.int32 if max_tokens * num_neurons < 2**31 else torch.int64
 
 
+def page_width(method: Method, num_neurons: int) -> int:
+    """Values of a page in one layer."""
+    return num_neurons if method.name == "griffin" else NUM_MAGNITUDES
+
+
 def page_nbytes(method: Method, num_neurons: int, max_tokens: int, model_dtype: torch.dtype) -> int:
     """Bytes of one page in all layers, including the values that CATS may keep in a float32 model."""
-    width = num_neurons if method.name == "griffin" else NUM_MAGNITUDES
+    width = page_width(method, num_neurons)
     values = 4 * EXACT_VALUES if keeps_values(method, model_dtype) else 0
     return len(method.layers) * (width * page_dtype(method, num_neurons, max_tokens).itemsize + values)
 
@@ -127,7 +132,7 @@ class Statistics:
     ):
         self.method, self.packed, self.kernels, self.ranks = method, packed, kernels, ranks
         self.griffin = method.name == "griffin"
-        self.width = packed.num_neurons if self.griffin else NUM_MAGNITUDES
+        self.width = page_width(method, packed.num_neurons)
         self._dtype = torch.float32 if self.griffin else torch.int64
         kept = page_dtype(method, packed.num_neurons, max_tokens)
         self._pages = torch.empty(num_pages, self.width, dtype=kept, device=packed.up_plus.device)

@@ -22,6 +22,7 @@ from . import compat, ff_kernels
 from .blocks import pack_blocks, take_over
 from .ff import SparseFF
 from .lora import load_adapter
+from .memory import MemoryNeeds
 from .requests import RequestTable, Scheduled
 from .settings import EngineSettings, switched_off
 from .state import STATE, State, reload_weights, run_step, state_of
@@ -62,11 +63,25 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
     settings = EngineSettings.read(vllm_config)
     if settings is None:
         return model
-    method, config, parallel = settings.method, vllm_config.model_config, vllm_config.parallel_config
+    config, stage = vllm_config.model_config, get_pp_group()
     served = BaseModelInfo.from_hf(config.hf_text_config, config.model, config.architectures)
-    device = next(model.parameters()).device
-    stage = get_pp_group()
     stage_layers = range(*get_pp_indices(served.num_hidden_layers, stage.rank_in_group, stage.world_size))
+    needs = MemoryNeeds.of(vllm_config, settings, served, sum(i in stage_layers for i in settings.method.layers))
+    with needs.reported():
+        _replace_blocks(model, vllm_config, settings, served, stage_layers, needs)
+    return model
+
+
+def _replace_blocks(
+    model: Any,
+    vllm_config: Any,
+    settings: EngineSettings,
+    served: BaseModelInfo,
+    stage_layers: range,
+    needs: MemoryNeeds,
+) -> None:
+    method, config, parallel = settings.method, vllm_config.model_config, vllm_config.parallel_config
+    device = next(model.parameters()).device
     packed = pack_blocks(model, method, stage_layers, served)
     weights = {block.layer: ff for block, ff, _ in packed}
     built_in = choose(settings.kernel, device)
@@ -85,6 +100,7 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
         show_selections=settings.show_selections,
         graph_rows=slots * (1 + vllm_config.num_speculative_tokens),
         reselect_interval=settings.reselect_interval,
+        needs=needs,
     )
     context = vllm_config.compilation_config.static_forward_context
     context[STATE] = state
@@ -99,7 +115,6 @@ def _initialize_model(original: Callable[..., Any], vllm_config: Any, **kwargs: 
 
         state_class = model_state_class(vllm_config, model, state)
         model.get_model_state_cls = lambda: state_class
-    return model
 
 
 def _process_weights(
@@ -109,12 +124,14 @@ def _process_weights(
     state: State | None = getattr(model, "caprese", None)
     if state is None:
         return
-    state.fill_adapters()
-    state.warm_up()
-    if state.start_up_check:
-        assert state.built_in is not None
-        for layer, found in state.check_kernels().items():
-            refuse(found, state.built_in.NAME, layer)
+    assert state.needs is not None
+    with state.needs.reported():
+        state.fill_adapters()
+        state.warm_up()
+        if state.start_up_check:
+            assert state.built_in is not None
+            for layer, found in state.check_kernels().items():
+                refuse(found, state.built_in.NAME, layer)
     if not is_global_first_rank():
         return  # one line for all: start-up fails unless every rank replaced its blocks
     extra = 2 * sum(b.packed.rank * b.packed.up_plus[0].nbytes for b in state.blocks)

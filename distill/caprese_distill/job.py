@@ -25,6 +25,7 @@ from caprese_kernels import files
 from caprese_kernels.config import BaseModelInfo, Method
 from caprese_kernels.errors import CapreseError
 from caprese_kernels.hub import check_upload
+from caprese_kernels.memory import out_of_memory
 
 from .blocks import adapter_config, find_blocks
 from .calibration import check_calibration, read_calibration
@@ -53,7 +54,6 @@ from .loading import (
     load_skeleton,
     load_small_parts,
     memory_error,
-    out_of_memory,
     stored_dtype,
 )
 from .memory import check_disk, check_memory, estimate_memory

@@ -12,6 +12,7 @@ import torch
 
 from caprese_kernels import files
 from caprese_kernels.errors import CapreseError
+from caprese_kernels.memory import out_of_memory
 
 
 def find_device(device: str) -> torch.device:
@@ -93,15 +94,6 @@ def load_model(model: str, dtype: str, device_map: str | dict[str, str] | None =
 def load_model_on(model: str, dtype: str, device: str | torch.device) -> Any:
     """`load_model`, moved to the device."""
     return load_model(model, dtype).to(device)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: a GPU's, torch's on a CPU (a RuntimeError that says so), or Python's."""
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, (RuntimeError, OSError))
-        and ("can't allocate memory" in said or "Cannot allocate memory" in said)
-    )
 
 
 def memory_error(error: BaseException) -> CapreseError:
