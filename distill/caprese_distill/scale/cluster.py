@@ -3,8 +3,8 @@
 Moments add up, so a worker sums those of a shard (consecutive batches) alone, and the shards' sums are added in the
 shards' order: the result does not depend on which worker had which shard, nor on which finished first. Workers whose
 matrix products have the same bits (the same GPUs, or CPUs with the same number of threads) give the same bits for any
-number of workers, equal to one process's moments up to float64 rounding. Ray restarts dead workers and repeats their
-shards. This process holds no model, only the sums, the checkpoint and the progress bar.
+number of workers, equal to one process's moments up to float64 rounding. Dead workers are replaced and their shards
+repeated. This process holds no model, only the sums, the checkpoint and the progress bar.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from textwrap import shorten
@@ -11,7 +12,10 @@ from typing import Any
 
 from caprese_kernels.errors import CapreseError
 
-RETRIES = 3  # after so many more deaths of workers on the same shard, the run fails
+RETRIES = 3  # after so many more deaths of workers on the same shard, or of new workers, the run fails
+START_SECONDS = 300.0  # a run without a worker waits so long for one to start: a place, a process and its imports
+
+logger = logging.getLogger(__name__)
 
 
 def connect(num_workers: int, device: str = "auto") -> tuple[str, dict[str, float]]:
@@ -76,8 +80,11 @@ class _Worker:
     def model(self) -> Any:
         return self.load().eval()
 
-    def run(self, index: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, Any]:
-        return index, function(self.model, *arguments)
+    def start(self) -> None:
+        """Returns once the process is there."""
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return function(self.model, *arguments)
 
 
 class Pool:
@@ -85,20 +92,25 @@ class Pool:
 
     `load` is sent to the workers, so it must be a module's function with its arguments (functools.partial), and paths
     in it must exist on every node.
+
+    A worker that dies, alone or with its node, is replaced by a new one. Ray could restart it itself, but its callers
+    would then wait without end where no node has room for it. Here a job is given only to a worker that has started,
+    and a run that has none left waits for START_SECONDS.
     """
 
     def __init__(self, load: Callable[[], Any], num_workers: int, resources: Mapping[str, float]):
         import ray
-        from ray.util import ActorPool
 
-        actor = ray.remote(_Worker).options(
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+        self._load = load
+        self._actor = ray.remote(_Worker).options(
+            num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_restarts=0, max_task_retries=0
         )
-        self.actors = [actor.remote(load) for _ in range(num_workers)]
-        self.pool = ActorPool(self.actors)
+        self.num_workers = num_workers
+        self._started: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # what `start` will return -> the worker
+        self._failed_starts = 0  # since a worker last started
+        for _ in range(num_workers):
+            self._start()
 
     def __enter__(self) -> Pool:
         return self
@@ -110,42 +122,108 @@ class Pool:
         """End the workers."""
         import ray
 
-        for actor in self.actors:
+        for actor in (*self._started, *self._starting.values()):
             ray.kill(actor)
+        self._started, self._starting = [], {}
 
     def map(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """function(model, *job) of every job, in the jobs' order, each on the first free worker.
 
-        Re-raises an error of the function. A worker that dies is restarted and its job repeated; CapreseError if that
-        job kills it 1 + RETRIES times.
+        Re-raises an error of the function. The job of a worker that dies is repeated on another; CapreseError if a job
+        kills 1 + RETRIES workers, or if no worker is left and none can be started.
         """
         import ray
 
-        numbered, early, wanted = enumerate(jobs), dict[int, Any](), 0
-
-        def submit(count: int) -> None:
-            for job in itertools.islice(numbered, count):
-                self.pool.submit(lambda actor, job: actor.run.remote(job[0], function, job[1]), job)
-
-        submit(2 * len(self.actors))  # the most jobs running or waiting for an earlier one, however slow that is
-        try:
-            while self.pool.has_next():
-                index, result = self.pool.get_next_unordered()
-                early[index] = result
-                while wanted in early:
-                    yield early.pop(wanted)
-                    wanted += 1
-                    submit(1)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise CapreseError(
-                "workers",
-                expected=f"one that survives its share of the work in {1 + RETRIES} attempts",
-                found=shorten(str(error).strip().splitlines()[-1], 300),
-                fix="give them more memory, or a lower --max-length; the same command continues from the checkpoint",
-            ) from None
+        numbered, early, wanted, taken = enumerate(jobs), dict[int, Any](), 0, 0
+        repeated: list[tuple[int, tuple[Any, ...]]] = []
+        deaths, idle = Counter[int](), list(self._started)
+        running: dict[Any, tuple[Any, tuple[int, tuple[Any, ...]]]] = {}  # result -> (worker, job)
+        while True:
+            # The most jobs running or waiting for an earlier one, however slow that is: two a worker.
+            while idle and (repeated or taken < wanted + 2 * self.num_workers):
+                job = repeated.pop(0) if repeated else next(numbered, None)
+                if job is None:
+                    break
+                taken = max(taken, job[0] + 1)
+                actor = idle.pop()
+                running[actor.run.remote(function, job[1])] = actor, job
+            if idle and not running and not repeated:
+                return
+            done = self._first(running)
+            if done in self._starting:
+                idle += self._finish_start(done)
+                continue
+            actor, job = running.pop(done)
+            try:
+                early[job[0]] = ray.get(done)
+                idle.append(actor)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                self._started.remove(actor)
+                ray.kill(actor)  # where it is only out of reach
+                self._start()
+                deaths[job[0]] += 1
+                if deaths[job[0]] > RETRIES:
+                    raise _dead(error, f"survives its share of the work in {1 + RETRIES} attempts") from None
+                logger.warning("a worker was lost, its share of the work is repeated: %s", _reason(error))
+                repeated.append(job)
+            while wanted in early:
+                yield early.pop(wanted)
+                wanted += 1
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments) on one of the workers."""
         return next(self.map(function, [arguments]))
+
+    def _start(self) -> None:
+        actor = self._actor.remote(self._load)
+        self._starting[actor.start.remote()] = actor
+
+    def _first(self, running: Iterable[Any]) -> Any:
+        """The first of `running`, or of the workers being started, to end. CapreseError if nothing can."""
+        import ray
+
+        results = list(running)
+        # What runs ends, for Ray reports a lost worker or node as an error; what is started may wait for a place.
+        wait = None if results else START_SECONDS
+        done, _ = ray.wait([*self._starting, *results], num_returns=1, timeout=wait)
+        if done:
+            return done[0]
+        raise CapreseError(
+            "workers",
+            expected=f"a place on the Ray cluster for at least one within {START_SECONDS:.0f} s",
+            found="none: a node was lost, or others use its CPUs or GPUs",
+            fix="add a node or lower --num-workers; the same command continues from the checkpoint",
+        )
+
+    def _finish_start(self, result: Any) -> list[Any]:
+        """The worker that has started; none if it died at that. Then a new one is tried, RETRIES times."""
+        import ray
+
+        actor = self._starting.pop(result)
+        try:
+            ray.get(result)
+        except ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts <= RETRIES:
+                self._start()
+            elif not self._started:
+                raise _dead(error, f"starts in {1 + RETRIES} attempts") from None
+            return []
+        self._failed_starts = 0
+        self._started.append(actor)
+        return [actor]
+
+
+def _dead(error: Exception, what: str) -> CapreseError:
+    return CapreseError(
+        "workers",
+        expected=f"one that {what}",
+        found=_reason(error),
+        fix="give them more memory, or a lower --max-length; the same command continues from the checkpoint",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return shorten(str(error).strip().splitlines()[-1], 300)

@@ -133,8 +133,10 @@ def train(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # no other node loses it
     use_gpu = "GPU" in workers.resources
     trainer = TorchTrainer(
         partial(_train_worker, workers.load, mailbox, samples, initial, recipe, resume and resume.absolute()),
