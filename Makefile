@@ -49,7 +49,7 @@ SLOW := tests/engine tests/e2e \
   tests/benchmarks/test_served_lora.py \
   tests/distill/test_adam.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py tests/distill/test_chat.py tests/distill/test_hub.py \
-  tests/distill/test_faults.py tests/distill/test_weighted.py \
+  tests/distill/test_faults.py tests/distill/test_ray_node.py tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_broken_backends.py tests/kernels/test_gpu.py::test_kernels \
   tests/kernels/test_histogram.py \
   tests/examples tests/packaging tests/docs/test_commands.py::test_vllm_knows_its_flags \
