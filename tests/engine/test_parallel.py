@@ -12,7 +12,7 @@ from caprese_vllm.ranks import Ranks
 from caprese_vllm.state import merge
 from tests.support.core import mass_outside
 from tests.support.engine import engine, generate, greedy
-from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing
+from tests.support.equality import BUDGET, LENGTHS, NEW_TOKENS, ROUNDING, Case, check, differing, new_case
 from tests.support.models import make_adapter, random_prompts
 
 ModelDir = Callable[[str], Path]
@@ -110,6 +110,19 @@ def test_tensor_parallel_with_a_core(model_dir: ModelDir, tmp_path: Path, core: 
     merged = merge(reports)
     assert merged["prompt_mass"][1] == pytest.approx(sum(map(len, prompts)), rel=1e-5)
     assert merged["prompt_mass_outside_core"] == pytest.approx(mass_outside(case, prompts, 1, RANKS), rel=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("llama-bias", "griffin"), ("gemma2", "cats")])
+def test_tensor_parallel_with_reselection(model_dir: ModelDir, tmp_path: Path, architecture: str, method: str) -> None:
+    """In a round each rank adds its own neurons' statistic; GRIFFIN's norms and CATS's counts are of both."""
+    case = new_case(model_dir, tmp_path, architecture, method, True, reselect=8)
+    prompts, new = random_prompts(LENGTHS, seed=31), 24  # two rounds
+    expected = case.expected(prompts, new, tp=RANKS)
+    assert differing(expected, case.expected(prompts, new, tp=RANKS, reselect=None)) > 0, "rounds must change tokens"
+    with engine(case.model_dir, case.caprese, **TENSOR_PARALLEL) as llm:
+        check(generate(llm, prompts, greedy(new)), expected, f"{architecture}, {method}, {RANKS} ranks")
+        reports = llm.collective_rpc("caprese_report")
+    assert [report["reselections"] for report in reports] == [2 * len(prompts)] * RANKS
 
 
 def test_tensor_parallel_without_caprese(model_dir: ModelDir) -> None:
