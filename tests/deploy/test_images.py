@@ -159,7 +159,9 @@ def test_the_images_step_compiles_the_kernels(tmp_path: Path) -> None:
     script = run_of(CPU, "caprese_kernels.cpu").replace("python", f'"{sys.executable}"', 1)
     environment = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"}
     environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        ["sh", "-c", script], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert [str(path) for path in (tmp_path / ".cache" / "caprese").glob("*.so")] == [done.stdout.strip()]
 
@@ -207,7 +209,9 @@ def test_the_health_check(dockerfile: Path) -> None:
         assert code != command[2]
         environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
         for status in (200, 503):
-            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False
+            )
             assert (done.returncode == 0) == (status == 200), done.stderr
         server.shutdown()
     assert asked == ["/health"] * 2

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.markdown import PAGES, ROOT, anchors, inline_code, links
 
-FOLDERS = ("benchmarks/", "caprese_vllm/", "distill/", "docs/", "examples/", "kernels/", "requirements/", "serve/",
+FOLDERS = ("benchmarks/", "caprese_vllm/", "deploy/", "distill/", "docs/", "examples/", "kernels/", "requirements/", "serve/",
            "tests/", "tools/")  # fmt: skip
 
 
