@@ -1,4 +1,4 @@
-"""examples/kubernetes: fields that Kubernetes and the chart know, names that meet, and arguments that serve the demo."""
+"""examples/kubernetes: fields that Kubernetes and the chart know, names that agree, arguments that serve the demo."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_values_have_known_fields() -> None:
     assert list(unknown({"routerSpec": {"routingLogik": "x"}}, CHART)) == [".routerSpec.routingLogik"]
 
 
-def test_names_meet() -> None:
+def test_names_agree() -> None:
     """Selectors, ports, mounts and the claim of adapters.yaml."""
     deployment, service = PLAIN["Deployment"]["spec"], PLAIN["Service"]["spec"]
     labels = deployment["template"]["metadata"]["labels"]

@@ -107,9 +107,7 @@ def test_what_ignores_sigterm_is_killed(serve: Serve, tmp_path: Path) -> None:
     wait_until_gone(tmp_path / "pids", 1)
 
 
-def test_vllm_is_found_where_scripts_have_their_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_is_found_where_scripts_have_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in vLLM's images: /usr/bin/python3, /usr/local/bin/vllm. One beside python comes first."""
     python, scripts = tmp_path / "bin", tmp_path / "local" / "bin"
     for folder in (python, scripts):
