@@ -52,6 +52,11 @@ SLOW := tests/engine tests/e2e \
   tests/distill/test_faults.py tests/distill/test_ray_node.py tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_broken_backends.py tests/kernels/test_gpu.py::test_kernels \
   tests/kernels/test_histogram.py \
+  tests/deploy/test_images.py::test_the_images_step_compiles_the_kernels \
+  tests/deploy/test_images.py::test_the_context_has_what_a_wheel_needs_and_no_more \
+  tests/deploy/test_images.py::test_the_cpu_image_answers \
+  tests/deploy/test_kubernetes.py::test_vllm_knows_the_arguments \
+  tests/deploy/test_kubernetes.py::test_metrics_in_the_charts_multiprocess_mode \
   tests/examples tests/packaging tests/docs/test_commands.py::test_vllm_knows_its_flags \
   tests/kernels/test_choice.py::test_compiled_once_and_kept tests/kernels/test_choice.py::test_any_number_of_threads \
   tests/kernels/test_choice.py::test_a_compiler_may_have_options \

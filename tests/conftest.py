@@ -1,5 +1,6 @@
-"""What every folder of tests may use: tiny models, written once a run."""
+"""What every folder of tests may use: tiny models, written once a run, and the `caprese` command."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,3 +38,21 @@ def inspected_in_process() -> Iterator[None]:
 
     with inspected_in_process():
         yield
+
+
+@pytest.fixture
+def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """`caprese("inspect", file)` runs in this process, as the console script does; returns the exit code."""
+    from caprese_serve.cli import main
+
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["caprese", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0)
+
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,8 +167,10 @@ def _get(url: str, key: str = NO_KEY) -> httpx.Response:
 
 def vllm_program() -> str:
     """The `vllm` command of this Python environment."""
-    program = Path(sys.executable).with_name("vllm")
-    if not program.is_file():
+    # Debian's own python is in /usr/bin, and what pip installs for it in /usr/local/bin; vLLM's images are like that.
+    places = (Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
+    program = next((place / "vllm" for place in places if (place / "vllm").is_file()), None)
+    if program is None:
         raise CapreseError(
             "vllm",
             expected=f"the vllm command beside {sys.executable}",

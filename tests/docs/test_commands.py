@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ PARSED = {
     "bash examples/": "tests/examples runs each",
     "pytest": "this is pytest; the files it names are checked",
     "curl": "needs a server; tests/e2e asks the same path",
+    "docker": "needs a container service; tests/deploy builds and asks the CPU image where there is one",
+    "kubectl": "needs a cluster; tests/deploy holds the manifests to known fields",
+    "helm": "needs a cluster; tests/deploy holds the values to known fields",
     "pre-commit install": "changes the user's hooks",
     ". .venv/bin/activate": "changes the user's shell",
 }
@@ -185,6 +189,21 @@ def check_path(command: Command) -> None:
         assert find_spec(command.words[2]), f"{command}: no module {command.words[2]}"
 
 
+def check_file(command: Command) -> None:
+    """What -f names is a file of this tree."""
+    for option, word in pairwise(command.words):
+        assert option != "-f" or (ROOT / word).is_file(), f"{command}: no {word}"
+
+
+def check_docker(command: Command) -> None:
+    """Its Dockerfile is there; an image that runs is one that a page builds, and its words serve with Caprese."""
+    check_file(command)
+    built = {c.words[c.words.index("-t") + 1] for c in COMMANDS if c.begins("docker build")}
+    if command.words[1] == "run":
+        (image,) = built & set(command.words)
+        assert "--caprese-weights" in command.words[command.words.index(image) :], command
+
+
 def check_nothing(command: Command) -> None:
     """A program of others, whose row in PARSED says why it is not run."""
 
@@ -198,6 +217,9 @@ CHECKS = {
     "pytest": check_path,
     "vllm": check_nothing,  # all at once, below: vLLM's parser takes ten seconds to import
     "curl": check_nothing,
+    "docker": check_docker,
+    "kubectl": check_file,
+    "helm": check_file,
     "pre-commit": check_nothing,
     ".": check_nothing,
 }

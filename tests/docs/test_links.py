@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.markdown import PAGES, ROOT, anchors, inline_code, links
 
-FOLDERS = ("benchmarks/", "caprese_vllm/", "distill/", "docs/", "examples/", "kernels/", "requirements/", "serve/",
-           "tests/", "tools/")  # fmt: skip
+FOLDERS = ("benchmarks/", "caprese_vllm/", "deploy/", "distill/", "docs/", "examples/", "kernels/", "requirements/",
+           "serve/", "tests/", "tools/")  # fmt: skip
 
 
 def by_name(page: Path) -> str:

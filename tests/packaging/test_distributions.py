@@ -72,14 +72,14 @@ def test_the_sdist_is_enough_to_test_and_to_build(sdist: Path, wheel: Path, tmp_
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    for folder in ("tests", "tools", "docs", "requirements", "benchmarks/results"):
+    for folder in ("tests", "tools", "deploy", "docs", "requirements", "benchmarks/results"):
         left_out = {".html", ".csv", ".pyc"} if folder == "benchmarks/results" else {".pyc"}
         wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in left_out}
         wanted = {
             path for path in wanted if not {"build", "earlier"} & set(path.parts) and ".egg-info" not in str(path)
         }
         assert wanted == {p.relative_to(source) for p in (source / folder).rglob("*") if p.is_file()}
-    for name in ("Makefile", "README.md", "LICENSE", "benchmarks/latency.py", ".ci/run"):
+    for name in ("Makefile", "README.md", "LICENSE", "benchmarks/latency.py", ".ci/run", ".dockerignore"):
         assert (source / name).read_bytes() == (ROOT / name).read_bytes()
     assert sdist.stat().st_size < 5e6
     rebuilt, original = contents(build("wheel", source, tmp_path / "wheel")), contents(wheel)

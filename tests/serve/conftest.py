@@ -1,7 +1,5 @@
 """Fixtures of the tests of caprese_serve."""
 
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,21 +30,3 @@ def adapter_file(adapters: Adapters, tmp_path: Path) -> Path:
     path = tmp_path / "adapters.safetensors"
     adapters.save(path)
     return path
-
-
-@pytest.fixture
-def caprese(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """`caprese("inspect", file)` runs in this process, as the console script does; returns the exit code."""
-    from caprese_serve.cli import main
-
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["caprese", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return int(stopped.value.code or 0)
-
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from caprese_kernels.errors import CapreseError
-from caprese_serve.server import VllmServer
+from caprese_serve.server import VllmServer, vllm_program
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 # A program that serves for ever; its own process is what gets interrupted and killed.
@@ -105,6 +105,21 @@ def test_what_ignores_sigterm_is_killed(serve: Serve, tmp_path: Path) -> None:
     with serve("stubborn"):
         pass
     wait_until_gone(tmp_path / "pids", 1)
+
+
+def test_vllm_is_found_where_scripts_have_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in vLLM's images: /usr/bin/python3, /usr/local/bin/vllm. One beside python comes first."""
+    python, scripts = tmp_path / "bin", tmp_path / "local" / "bin"
+    for folder in (python, scripts):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(python / "python3"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(scripts) if name == "scripts" else "")
+    with pytest.raises(CapreseError, match="the vllm command beside"):
+        vllm_program()
+    (scripts / "vllm").touch()
+    assert vllm_program() == str(scripts / "vllm")
+    (python / "vllm").touch()
+    assert vllm_program() == str(python / "vllm")
 
 
 def test_a_missing_program_is_reported(tmp_path: Path) -> None:
