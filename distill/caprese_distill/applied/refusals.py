@@ -13,7 +13,7 @@ ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 
 
 def check_generate(model: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise CapreseError for arguments of `model.generate` by which prompt and generated tokens cannot be told apart."""
+    """Raise CapreseError for arguments of `model.generate` that hide which tokens are generated."""
     given = dict(inspect.signature(generate).bind_partial(*args, **kwargs).arguments)
     given |= given.pop("kwargs", {})
     configs = (given.get("generation_config"), model.generation_config)

@@ -1,8 +1,8 @@
 """`apply`: hooks on a Hugging Face model that make its generated tokens sparse, by the definitions that serving uses.
 
 A pass over an empty KV cache begins prompts: it runs the original FF blocks and takes each row's statistic. A pass over
-one position a row that continues a cache is a generated token: it keeps the neurons that its row's prompt selected, plus
-x L R (paper, eq. 9 and 10). Neurons are masked, not skipped: results are serving's, time and memory are not.
+one position a row that continues a cache is a generated token: it keeps the neurons that its row's prompt selected,
+plus x L R (paper, eq. 9 and 10). Neurons are masked, not skipped: results are serving's, time and memory are not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from ..selection import Selectors, selectors_of
 from . import refusals
 from .prompts import Prompts
 
-SETTINGS = ("method", "density", "layers", "score", "prior", "core")  # those of --caprese-config that concern the method
+SETTINGS = (
+    "method",
+    "density",
+    "layers",
+    "score",
+    "prior",
+    "core",
+)  # the method's, of --caprese-config
 _applied: WeakSet[nn.Module] = WeakSet()  # decoders that have hooks
 
 
@@ -236,7 +243,7 @@ class SparseModel:
     def _observe_or_drop(
         self, layer: int, kept: Mapping[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor] | None:
-        """Prompt tokens: add z [B, S, F] to the statistic. Generated tokens: z [B, 1, F] with the kept neurons alone."""
+        """Prompt tokens: add z [B, S, F] to the statistic. Generated tokens: z [B, 1, F] without dropped neurons."""
         if self._pass is None:
             return None
         self._pass.seen.add(layer)
