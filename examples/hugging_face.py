@@ -32,9 +32,9 @@ texts = {"full model": answers()}
 with apply(model, adapter) as sparse:
     print(sparse)
     texts["with the adapter"] = answers()
-    plain = {"method": sparse.method.name, "density": sparse.method.density, "layers": list(sparse.method.layers)}
-with apply(model, **plain):
-    texts[f"{plain['method']} alone"] = answers()
+method = sparse.method
+with apply(model, method=method.name, density=method.density, layers=list(method.layers)):
+    texts[f"{method.name} alone"] = answers()
 
 # %% Compare
 for title, found in texts.items():
