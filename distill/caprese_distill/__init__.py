@@ -3,6 +3,8 @@
 from caprese_distill import DistillConfig, distill
 
 result = distill(DistillConfig(model="Qwen/Qwen2.5-1.5B-Instruct", data="openai/gsm8k:main"))
+
+`apply(model, "adapters.safetensors")` runs a Hugging Face model with one, without vLLM.
 """
 
 from __future__ import annotations
@@ -11,12 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .applied.sparse_model import SparseModel, apply
     from .config import DistillConfig
     from .job import distill
     from .result import Result
 
-__all__ = ["DistillConfig", "Result", "distill"]
-_HOMES = {"DistillConfig": ".config", "Result": ".result", "distill": ".job"}
+__all__ = ["DistillConfig", "Result", "SparseModel", "apply", "distill"]
+_HOMES = {
+    "DistillConfig": ".config",
+    "Result": ".result",
+    "SparseModel": ".applied.sparse_model",
+    "apply": ".applied.sparse_model",
+    "distill": ".job",
+}
 
 
 def __getattr__(name: str) -> Any:
