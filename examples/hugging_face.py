@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caprese_bench.hugging_face.decoding import adapter_blocks, adapter_method, decode, score
+from caprese_bench.hugging_face.decoding import adapter_blocks, decode, score
 from caprese_kernels.adapters import Adapters
+from caprese_kernels.config import method_of
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import problems
 
@@ -18,7 +19,7 @@ def main(model_path: str = str(MODEL), adapter: str = str(ADAPTERS["griffin"])) 
     adapters = Adapters.load(adapter)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=adapters.dtype)  # that of L and R
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    method = adapter_method(adapters.config)
+    method = method_of(adapters.config)
     asked = list(problems("math", "test", 40))
 
     plain = adapter_blocks(replace(adapters, left={}, right={}))
