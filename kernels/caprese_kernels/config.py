@@ -151,7 +151,7 @@ class AdapterConfig(BaseModel):
     prior: Share = 0.0
     core: Share = 0.0
     layers: LayerIndices = Field(min_length=1)
-    # Of each layer, in the order of `layers`; `density` is then the one of the same bytes in sum. None: `density` in all.
+    # Of each layer, in the order of `layers`; `density` in all of them reads the same bytes. None: `density` in all.
     densities: Annotated[list[Density], Field(max_length=MAX_LAYERS)] | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     caprese_version: Name = ""

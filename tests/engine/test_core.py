@@ -101,7 +101,7 @@ def test_scaled_cats(model_dir: ModelDir, tmp_path: Path, architecture: str) -> 
     [
         ("griffin", "all", [0.3, 0.8]),
         ("griffin", "core alone", [0.3, 1.0]),
-        ("cats", "weighted", [0.3, 0.8, 0.5, 1.0]),
+        ("cats", "weighted", [0.3, 0.8, 0.5, 0.9]),
     ],
 )
 def test_a_density_for_each_layer(

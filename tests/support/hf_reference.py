@@ -216,7 +216,7 @@ class HFReference:
             shared = shared or Shared()
             states = {
                 i: SparseBlock(
-                    *(self.blocks[i], method, density if isinstance(density, float) else density[i]),
+                    *(self.blocks[i], method, density[i] if isinstance(density, Mapping) else density),
                     *((left or {}).get(i), (right or {}).get(i), tp),
                     *(shared, shared.priors.get(i)),
                 )

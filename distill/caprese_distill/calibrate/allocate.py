@@ -21,6 +21,7 @@ from caprese_kernels.config import Method
 from caprese_kernels.reference import griffin_count
 
 UNIT = 64  # neurons: where the model's sizes allow, every k stays a multiple of it, which matrix products want
+FINEST = 32  # parts that a unit cuts F into, at least, so that small models have a choice
 BELOW, ABOVE = (Fraction(1, 2), Fraction(3, 4), Fraction(1)), (Fraction(1, 4), Fraction(1, 2), Fraction(3, 4))
 
 
@@ -35,8 +36,11 @@ class Segment:
 
 
 def unit_of(density: float, neurons: int) -> int:
-    """The neurons that layers exchange: at most UNIT, a divisor of F and of floor(d F)."""
-    return math.gcd(UNIT, neurons, griffin_count(density, neurons))
+    """The neurons that layers exchange: a power of 2 up to UNIT and F / FINEST that divides F and floor(d F)."""
+    unit = math.gcd(UNIT, neurons, griffin_count(density, neurons))
+    while unit > 1 and unit * FINEST > neurons:
+        unit //= 2
+    return unit
 
 
 def grid(density: float, neurons: int) -> list[int]:
@@ -69,11 +73,7 @@ def allocate(harms: Mapping[int, Mapping[int, float]], budget: int, unit: int) -
     hulls = {i: lower_hull(sorted(points.items())) for i, points in harms.items()}
     chosen = {i: hull[0][0] for i, hull in hulls.items()}
     left = budget - sum(chosen.values())
-    segments = [
-        Segment(_slope(a, b), i, a[0], b[0] - a[0])
-        for i, hull in hulls.items()
-        for a, b in pairwise(hull)
-    ]
+    segments = [Segment(_slope(a, b), i, a[0], b[0] - a[0]) for i, hull in hulls.items() for a, b in pairwise(hull)]
     for segment in sorted(segments, key=lambda s: (s.slope, s.layer, s.start)):
         taken = min(segment.neurons, left) // unit * unit
         chosen[segment.layer] += taken

@@ -30,7 +30,7 @@ def calibrate(context: typer.Context, config: Path | None, as_json: bool, **_: A
         return
     console = terminal.result()
     console.print(render(result), markup=False)
-    if result.adapters.config.densities and result.selection.kl > result.quality[result.adapters.config.density].kl:
+    if result.selection.kl > result.uniform.kl:
         worse = "densities by layer make the next token worse: give more samples, or leave out --allocate"
         console.print(worse, highlight=False, markup=False)
     size = result.adapter.stat().st_size / 2**20

@@ -46,6 +46,11 @@ class Calibration:
     plain: Quality  # of the paper's method at the chosen density, each prompt's own selection
     seconds: float
 
+    @property
+    def uniform(self) -> Quality:
+        """Of the file's density in every layer."""
+        return self.quality[float(f"{self.adapters.config.density:g}")]
+
     def record(self) -> dict[str, Any]:
         """The result as JSON values."""
         return {
@@ -84,7 +89,7 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     blocks = find_blocks(model, info, method.layers)
     fit, held_out = split(samples)
     priors = collect_priors(model, fit, info, method, console=console)
-    recorded = {}
+    recorded: dict[str, Any] = {}
     if config.allocate:
         # Not by the held-out samples: they show whether it was worth it.
         harms = measure_harms(model, blocks, fit, method, priors, config.seed, console)
