@@ -18,6 +18,7 @@ from caprese_distill.calibrate.config import CalibrateConfig
 from caprese_distill.calibrate.job import calibrate
 from caprese_distill.calibrate.sensitivity import measure_harms
 from caprese_distill.prior import collect_priors
+from caprese_distill.quality import SparseLayers, measure
 from caprese_distill.selection import selectors_of
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import BaseModelInfo, Method, method_of
@@ -114,21 +115,27 @@ def test_harm_by_definition(model_dir: ModelDir) -> None:
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_a_sensitive_layer_is_spared(model_dir: ModelDir, method: str) -> None:
-    """The block of layer 1 writes eight times as much as the others': it keeps the most, others pay for it."""
+    """The block of layer 1 writes eight times as much as the others': it keeps the most, others pay for it, and the
+    next token gains on samples that took no part."""
     model = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float32).eval()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight *= 8
+        for i in (0, 2, 3):
+            model.model.layers[i].mlp.down_proj.weight /= 8
     info, layers = BaseModelInfo.from_hf(model.config, "m"), (0, 1, 2, 3)
     shared = (0.5, 1.0) if method == "griffin" else (0.0, 0.0)
     chosen = Method(method, 0.5, layers, 0, "weighted", *shared)  # type: ignore[arg-type]
     blocks: Any = {i: layer.mlp for i, layer in enumerate(model.model.layers)}
     samples = make_samples(12)
     priors = collect_priors(model, samples, info, chosen)
-    harms = measure_harms(model, blocks, samples, chosen, priors)
-    kept = counts(allocated(chosen, harms, info.intermediate_size), info.intermediate_size)
+    by_layer = allocated(chosen, measure_harms(model, blocks, samples, chosen, priors), info.intermediate_size)
+    kept = counts(by_layer, info.intermediate_size)
     assert kept[1] == max(kept)
     assert kept[1] > griffin_count(0.75, info.intermediate_size)
     assert sum(kept) == 4 * griffin_count(0.5, info.intermediate_size)
+    methods = {"one": chosen, "each": by_layer}
+    variants = {name: SparseLayers(selectors_of(blocks, each, priors)) for name, each in methods.items()}
+    found = measure(model, blocks, make_samples(6, seed=9), variants)
+    assert found["each"].kl < 0.7 * found["one"].kl
 
 
 def test_the_file_and_what_distill_makes_of_it(model_dir: ModelDir, write_rows: WriteRows, tmp_path: Path) -> None:
