@@ -130,7 +130,7 @@ def test_a_sensitive_layer_is_spared(model_dir: ModelDir, method: str) -> None:
     by_layer = allocated(chosen, measure_harms(model, blocks, samples, chosen, priors), info.intermediate_size)
     kept = counts(by_layer, info.intermediate_size)
     assert kept[1] == max(kept)
-    assert kept[1] > griffin_count(0.75, info.intermediate_size)
+    assert kept[1] >= griffin_count(0.75, info.intermediate_size)
     assert sum(kept) == 4 * griffin_count(0.5, info.intermediate_size)
     methods = {"one": chosen, "each": by_layer}
     variants = {name: SparseLayers(selectors_of(blocks, each, priors)) for name, each in methods.items()}
