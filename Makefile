@@ -47,7 +47,7 @@ SLOW := tests/engine tests/e2e \
   tests/benchmarks/test_lora.py tests/benchmarks/test_parameters.py tests/benchmarks/test_prefix_bench.py \
   tests/benchmarks/test_recovery.py tests/benchmarks/test_residual.py tests/benchmarks/test_selection.py \
   tests/benchmarks/test_served_lora.py \
-  tests/distill/test_adam.py tests/distill/test_apply.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
+  tests/distill/test_adam.py tests/distill/test_allocate.py tests/distill/test_apply.py tests/distill/test_calibrate.py tests/distill/test_cluster.py tests/distill/test_distill.py \
   tests/distill/test_end_to_end.py tests/distill/test_estimate.py tests/distill/test_generate.py tests/distill/test_chat.py tests/distill/test_hub.py \
   tests/distill/test_faults.py tests/distill/test_ray_node.py tests/distill/test_weighted.py \
   tests/kernels/test_backends.py tests/kernels/test_broken_backends.py tests/kernels/test_gpu.py::test_kernels \

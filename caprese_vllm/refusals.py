@@ -152,11 +152,12 @@ def check_tensor_parallel(method: Method, intermediate_size: int, ranks: int) ->
             found=str(ranks),
             fix="use another --tensor-parallel-size",
         )
-    if method.name == "griffin" and griffin_count(method.density, intermediate_size // ranks) < 1:
+    least = min(method.densities or (method.density,))
+    if method.name == "griffin" and griffin_count(least, intermediate_size // ranks) < 1:
         raise CapreseError(
             "density",
             expected=f"at least one of each rank's {intermediate_size // ranks} neurons kept",
-            found=f"{method.density:g}",
+            found=f"{least:g}",
             fix=f"use {ranks / intermediate_size:.4g} or more, or a smaller --tensor-parallel-size",
         )
 

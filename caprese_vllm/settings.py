@@ -45,7 +45,8 @@ class EngineSettings:
         if values is None:
             return None
         method = values["method"]
-        return cls(**{**values, "method": Method(**{**method, "layers": tuple(method["layers"])})})
+        lists = {key: tuple(method[key]) for key in ("layers", "densities") if method[key] is not None}
+        return cls(**{**values, "method": Method(**{**method, **lists})})
 
 
 def user_value(additional_config: Any) -> Any:

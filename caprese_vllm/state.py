@@ -137,7 +137,7 @@ class State:
         """The first block's, or every block's, output against plain arithmetic on its weights, by layer."""
         assert self.built_in is not None
         blocks = self.blocks if all_blocks else self.blocks[:1]
-        return {b.layer: check_block(self.built_in, self.method, b.packed, b.core, b.tail) for b in blocks}
+        return {b.layer: check_block(self.built_in, b.method, b.packed, b.core, b.tail) for b in blocks}
 
     def begin(self, scheduled: Iterable[Scheduled]) -> None:
         """Before the forward pass of a real batch, eager or replayed: everything that the step changes outside of it.
@@ -241,6 +241,7 @@ class State:
             "enabled": True,
             "method": self.method.name,
             "density": self.method.density,
+            "densities": None if self.method.densities is None else list(self.method.densities),
             "rank": self.method.rank,
             "score": self.method.score,
             "prior": self.method.prior,

@@ -105,8 +105,9 @@ def _replace_blocks(
     context = vllm_config.compilation_config.static_forward_context
     context[STATE] = state
     for block, ff, ranks in packed:
-        statistics = Statistics(method, ff, kernels, ranks, settings.num_pages, config.max_model_len)
-        state.blocks.append(SparseFF(block, ff, ranks, method, statistics))
+        own = method.at(block.layer)
+        statistics = Statistics(own, ff, kernels, ranks, settings.num_pages, config.max_model_len)
+        state.blocks.append(SparseFF(block, ff, ranks, own, statistics))
         take_over(state.blocks[-1], context)
     state.allocate()  # now, so that vLLM's memory profile sees the tables
     model.caprese = state

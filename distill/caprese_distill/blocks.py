@@ -45,14 +45,8 @@ def resolve_method(
     return info, replace(resolved, rank=rank)
 
 
-def method_of(config: AdapterConfig) -> Method:
-    """The method that an adapter was made for."""
-    selection = config.score, config.prior, config.core
-    return Method(config.method, config.density, tuple(config.layers), config.rank, *selection)
-
-
 def adapter_config(info: BaseModelInfo, method: Method, training: dict[str, Any]) -> AdapterConfig:
-    """The configuration of an adapter for that model and method; `method_of` is its inverse."""
+    """The configuration of an adapter for that model and method; `caprese_kernels.config.method_of` is its inverse."""
     return AdapterConfig(
         base_model=info,
         method=method.name,
@@ -62,6 +56,7 @@ def adapter_config(info: BaseModelInfo, method: Method, training: dict[str, Any]
         prior=method.prior,
         core=method.core,
         layers=list(method.layers),
+        densities=None if method.densities is None else list(method.densities),
         training=training,
     )
 

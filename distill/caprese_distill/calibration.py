@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, resolve_layers
+from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, method_of, resolve_layers
 from caprese_kernels.errors import CapreseError
 
 from .config import DistillConfig
@@ -46,6 +48,11 @@ def read_calibration(config: DistillConfig) -> tuple[DistillConfig, Adapters | N
                 fix=f"leave out {flag(name)} or --calibration",
             )
     return config.model_copy(update=chosen), found
+
+
+def calibrated_densities(method: Method, calibrated: AdapterConfig) -> Method:
+    """`method`, whose layers and density are the file's, with the file's density for each layer where it has them."""
+    return replace(method, densities=method_of(calibrated).restricted(method.layers).densities)
 
 
 def check_calibration(config: DistillConfig, calibrated: AdapterConfig, model: BaseModelInfo) -> None:

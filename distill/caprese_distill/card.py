@@ -12,7 +12,7 @@ from typing import Any
 
 from caprese_kernels import files
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import AdapterConfig, layer_spans
+from caprese_kernels.config import AdapterConfig, describe_density, layer_spans
 from caprese_kernels.errors import printable
 
 from .plan import ResourceUsage
@@ -62,7 +62,7 @@ def make_card(adapters: Adapters, name: str) -> str:
             [
                 ("method", config.method),
                 ("selection", f"score {config.score}, prior {config.prior:g}, core {config.core:g}"),
-                ("density", f"{config.density:g}"),
+                ("density", describe_density(config.density, config.densities)),
                 ("rank", str(config.rank)),
                 ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
                 ("tensors", f"{low_rank} a layer, {str(adapters.dtype).removeprefix('torch.')}"),
@@ -127,7 +127,7 @@ def make_calibration_card(adapters: Adapters, name: str) -> str:
         "## What it costs",
         _COSTS,
         _quality_table("selection", {_QUALITIES[key]: q for key, q in training["quality"].items()}),
-        "By density, with this file's score, prior and core:",
+        "By density, the same in every layer, with this file's score, prior and core:",
         _quality_table("density", training["quality_by_density"]),
         "## How it was made",
         _table(
@@ -135,7 +135,7 @@ def make_calibration_card(adapters: Adapters, name: str) -> str:
             [
                 ("method", config.method),
                 ("selection", f"score {config.score}, prior {config.prior:g}, core {config.core:g}"),
-                ("density", f"{config.density:g}"),
+                ("density", describe_density(config.density, config.densities)),
                 ("layers", f"{layer_spans(config.layers)} of {config.base_model.num_hidden_layers}"),
                 ("samples", f"{training['samples']:,}, {training['samples_held_out']:,} of them held out"),
             ],

@@ -184,7 +184,7 @@ class DistillConfig(AdapterSettings):
         Path | None,
         Option(
             Group.METHOD,
-            "File of `caprese calibrate` for this model: method, density, layers, score, prior and core are its own.",
+            "File of `caprese calibrate` for this model: method, densities, layers, score, prior and core are its own.",
             "FILE",
         ),
     ] = None

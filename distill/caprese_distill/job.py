@@ -28,7 +28,7 @@ from caprese_kernels.hub import check_upload
 from caprese_kernels.memory import out_of_memory
 
 from .blocks import adapter_config, find_blocks
-from .calibration import check_calibration, read_calibration
+from .calibration import calibrated_densities, check_calibration, read_calibration
 from .card import write_card
 from .config import DistillConfig
 from .data.bad_rows import BadRows
@@ -175,6 +175,7 @@ class Job:
         info, method = resolve_selection(config, model_config, config.rank)
         if self._calibrated:
             check_calibration(config, self._calibrated.config, info)
+            method = calibrated_densities(method, self._calibrated.config)
         skeleton = load_skeleton(config.model, model_config, config.dtype)
         find_blocks(skeleton, info, method.layers)
         renderer = chat_renderer(config, model_config, tokenizer, self.console)

@@ -124,9 +124,9 @@ def _copies(info: BaseModelInfo, method: Method, size: int) -> tuple[dict[str, i
     """The neurons that all tokens keep, and those that they drop; empty where each request has its own."""
     if method.needs_statistic:
         return {}, {}
-    count = griffin_count(method.density, info.intermediate_size)
-    a_neuron = size * info.hidden_size * len(method.layers)
-    kept, dropped = 3 * a_neuron * count, a_neuron * (info.intermediate_size - count)
+    count = sum(griffin_count(method.at(i).density, info.intermediate_size) for i in method.layers)
+    a_neuron = size * info.hidden_size
+    kept, dropped = 3 * a_neuron * count, a_neuron * (len(method.layers) * info.intermediate_size - count)
     return {"the kept neurons' weights, copied": kept}, {"the dropped neurons' rows of W_2, copied": dropped}
 
 

@@ -57,6 +57,7 @@ class DistillationPlan:
             "model_parameters": self.model_parameters,
             "method": work.method.name,
             "density": work.method.density,
+            "densities": None if work.method.densities is None else list(work.method.densities),
             "score": work.method.score,
             "prior": work.method.prior,
             "core": work.method.core,

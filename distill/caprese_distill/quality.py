@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
+from caprese_kernels.config import Method, method_of
 
-from .blocks import find_blocks, method_of
+from .blocks import find_blocks
 from .data.samples import Sample
 from .head import LOGIT_ROWS, Head
 from .placement import device_of

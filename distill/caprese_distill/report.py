@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from caprese_kernels.config import AdapterConfig, layer_spans
+from caprese_kernels.config import AdapterConfig, describe_density, layer_spans
 
 from .memory import Memory, gib
 from .plan import DistillationPlan, Estimate, ResourceUsage
@@ -107,8 +107,9 @@ def render_result(result: Result) -> list[RenderableType]:
     """Errors of every layer and of the whole model on held-out samples, the resources used, and the files."""
     adapters = result.adapters
     config, training = adapters.config, adapters.config.training
+    density = describe_density(config.density, config.densities)
     table = Table(
-        title=f"{config.method}, density {config.density:g}, rank {config.rank}, layer-wise by "
+        title=f"{config.method}, density {density}, rank {config.rank}, layer-wise by "
         f"{describe_solver(training)}, held-out samples"
     )
     for column in ("layer", "||E||²/||FF||²", "with L R", "remaining", "remaining (fitted)", "ridge"):
@@ -117,7 +118,7 @@ def render_result(result: Result) -> list[RenderableType]:
         shares = (errors.error_before, errors.error_after, errors.remaining, errors.remaining_fit)
         table.add_row(str(layer), *(f"{share:.1%}" for share in shares), _ridge(errors.ridge))
     parts: list[RenderableType] = [table]
-    title = f"next token on held-out responses; {config.method}, density {config.density:g}"
+    title = f"next token on held-out responses; {config.method}, density {density}"
     parts.append(quality_table(result.quality, title, config))
     if result.quality[ADAPTER].kl > result.quality[SELECTION].kl:
         parts.append("L and R make the next token worse: give more samples, or serve the selection alone (calibrate)")

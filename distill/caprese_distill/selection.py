@@ -37,7 +37,7 @@ def selectors_of(
         scale = neuron_norms(blocks[i]) if method.weighted else None
         prior = priors[i].to(device_of(blocks[i])) if priors and method.needs_prior else None
         neurons: Any = blocks[i].down_proj
-        found[i] = LayerSelector(method, neurons.in_features, scale, prior)
+        found[i] = LayerSelector(method.at(i), neurons.in_features, scale, prior)
     return found
 
 
@@ -52,6 +52,7 @@ def selection_settings(method: Method, priors: Priors | None) -> dict[str, Any]:
     return {
         "method": method.name,
         "density": method.density,
+        **({} if method.densities is None else {"densities": list(method.densities)}),
         "layers": list(method.layers),
         "score": method.score,
         "prior": method.prior,

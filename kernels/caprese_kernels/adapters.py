@@ -35,7 +35,7 @@ from .tensor_file import MAX_HEADER, Header, private_copy, read_header, read_met
 from .validation import validate
 
 FORMAT, FORMAT_VERSIONS = "caprese", ("1", "2")
-VERSION_2_SETTINGS = {"score", "prior", "core"}
+VERSION_2_SETTINGS = {"score", "prior", "core", "densities"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRIOR_SUM_ERROR = 1e-3  # how far from 1 a prior may sum: float32's rounding over a million neurons, with room
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]*)\.(L|R|prior)")
@@ -82,6 +82,7 @@ class Adapters:
     def from_tensors(cls, config: AdapterConfig, tensors: Mapping[str, Tensor], where: str) -> Adapters:
         """Check every name, shape, dtype and value against `config`; raise CapreseError with the offending name."""
         shapes = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+        _check_densities(config, where)
         _check_shapes(config, shapes, where)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
@@ -102,7 +103,8 @@ class Adapters:
         config = self.config.model_copy(update={"caprese_version": __version__})
         Adapters.from_tensors(config, tensors, where)
         try:
-            settings = config.model_dump_json(exclude=None if self.version == "2" else VERSION_2_SETTINGS)
+            absent = {"densities"} if config.densities is None else None  # a uniform file is what it always was
+            settings = config.model_dump_json(exclude=absent if self.version == "2" else VERSION_2_SETTINGS)
             parse_json(settings, MAX_HEADER)
         except (PydanticSerializationError, ValueError, RecursionError) as error:
             raise CapreseError(
@@ -170,7 +172,9 @@ def _config(header: Mapping[str, str], where: str) -> AdapterConfig:
     config.version = header["format_version"]
     if config.version == "1" and (config.rank < 1 or config.uses_version_2):
         found = "rank 0" if config.rank < 1 else f"score {config.score}, prior {config.prior}, core {config.core}"
+        found = found if config.densities is None else "densities"
         _refuse(f"config of {where}", "rank 1 or more, score paper, prior 0, core 0 in a file of version 1", found)
+    _check_densities(config, where)
     if len(set(config.layers)) != len(config.layers) or max(config.layers) >= config.base_model.num_hidden_layers:
         _refuse(
             f"config of {where}",
@@ -178,6 +182,13 @@ def _config(header: Mapping[str, str], where: str) -> AdapterConfig:
             f"layers {quote(config.layers)}",
         )
     return config
+
+
+def _check_densities(config: AdapterConfig, where: str) -> None:
+    if config.densities is not None and len(config.densities) != len(config.layers):
+        _refuse(
+            f"config of {where}", f"a density for each of its {len(config.layers)} layers", f"{len(config.densities)}"
+        )
 
 
 def is_adapter_file(path: str | os.PathLike[str]) -> bool:

@@ -8,7 +8,7 @@ model into a `Method`, which has no open choices left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -139,7 +139,7 @@ class BaseModelInfo(BaseModel):
 class AdapterConfig(BaseModel):
     """The `config` entry of an adapter file's header.
 
-    File version 2 adds `score`, `prior` and `core`, and allows rank 0: a prior without L and R.
+    File version 2 adds `score`, `prior`, `core` and `densities`, and allows rank 0: a prior without L and R.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -151,6 +151,8 @@ class AdapterConfig(BaseModel):
     prior: Share = 0.0
     core: Share = 0.0
     layers: LayerIndices = Field(min_length=1)
+    # Of each layer, in the order of `layers`; `density` in all of them reads the same bytes. None: `density` in all.
+    densities: Annotated[list[Density], Field(max_length=MAX_LAYERS)] | None = None
     training: dict[str, Any] = Field(default_factory=dict)
     caprese_version: Name = ""
     version: str = Field(default="1", exclude=True)  # of the file that it was read from
@@ -158,13 +160,14 @@ class AdapterConfig(BaseModel):
     @property
     def uses_version_2(self) -> bool:
         """Whether it says what only version 2 can say."""
-        return (self.score, self.prior, self.core) != ("paper", 0.0, 0.0)
+        return (self.score, self.prior, self.core, self.densities) != ("paper", 0.0, 0.0, None)
 
     @property
     def prior_required(self) -> bool:
         """Whether a file with this configuration must have priors: CATS (prior 0, core 0) never selects by them, and
         the paper's method needs none."""
-        return self.uses_version_2 and (self.method != "cats" or self.prior > 0 or self.core > 0)
+        selects = (self.score, self.prior, self.core) != ("paper", 0.0, 0.0)
+        return selects and (self.method != "cats" or self.prior > 0 or self.core > 0)
 
 
 class CapreseConfig(BaseModel):
@@ -244,11 +247,28 @@ class Method:
     score: Score = "paper"
     prior: float = 0.0  # lambda: the prior's weight in the blend
     core: float = 0.0  # kappa: the share of a selection that all requests share
+    densities: tuple[float, ...] | None = None  # of each layer, in the order of `layers`; None: `density` in all
 
     def __str__(self) -> str:
-        chosen = f"method {self.name}, density {self.density:g}, rank {self.rank}"
+        chosen = f"method {self.name}, density {describe_density(self.density, self.densities)}, rank {self.rank}"
         chosen += f", score {self.score}" if self.score != "paper" else ""
         return chosen + (f", prior {self.prior:g}, core {self.core:g}" if self.needs_prior else "")
+
+    def at(self, layer: int) -> Method:
+        """The method of that layer alone: its own density is `density`."""
+        if self.densities is None:
+            return self
+        return replace(self, density=self.densities[self.layers.index(layer)], densities=None)
+
+    def restricted(self, layers: tuple[int, ...]) -> Method:
+        """The same in some of its layers."""
+        densities = None if self.densities is None else tuple(self.at(i).density for i in layers)
+        return replace(self, layers=layers, densities=densities)
+
+    @property
+    def mean_density(self) -> float:
+        """Over the layers."""
+        return self.density if self.densities is None else sum(self.densities) / len(self.densities)
 
     @property
     def weighted(self) -> bool:
@@ -267,6 +287,13 @@ class Method:
     def needs_statistic(self) -> bool:
         """Whether a prompt's own activations take part in its selection."""
         return not (self.name == "griffin" and (self.core == 1.0 or self.prior == 1.0))
+
+
+def method_of(adapter: AdapterConfig) -> Method:
+    """The method that an adapter was made for."""
+    selection = adapter.score, adapter.prior, adapter.core
+    densities = None if adapter.densities is None else tuple(adapter.densities)
+    return Method(adapter.method, adapter.density, tuple(adapter.layers), adapter.rank, *selection, densities)
 
 
 def resolve_layers(choice: LayerChoice, num_layers: int) -> tuple[int, ...]:
@@ -304,6 +331,13 @@ def layer_spans(layers: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
+def describe_density(density: float, densities: Sequence[float] | None) -> str:
+    """ "0.5", or "0.5 (0.25 to 0.81 by layer)"."""
+    if densities is None:
+        return f"{density:g}"
+    return f"{density:g} ({min(densities):.2g} to {max(densities):.2g} by layer)"
+
+
 def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseModelInfo) -> tuple[Method, list[str]]:
     """Join the user's configuration with the adapter's for the model `served`.
 
@@ -311,6 +345,7 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
     adapter's, another base model, layers the adapter lacks, or nothing to do at all.
     """
     warnings: list[str] = []
+    densities: tuple[float, ...] | None = None
     if adapter is None:
         if config.method is None:
             raise CapreseError(
@@ -343,9 +378,11 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
                 fix="leave 'method' out, or distill an adapter for that method",
             )
         name, rank, density = adapter.method, adapter.rank, adapter.density
-        if config.density is not None and config.density != adapter.density:
-            warnings.append(f"density {config.density:g} is served with an adapter distilled at {adapter.density:g}")
-            density = config.density
+        uniform = adapter.densities is None
+        if config.density is not None and not (uniform and config.density == adapter.density):
+            made = describe_density(adapter.density, adapter.densities)
+            warnings.append(f"density {config.density:g} is served with an adapter distilled at {made}")
+            density, uniform = config.density, True
         score, prior, core = (
             getattr(adapter, key) if getattr(config, key) is None else getattr(config, key)
             for key in ("score", "prior", "core")
@@ -373,11 +410,13 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
                     found=f"{quote(surplus)} in the configuration",
                     fix="leave 'layers' out, or distill an adapter for these layers",
                 )
-    if name == "griffin" and density * served.intermediate_size < 1:  # then k = floor(d F) is 0
+        densities = None if uniform else method_of(adapter).restricted(layers).densities
+    least = min(densities or (density,))
+    if name == "griffin" and least * served.intermediate_size < 1:  # then k = floor(d F) is 0
         raise CapreseError(
             "density",
             expected=f"at least one of {served.intermediate_size} neurons kept",
-            found=f"{density:g}",
+            found=f"{least:g}",
             fix=f"use {1 / served.intermediate_size:.4g} or more",
         )
     if name == "cats" and (prior or core):
@@ -387,4 +426,4 @@ def resolve(config: CapreseConfig, adapter: AdapterConfig | None, served: BaseMo
             found=f"{prior or core:g}",
             fix="leave it out, or use method 'griffin'",
         )
-    return Method(name, density, layers, rank, score, prior, core), warnings
+    return Method(name, density, layers, rank, score, prior, core, densities), warnings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from caprese_kernels import files
 from caprese_kernels.adapters import Adapters, find_adapter
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, layer_spans
+from caprese_kernels.config import BaseModelInfo, Method, describe_density, layer_spans, method_of
 from caprese_kernels.errors import CapreseError, printable, quote
 from caprese_kernels.hub import use_cache_if_unreachable
 from caprese_kernels.json_text import MAX_BYTES, parse_json
@@ -37,7 +38,7 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
     """
     path = find_adapter(weights)
     adapters = Adapters.load(path)
-    config = adapters.config
+    config, method = adapters.config, replace(method_of(adapters.config), score="paper")  # a core needs no score
     if model is not None:
         config.base_model.check_serves(model_info(model), f"adapter {path}")
     base = config.base_model
@@ -48,6 +49,7 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
         "base_model": base.model_dump(),
         "method": config.method,
         "density": config.density,
+        "densities": config.densities and {str(i): method.at(i).density for i in sorted(config.layers)},
         "rank": config.rank,
         "file_version": adapters.version,
         "score": config.score,
@@ -57,7 +59,7 @@ def inspect(weights: str, model: str | None = None) -> dict[str, Any]:
         "dtype": str(adapters.dtype).removeprefix("torch.") if adapters.dtype else None,
         "parameters": adapters.num_parameters,
         "share_of_ff_parameters": adapters.num_parameters / ff_parameters,
-        "core_prior_mass": {str(i): _core_mass(config, adapters.prior[i]) for i in adapters.prior},
+        "core_prior_mass": {str(i): _core_mass(method.at(i), adapters.prior[i]) for i in adapters.prior},
         "norms": {str(i): _product_norm(adapters.left[i], adapters.right[i]) for i in adapters.left},
         "training": config.training,
         "caprese_version": config.caprese_version,
@@ -97,7 +99,9 @@ def render(report: dict[str, Any]) -> Group:
     facts.add_row("base model", f"{base['name_or_path']} ({base['architecture']})")
     sizes = f"D {base['hidden_size']}, F {base['intermediate_size']}, {base['num_hidden_layers']} layers"
     facts.add_row("", f"{sizes}, {base['hidden_act']}")
-    facts.add_row("method", f"{report['method']}, density {report['density']:g}, rank {report['rank']}")
+    densities = report["densities"]
+    density = describe_density(report["density"], list(densities.values()) if densities else None)
+    facts.add_row("method", f"{report['method']}, density {density}, rank {report['rank']}")
     facts.add_row("layers", f"{len(report['layers'])} of {base['num_hidden_layers']}: {layer_spans(report['layers'])}")
     if report["file_version"] == "2":
         facts.add_row("selection", f"score {report['score']}, prior {report['prior']:g}, core {report['core']:g}")
@@ -115,7 +119,11 @@ def render(report: dict[str, Any]) -> Group:
     if report["fits_model"] is not None:
         facts.add_row("fits", f"{report['fits_model']}: yes")
     layers = Table("layer", box=None, pad_edge=False)
-    columns = {"norm of L R": (report["norms"], ".4g"), "prior inside the core": (report["core_prior_mass"], ".1%")}
+    columns = {
+        "density": (report["densities"], ".4f"),
+        "norm of L R": (report["norms"], ".4g"),
+        "prior inside the core": (report["core_prior_mass"], ".1%"),
+    }
     shown = {title: column for title, column in columns.items() if column[0]}
     for title in shown:
         layers.add_column(title, justify="right")
@@ -151,9 +159,8 @@ def _share(errors: Any, key: str) -> str:
     return f"{value:.2%}" if isinstance(value, (int, float)) else "-"
 
 
-def _core_mass(config: AdapterConfig, prior: Tensor) -> float:
+def _core_mass(method: Method, prior: Tensor) -> float:
     """The share of the prior that is in the core: how much of the data's statistic every request keeps."""
-    method = Method(config.method, config.density, tuple(config.layers), 0, "paper", config.prior, config.core)
     return float(prior[LayerSelector(method, len(prior), None, prior).core].sum())
 
 

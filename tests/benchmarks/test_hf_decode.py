@@ -13,13 +13,12 @@ from caprese_bench.hugging_face.decoding import (
     SparseFF,
     activations,
     adapter_blocks,
-    adapter_method,
     decode,
     prompt_ids,
     score,
 )
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
+from caprese_kernels.config import Method, method_of
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.demo.problems import Problem, problems
 from tests.support import environment  # noqa: F401  the environment of engines in this process
@@ -89,7 +88,7 @@ def test_answers_by_score_prior_and_core_are_the_engines(
     adapters = Adapters.load(path)
     found = decode(model, tokenizer, asked, adapter_blocks(adapters), 24)
     assert found == expected
-    paper = replace(adapter_method(adapters.config), score="paper", prior=0.0, core=0.0)
+    paper = replace(method_of(adapters.config), score="paper", prior=0.0, core=0.0)
     assert decode(model, tokenizer, asked, adapter_blocks(adapters, paper), 24) != found
 
 

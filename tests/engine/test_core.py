@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from caprese_kernels.adapters import Adapters
 from caprese_vllm.state import merge
 from tests.support.core import mass_outside
 from tests.support.distill import make_rows, run_distill
@@ -93,6 +94,33 @@ def test_scaled_cats(model_dir: ModelDir, tmp_path: Path, architecture: str) -> 
         check(
             generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{architecture}, cats weighted, cached"
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "densities"),
+    [
+        ("griffin", "all", [0.3, 0.8]),
+        ("griffin", "core alone", [0.3, 1.0]),
+        ("cats", "weighted", [0.3, 0.8, 0.5, 0.9]),
+    ],
+)
+def test_a_density_for_each_layer(
+    model_dir: ModelDir, tmp_path: Path, method: str, name: str, densities: list[float]
+) -> None:
+    selection, directory = SELECTIONS[name], model_dir("llama")
+    path = make_adapter(directory, tmp_path / "a.st", method, selection=selection | {"densities": densities})
+    case = Case(directory, method, path, dict(enumerate(densities)), selection=selection)
+    prompts = without_ties(case)
+    expected = case.expected(prompts)
+    assert differing(expected, [case.one(prompt, density=0.5) for prompt in prompts]) >= len(prompts) // 3
+    with engine(directory, case.caprese, max_num_batched_tokens=BUDGET, enable_prefix_caching=True) as llm:
+        check(generate(llm, prompts, greedy(NEW_TOKENS)), expected, f"{method}, {name}, densities {densities}")
+        check(generate(llm, prompts[::-1], greedy(NEW_TOKENS)), expected[::-1], f"{method}, {name}, cached")
+        report = llm.collective_rpc("caprese_report")[0]
+        assert report["densities"] == densities
+        if method == "griffin":
+            neurons = Adapters.load(path).config.base_model.intermediate_size
+            assert report["neurons_kept"] == report["generated_tokens"] * sum(int(d * neurons) for d in densities)
 
 
 def test_a_weighted_score_needs_no_adapter(model_dir: ModelDir) -> None:

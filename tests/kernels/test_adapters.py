@@ -19,7 +19,7 @@ from torch import Tensor
 
 from caprese_kernels import __version__
 from caprese_kernels.adapters import Adapters, find_adapter, is_adapter_file, read_config
-from caprese_kernels.config import AdapterConfig
+from caprese_kernels.config import AdapterConfig, method_of
 from caprese_kernels.errors import CapreseError
 
 DEPTH, RANK, LAYERS = 6, 3, [0, 2]
@@ -238,6 +238,9 @@ WRONG_CONFIGS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("rank", -1, ("'rank'", "greater than or equal to 0", "found -1")),
     ("rank", 0, ("version 1", "rank 0")),
     ("core", 0.5, ("version 1", "core 0.5")),
+    ("densities", [0.5, 0.5], ("version 1", "found densities")),
+    ("densities", [0.5, 0], ("'densities.1'", "greater than 0")),
+    ("densities", 0.5, ("'densities'", "list", "0.5")),
     ("core", 1.5, ("'core'", "less than or equal to 1", "1.5")),
     ("prior", "all", ("'prior'", "number", "'all'")),
     ("score", "best", ("'score'", "'paper' or 'weighted'", "'best'")),
@@ -392,6 +395,19 @@ def test_a_file_with_priors_is_of_version_2(tmp_path: Path, rank: int) -> None:
 def write_version_2(path: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
     settings = make_config() | {"rank": 0, "score": "weighted", "prior": 0.5, "core": 0.8} | config
     return write(path, tensors, format_version="2", config=json.dumps(settings))
+
+
+def test_a_density_for_each_layer(tmp_path: Path) -> None:
+    densities = [0.25 * (i + 1) for i in range(len(LAYERS))]
+    path = write_version_2(tmp_path / "a.safetensors", make_priors(), densities=densities)
+    adapters = Adapters.load(path)
+    assert method_of(adapters.config).densities == tuple(densities)
+    assert adapters.version == "2"
+    adapters.save(tmp_path / "again.safetensors")
+    again = Adapters.load(tmp_path / "again.safetensors").config
+    assert (again.densities, again.version) == (densities, "2")
+    error = refused(write_version_2(path, make_priors(), densities=densities[1:]))
+    assert_told(error, f"a density for each of its {len(LAYERS)} layers", f"found {len(LAYERS) - 1}")
 
 
 def test_cats_needs_no_prior(tmp_path: Path) -> None:

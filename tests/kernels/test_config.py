@@ -179,6 +179,21 @@ def test_resolve_warns_of_another_density() -> None:
     assert resolve(config(weights="a", density=0.5), adapter(), served())[1] == []
 
 
+def test_resolve_takes_the_densities_of_the_adapter_in_the_order_of_layers() -> None:
+    allocated = adapter(version="2", densities=[0.75, 0.25])  # of layers 1 and 0
+    method, warnings = resolve(config(weights="a"), allocated, served())
+    assert (method, warnings) == (Method("griffin", 0.5, (0, 1), 8, densities=(0.25, 0.75)), [])
+    assert [method.at(i).density for i in (0, 1)] == [0.25, 0.75]
+    assert method.at(1) == Method("griffin", 0.75, (0, 1), 8)
+    assert str(method) == "method griffin, density 0.5 (0.25 to 0.75 by layer), rank 8"
+    assert resolve(config(weights="a", layers=[1]), allocated, served())[0].densities == (0.75,)
+    method, warnings = resolve(config(weights="a", density=0.5), allocated, served())
+    assert method == Method("griffin", 0.5, (0, 1), 8)
+    assert "0.25 to 0.75 by layer" in warnings[0]
+    with pytest.raises(CapreseError, match=r"density: expected at least one of 160 neurons kept; found 0\.006"):
+        resolve(config(weights="a"), adapter(version="2", densities=[0.9, 0.006]), served())
+
+
 def test_resolve_takes_score_prior_and_core_from_the_adapter_unless_they_are_given() -> None:
     calibrated = adapter(rank=0, version="2", score="weighted", prior=0.25, core=0.8)
     method, warnings = resolve(config(weights="a"), calibrated, served())

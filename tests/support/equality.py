@@ -63,7 +63,7 @@ class Case:
     model_dir: Path
     method: str | None
     adapter: Path | None = None
-    density: float = 0.5
+    density: float | Mapping[int, float] = 0.5  # by layer: the adapter's
     layers: list[int] | None = None
     selection: Mapping[str, Any] | None = None  # score, prior, core: the adapter's
     reselect: int | None = None  # rho

@@ -190,7 +190,7 @@ class HFReference:
         max_new_tokens: int,
         eos: int | None = None,
         method: str | None = None,
-        density: float = 0.5,
+        density: float | Mapping[int, float] = 0.5,
         layers: Sequence[int] | None = None,
         left: Mapping[int, Tensor] | None = None,
         right: Mapping[int, Tensor] | None = None,
@@ -200,7 +200,7 @@ class HFReference:
         shared: Shared | None = None,
         reselect: int | None = None,
     ) -> Generation:
-        """`method` None is the original model. `layers` None is the method's default.
+        """`method` None is the original model. `layers` None is the method's default. `density` may be by layer.
 
         `tp` devices hold an equal part of the neurons each, in order, and GRIFFIN selects on each among its own.
         After `reselect` sparse tokens, again and again, the whole text so far runs anew as a prompt, without a cache.
@@ -216,7 +216,8 @@ class HFReference:
             shared = shared or Shared()
             states = {
                 i: SparseBlock(
-                    *(self.blocks[i], method, density, (left or {}).get(i), (right or {}).get(i), tp),
+                    *(self.blocks[i], method, density[i] if isinstance(density, Mapping) else density),
+                    *((left or {}).get(i), (right or {}).get(i), tp),
                     *(shared, shared.priors.get(i)),
                 )
                 for i in layers

@@ -188,7 +188,8 @@ def make_adapter(
 ) -> Path:
     """Write a random adapter file for the model in `model_dir`; return `path`.
 
-    Version 1; with `selection` (score, prior, core) version 2, with random priors; rank 0 leaves L and R out.
+    Version 1; with `selection` (score, prior, core, perhaps densities) version 2, with random priors; rank 0 leaves L
+    and R out.
 
     x L has entries of about `scale` times x's; x L R is then as large as what the sparse block leaves out.
     """

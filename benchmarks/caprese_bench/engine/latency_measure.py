@@ -118,7 +118,8 @@ def check_counters(model: TimedModel, variant: Variant, case: Case, rounds: int,
     density = method.density
     if abs(after["density"] - density) > 1e-9:
         refuse(f"density {density:g}", after["density"])
-    goal = griffin_count(density, model.weights.neurons) / model.weights.neurons
+    counts = [griffin_count(method.at(i).density, model.weights.neurons) for i in method.layers]
+    goal = sum(counts) / len(counts) / model.weights.neurons
     # CATS' threshold comes from the prompt: generated tokens may keep another share, but not nearly all neurons.
     if abs(kept - goal) > (1e-6 if method.name == "griffin" else 0.9 * (1 - goal)):
         refuse(f"{goal:.0%} of the neurons kept", f"{kept:.1%}")

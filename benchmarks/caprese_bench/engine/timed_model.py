@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from caprese_kernels.adapters import find_adapter, read_config
-from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, MethodName
+from caprese_kernels.config import AdapterConfig, BaseModelInfo, Method, MethodName, method_of
 from caprese_kernels.errors import CapreseError
 
 from ..kernels.floor import Weights
@@ -58,7 +58,7 @@ class TimedModel:
             layers = tuple(own.layers)
         if variant.correction != "caprese":
             return Method(variant.method, own.density, layers, 0)
-        return Method(variant.method, own.density, layers, own.rank, own.score, own.prior, own.core)
+        return method_of(own).restricted(layers)
 
     def layers(self, variant: Variant) -> tuple[int, ...]:
         """The variant's sparse layers."""

@@ -100,7 +100,7 @@ def activated(counted: ParameterCount, variant: ServedVariant) -> float:
     method = variant.method
     if method is None:
         return 1.0
-    return 1 - spared_share(counted, method.name, len(method.layers), method.rank, method.density)
+    return 1 - spared_share(counted, method.name, len(method.layers), method.rank, method.mean_density)
 
 
 def correct(answers: Answers) -> list[list[int]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import AdapterConfig, Method
+from caprese_kernels.config import Method, method_of
 from caprese_kernels.selection import LayerSelector
 from caprese_serve.demo.problems import Problem, chat, grade
 from caprese_serve.demo.results import Score
@@ -89,12 +89,6 @@ class SparseFF:
         return self._selector
 
 
-def adapter_method(config: AdapterConfig) -> Method:
-    """The method that an adapter's file is served with."""
-    selection = (config.score, config.prior, config.core)
-    return Method(config.method, config.density, tuple(config.layers), config.rank, *selection)
-
-
 def adapter_blocks(
     adapters: Adapters, method: Method | None = None, dtype: torch.dtype | None = None
 ) -> dict[int, FeedForward]:
@@ -102,13 +96,13 @@ def adapter_blocks(
 
     `method` replaces the file's own, as a `--caprese-config` may; `dtype` is the model's, that of L and R by default.
     """
-    method = method or adapter_method(adapters.config)
+    method = method or method_of(adapters.config)
 
     def part(tensors: Mapping[int, Tensor], layer: int) -> Tensor | None:
         return tensors[layer].to(dtype or tensors[layer].dtype) if layer in tensors else None
 
     return {
-        i: SparseFF(method, part(adapters.left, i), part(adapters.right, i), adapters.prior.get(i))
+        i: SparseFF(method.at(i), part(adapters.left, i), part(adapters.right, i), adapters.prior.get(i))
         for i in method.layers
     }
 

@@ -29,14 +29,7 @@ from ..selection import Selectors, selectors_of
 from . import refusals
 from .prompts import Prompts
 
-SETTINGS = (
-    "method",
-    "density",
-    "layers",
-    "score",
-    "prior",
-    "core",
-)  # the method's, of --caprese-config
+SETTINGS = ("method", "density", "layers", "score", "prior", "core")  # the method's, of --caprese-config
 _applied: WeakSet[nn.Module] = WeakSet()  # decoders that have hooks
 
 

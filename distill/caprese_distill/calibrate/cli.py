@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from caprese_kernels import terminal
+from caprese_kernels.config import describe_density
 
 from ..command_line import given_options, take_options
 from ..settings_file import load_config
@@ -29,6 +30,9 @@ def calibrate(context: typer.Context, config: Path | None, as_json: bool, **_: A
         return
     console = terminal.result()
     console.print(render(result), markup=False)
+    if result.selection.kl > result.uniform.kl:
+        worse = "densities by layer make the next token worse: give more samples, or leave out --allocate"
+        console.print(worse, highlight=False, markup=False)
     size = result.adapter.stat().st_size / 2**20
     console.print(f"wrote {result.adapter} ({size:.1f} MiB): {result.seconds:.0f} s", highlight=False, markup=False)
 
@@ -42,9 +46,13 @@ def render(result: Calibration) -> Table:
     table = Table(title=f"next token on held-out responses, without L and R; {config.method}, {chosen}")
     for column in ("selection", "density", "KL(original || sparse), nats", "same most likely token", "tokens"):
         table.add_column(column, justify="left" if column == "selection" else "right")
+    uniform = "the same in every layer" if config.densities else "this file's"
     for density, quality in result.quality.items():
-        style = "bold" if density == config.density else None
-        table.add_row("this file's", f"{density:g}", *quality_cells(quality), style=style)
+        style = "bold" if density == config.density and not config.densities else None
+        table.add_row(uniform, f"{density:g}", *quality_cells(quality), style=style)
+    if config.densities:
+        own = describe_density(config.density, config.densities)
+        table.add_row("this file's", own, *quality_cells(result.selection), style="bold")
     table.add_row("each prompt's own (the paper)", f"{config.density:g}", *quality_cells(result.plain))
     return table
 

@@ -20,6 +20,15 @@ class CalibrateConfig(AdapterSettings):
 
     samples: Annotated[Integer, Field(ge=2), Option(Group.DATA, "Most rows to use, drawn with --seed.", "N")] = SAMPLES
 
+    allocate: Annotated[
+        bool,
+        Option(
+            Group.METHOD,
+            "Give each layer a density of its own: where dropping neurons hurts the next token least; the same bytes "
+            "in sum as --density everywhere. One more pass, forward and backward.",
+        ),
+    ] = False
+
     def command(self) -> list[str]:
         """The words of a `caprese calibrate` command that makes the same file: every option, defaults included."""
         return ["caprese", "calibrate", self.model, *self.words()]

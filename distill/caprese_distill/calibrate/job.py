@@ -28,7 +28,9 @@ from ..push import push
 from ..quality import MAX_HELD_OUT, PAPER, SELECTION, Quality, SparseLayers, measure
 from ..report import library_versions
 from ..selection import Priors, selectors_of
+from .allocate import allocated
 from .config import CalibrateConfig
+from .sensitivity import measure_harms
 
 DENSITIES = (0.25, 0.5, 0.75)  # reported beside the chosen one
 
@@ -39,9 +41,15 @@ class Calibration:
 
     adapter: Path
     adapters: Adapters
-    quality: Mapping[float, Quality]  # by density
+    quality: Mapping[float, Quality]  # by density, the same in every layer
+    selection: Quality  # of the file's own selection, with a density for each layer where it has them
     plain: Quality  # of the paper's method at the chosen density, each prompt's own selection
     seconds: float
+
+    @property
+    def uniform(self) -> Quality:
+        """Of the file's density in every layer."""
+        return self.quality[float(f"{self.adapters.config.density:g}")]
 
     def record(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -81,8 +89,14 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     blocks = find_blocks(model, info, method.layers)
     fit, held_out = split(samples)
     priors = collect_priors(model, fit, info, method, console=console)
+    recorded: dict[str, Any] = {}
+    if config.allocate:
+        # Not by the held-out samples: they show whether it was worth it.
+        harms = measure_harms(model, blocks, fit, method, priors, config.seed, console)
+        method = allocated(method, harms, info.intermediate_size)
+        recorded["harms"] = {str(i): {str(k): harm for k, harm in by_count.items()} for i, by_count in harms.items()}
     quality = _measure(model, blocks, held_out[:MAX_HELD_OUT], method, priors, console)
-    plain = quality.pop(PAPER)
+    plain, selection = quality.pop(PAPER), quality.pop(SELECTION)
     seconds = time.monotonic() - started
     training = {
         "stage": "calibration",
@@ -90,8 +104,9 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
         "samples_held_out": len(held_out),
         "tokens": sum(s.num_rows for s in fit),
         "seconds": round(seconds, 1),
-        "quality": {PAPER: asdict(plain), SELECTION: asdict(quality[f"{method.density:g}"])},
+        "quality": {PAPER: asdict(plain), SELECTION: asdict(selection)},
         "quality_by_density": {name: asdict(q) for name, q in quality.items()},
+        **recorded,
         "data": dict(source.provenance),
         "command": shlex.join(config.command()),
         "versions": library_versions(),
@@ -99,9 +114,8 @@ def _calibrate(config: CalibrateConfig, console: Console) -> Calibration:
     adapters = Adapters(adapter_config(info, method, training), {}, {}, priors)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     adapters.save(config.output)
-    result = Calibration(
-        config.output, adapters, {float(name): found for name, found in quality.items()}, plain, seconds
-    )
+    by_density = {float(name): found for name, found in quality.items()}
+    result = Calibration(config.output, adapters, by_density, selection, plain, seconds)
     if config.push_to_hub is not None:
         address = push(config.push_to_hub, config.output, result.record(), adapters)
         note(console, f"uploaded: {address}")
@@ -116,11 +130,14 @@ def _measure(
     priors: Priors,
     console: Console,
 ) -> dict[str, Quality]:
-    """Quality by density, and that of the paper's method (PAPER)."""
+    """Quality by density in every layer, that of the paper's method (PAPER), and that of `method` (SELECTION)."""
     densities = sorted({*DENSITIES, method.density})
-    methods = {f"{d:g}": replace(method, density=d) for d in densities}
+    methods = {f"{d:g}": replace(method, density=d, densities=None) for d in densities}
     methods[PAPER] = Method(method.name, method.density, method.layers, 0)
+    if method.densities is not None:
+        methods[SELECTION] = method
     variants = {name: SparseLayers(selectors_of(blocks, each, priors)) for name, each in methods.items()}
     with progress_bar(console, "samples/s") as bar:
         line = bar.add_task("quality", total=len(samples))
-        return measure(model, blocks, samples, variants, lambda: bar.advance(line))
+        found = measure(model, blocks, samples, variants, lambda: bar.advance(line))
+    return {SELECTION: found[f"{method.density:g}"]} | found

@@ -22,11 +22,11 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
+from caprese_kernels.config import Method, method_of
 from caprese_kernels.errors import CapreseError
 
 from .. import checkpoint
-from ..blocks import find_blocks, method_of
+from ..blocks import find_blocks
 from ..checkpoint import CheckpointStore
 from ..config import Loss
 from ..data.batches import make_batches, pack

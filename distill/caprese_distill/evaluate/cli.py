@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from caprese_kernels import terminal
+from caprese_kernels.config import describe_density
 
 from ..command_line import given_options, take_options
 from ..settings_file import load_config
@@ -26,7 +27,8 @@ def evaluate(context: typer.Context, config: Path | None, as_json: bool, **_: An
         terminal.print_json(result.record())
         return
     adapter = result.adapters.config
-    title = f"next token on given responses; {adapter.method}, density {adapter.density:g}, rank {adapter.rank}"
+    density = describe_density(adapter.density, adapter.densities)
+    title = f"next token on given responses; {adapter.method}, density {density}, rank {adapter.rank}"
     terminal.result().print(quality_table(result.quality, title, adapter), markup=False)
 
 

@@ -26,10 +26,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
-from caprese_kernels.config import Method
+from caprese_kernels.config import Method, method_of
 from caprese_kernels.errors import CapreseError
 
-from ..blocks import find_blocks, method_of
+from ..blocks import find_blocks
 from ..checkpoint import digest
 from ..data.batches import Batch, make_batches
 from ..data.samples import Sample
