@@ -24,13 +24,6 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
 RESULTS = ROOT / "benchmarks/results"
 NOT = "not measured"
-RESELECTED = {  # variants of benchmarks/results/*/reselection, before "-" and the interval
-    "griffin-half": "GRIFFIN, first half of the layers",
-    "griffin-all": "GRIFFIN, all layers",
-    "griffin-lr": "GRIFFIN, first half, L and R",
-    "cats": "CATS, all layers",
-    "cats-lr": "CATS, all layers, L and R",
-}
 INTRODUCTION = """# Results
 
 Every table and figure of the paper ([arXiv 2505.07861](https://arxiv.org/abs/2505.07861)), its figures beside what was
@@ -136,8 +129,8 @@ def _score(task: Task, model: str, row: str, mine: Row | None) -> str:
     return f"{theirs} / {100 * mine['score']:.2f}{spread} ({mine['problems']:,})"
 
 
-def _percent(row: Row, name: str, error: str | None = None) -> str:
-    return f"{100 * row[name]:.1f} ± {100 * row[error or f'{name}_stderr']:.1f}"
+def _percent(row: Row, name: str) -> str:
+    return f"{100 * row[name]:.1f} ± {100 * row[f'{name}_stderr']:.1f}"
 
 
 def table_1() -> list[str]:
@@ -171,29 +164,8 @@ def table_2() -> list[str]:
 def table_3() -> list[str]:
     header = ["AMC 2023, E2E Caprese (GRIFFIN)", "no reselection", "every 1024", "every 256", "every 64", "Full"]
     rows = [[name, *(f"{value:.2f} / -" for value in values)] for name, values in TABLE_3.items()]
-    note = "Such a model did not run here. Reselection is [`reselect_interval`](serving.md#reselection)."
-    return [*markdown(header, rows), note, "", *_reselection(RESULTS / "intel-xeon/reselection/accuracy.json")]
-
-
-def _reselection(path: Path) -> list[str]:
-    """Accuracy of the demo model by interval, a row for each selection; Full's in words."""
-    result = Result.load(path)
-    by_name = {row["variant"]: row for row in result.rows}
-    intervals = sorted(
-        {int(name.rpartition("-")[2]) for name in by_name if name != "Full"}, key=lambda rho: -rho or -99
-    )
-    rows = [
-        [title, *(_percent(by_name[f"{name}-{rho}"], "score", "stderr") for rho in intervals)]
-        for name, title in RESELECTED.items()
-    ]
-    full = by_name["Full"]
-    header = ["the demo model, word problems", *(f"every {rho}" if rho else "no reselection" for rho in intervals)]
-    note = (
-        f"Accuracy in percent, ± one standard error, of {full['problems']:,} problems, greedy, float32; Full: "
-        f"{_percent(full, 'score', 'stderr')}, with {full['tokens']:.0f} tokens a response. "
-        "CATS at density 0.05, GRIFFIN at 0.5; none has a core."
-    )
-    return [*markdown(header, rows), note, "", *source(path, result)]
+    note = "Not measured here: no such model ran. Reselection is [`reselect_interval`](serving.md#reselection)."
+    return [*markdown(header, rows), note, ""]
 
 
 def table_4() -> list[str]:

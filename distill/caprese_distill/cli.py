@@ -11,7 +11,7 @@ import typer
 from caprese_kernels import files, terminal
 from caprese_kernels.errors import CapreseError
 
-from .command_line import given_options, take_options
+from .command_line import given_options, prefer_huge_pages, take_options
 from .config import DistillConfig
 from .settings_file import load_config
 
@@ -32,6 +32,7 @@ def distill(context: typer.Context, config: Path | None, dry_run: bool, as_json:
             found="--generate",
             fix="leave one of the options out; an interrupted --generate keeps its responses",
         )
+    prefer_huge_pages()
     # These import torch and transformers, which takes seconds: neither --help nor a wrong option should wait for it.
     from .job import Job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,15 @@ def given_options(context: typer.Context, settings: type[Settings]) -> dict[str,
         needed = " and ".join(required.values())
         raise typer.BadParameter(f"{' and '.join(missing)} missing: give {needed}, or --config")
     return given | {name: False for name in options if present(f"no_{name}")}
+
+
+def prefer_huge_pages() -> None:
+    """Let torch ask Linux for huge pages (2 MiB in place of 4 KiB) in this process. Call it before torch is imported.
+
+    Logits of a few thousand tokens take a gibibyte, which is mapped anew at each step: with small pages, the kernel
+    spends up to two fifths of a training step's time on faults. A user's own THP_MEM_ALLOC_ENABLE is left as it is.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def take_options(function: Callable[..., None], settings: type[Settings], dry_run: bool = True) -> None:

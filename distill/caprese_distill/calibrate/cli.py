@@ -11,7 +11,7 @@ from rich.table import Table
 from caprese_kernels import terminal
 from caprese_kernels.config import describe_density
 
-from ..command_line import given_options, take_options
+from ..command_line import given_options, prefer_huge_pages, take_options
 from ..settings_file import load_config
 from .config import CalibrateConfig
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def calibrate(context: typer.Context, config: Path | None, as_json: bool, **_: Any) -> None:
     """Choose neurons by a few samples, without training: a file to serve at once, or to distill against."""
     settings = load_config(CalibrateConfig, given_options(context, CalibrateConfig), config)
+    prefer_huge_pages()
     from .job import calibrate as run  # imports torch and transformers, which takes seconds
 
     result = run(settings, terminal.notes())

@@ -10,7 +10,7 @@ import typer
 from caprese_kernels import terminal
 from caprese_kernels.config import describe_density
 
-from ..command_line import given_options, take_options
+from ..command_line import given_options, prefer_huge_pages, take_options
 from ..settings_file import load_config
 from .config import EvaluateConfig
 
@@ -18,6 +18,7 @@ from .config import EvaluateConfig
 def evaluate(context: typer.Context, config: Path | None, as_json: bool, **_: Any) -> None:
     """Measure what an adapter costs: the next token's divergence from the original model's, and agreement with it."""
     settings = load_config(EvaluateConfig, given_options(context, EvaluateConfig), config)
+    prefer_huge_pages()
     # These import torch and transformers, which takes seconds: neither --help nor a wrong option should wait for it.
     from ..report import quality_table
     from .job import evaluate as run
