@@ -88,6 +88,7 @@ def make_card(adapters: Adapters, name: str) -> str:
         parts += [
             "Of the last hidden state, end to end, before the first epoch and after each: ||M - M_student||²/||M||².",
             _table(("epoch", "error"), [(str(n), f"{error:.3%}") for n, error in errors]),
+            f"L and R are those of epoch {training['end_to_end']['kept_epoch']}.",
         ]
     source, versions = training["data"], training["versions"]
     parts += [

@@ -125,8 +125,15 @@ def render_result(result: Result) -> list[RenderableType]:
     if held_out := result.held_out_errors:
         epochs = ", ".join(f"epoch {n}: {error:.2%}" for n, error in enumerate(held_out))
         parts.append(f"last hidden state, ||M - M_student||²/||M||² on held-out samples: {epochs}")
-        if held_out[-1] > held_out[0]:
-            parts.append("end-to-end training made it worse: use a lower --learning-rate, or --stage layer-wise")
+        if divergences := result.held_out_kl:
+            epochs = ", ".join(f"epoch {n}: {kl:.4f}" for n, kl in enumerate(divergences))
+            parts.append(f"KL(original || student), nats a token, on held-out samples: {epochs}")
+        if result.kept_epoch == 0:
+            parts.append(
+                "end-to-end training made it worse: L and R are the layer-wise ones; use a lower --learning-rate"
+            )
+        elif result.kept_epoch < len(held_out) - 1:
+            parts.append(f"later epochs made it worse: L and R are those after epoch {result.kept_epoch}")
     if result.resources:
         parts.append(f"memory and time: {describe_resources(result.resources)}")
     size = result.adapter.stat().st_size / 2**20

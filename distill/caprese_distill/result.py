@@ -48,6 +48,16 @@ class Result:
         return list(self.adapters.config.training.get("end_to_end", {}).get("held_out_errors", []))
 
     @property
+    def kept_epoch(self) -> int:
+        """The epoch whose L and R these are: 0 before the first, where training end to end did not help."""
+        return int(self.adapters.config.training["end_to_end"]["kept_epoch"])
+
+    @property
+    def held_out_kl(self) -> list[float]:
+        """KL(original || student), nats a token, at the same times; empty for the loss of hidden states."""
+        return list(self.adapters.config.training.get("end_to_end", {}).get("held_out_kl", []))
+
+    @property
     def quality(self) -> dict[str, Quality]:
         """The next token on held-out samples: "paper" (each prompt's own selection) and "selection" without L and R,
         "adapter" with them."""

@@ -195,7 +195,7 @@ def test_held_out_errors_are_the_distillers(model_dir: ModelDir, method: str) ->
     errors = last.config.training["end_to_end"]["held_out_errors"]
     assert whole == pytest.approx(errors[0], rel=1e-4)
     ff = {i: LowRank(last.left[i], last.right[i]) for i in resolved.layers}
-    assert held_out_errors(model, samples, info, resolved, ff)[1] == pytest.approx(errors[1], rel=1e-4)
+    assert held_out_errors(model, samples, info, resolved, ff)[1] == pytest.approx(min(errors), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["griffin", "cats"])

@@ -239,6 +239,25 @@ def test_resumed_to_the_bit_from_any_step(model_dir: ModelDir, tmp_path: Path, m
     assert whole.config.training["end_to_end"][key] == parts.config.training["end_to_end"][key]
 
 
+@pytest.mark.parametrize("loss", ["hidden", "logits"])
+def test_the_best_epoch_is_kept(model_dir: ModelDir, loss: str) -> None:
+    """Steps that are far too large leave the layer-wise L and R; good ones are followed to the last epoch."""
+    model, samples = AutoModelForCausalLM.from_pretrained(model_dir("llama")), make_samples(40)
+    _, _, initial = layer_wise(model, samples, "griffin")
+    worse = distill_end_to_end(model, samples, initial, Recipe(10.0, batch=6, epochs=2, loss=loss))
+    found = worse.config.training["end_to_end"]
+    measured = found.get("held_out_kl", found["held_out_errors"])
+    assert min(measured[1:]) > measured[0]
+    assert found["kept_epoch"] == 0
+    assert all(torch.equal(tensor, initial.tensors()[name]) for name, tensor in worse.tensors().items())
+    for right in initial.right.values():  # there is something left to learn
+        right.zero_()
+    better = distill_end_to_end(model, samples, initial, Recipe(1e-2, batch=6, epochs=3, loss=loss))
+    found = better.config.training["end_to_end"]
+    measured = found.get("held_out_kl", found["held_out_errors"])
+    assert found["kept_epoch"] == measured.index(min(measured)) > 0
+
+
 def test_a_checkpoint_of_other_settings_is_ignored(
     model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,8 +191,9 @@ def _cell(
         kept = checkpoint.resume_path(unfinished)
         adapters = distill_end_to_end(subject.model, subject.samples, adapters, recipe, kept)
         checkpoint.remove(kept)
-        errors = adapters.config.training["end_to_end"]["held_out_errors"]
-        trained |= {"hidden_error_before": errors[0], "hidden_error": errors[-1]}
+        found = adapters.config.training["end_to_end"]
+        errors = found["held_out_errors"]
+        trained |= {"hidden_error_before": errors[0], "hidden_error": errors[found["kept_epoch"]]}
     return trained | grade({i: SparseFF(method, adapters.left[i], adapters.right[i]) for i in method.layers})
 
 

@@ -118,6 +118,13 @@ class Trainer:
         self.errors: list[float] = []  # held out, relative; before the first epoch and after each
         self.divergences: list[float] = []  # KL held out, nats a token, at the same times; empty for the loss "hidden"
         self.head = None if recipe.loss == "hidden" else Head(model)
+        self.best: list[Tensor] = []  # the parameters after `best_epoch`
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the smallest held-out KL (hidden: error); 0: before the first."""
+        measured = self.divergences or self.errors
+        return measured.index(min(measured))
 
     @property
     def position(self) -> str:
@@ -129,15 +136,18 @@ class Trainer:
         for n, p in enumerate(self.student.parameters()):
             tensors[f"parameter.{n}"] = p.detach()
             tensors |= {f"{key}.{n}": value for key, value in self.optimizer.state[p].items()}
+        tensors |= {f"best.{n}": p for n, p in enumerate(self.best)}
         lists = {"errors": self.errors, "divergences": self.divergences}
         return tensors, {"step": self.step, "seconds": self.seconds, **lists}
 
     @torch.no_grad()
     def resume(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        self.best = []
         for n, p in enumerate(self.student.parameters()):
             p.copy_(tensors[f"parameter.{n}"])
             state = {key.removesuffix(f".{n}"): tensor for key, tensor in tensors.items() if key.endswith(f".{n}")}
             del state["parameter"]
+            self.best.append(state.pop("best").to(p.device))
             if state:  # none yet before the first step; Adam keeps its "step" on the CPU
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
         self.step, self.seconds = progress["step"], progress["seconds"]
@@ -157,7 +167,10 @@ class Trainer:
             )
 
     def run(self, store: CheckpointStore, console: Console | None) -> None:
-        """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end."""
+        """Train to the end, with a checkpoint every minute or so and the held-out error at every epoch's end.
+
+        The parameters end as they were after the best epoch: as at the start, if training did not help.
+        """
         tokens = [sum(len(s.ids) for s in part) for part in self.steps]
         per_epoch = len(self.steps) // self.recipe.epochs
         started = time.monotonic() - self.seconds
@@ -175,6 +188,9 @@ class Trainer:
                 if self.ranks.rank == 0:
                     store.save_if_due()
         self.seconds = time.monotonic() - started
+        with torch.no_grad():
+            for p, best in zip(self.student.parameters(), self.best, strict=True):
+                p.copy_(best)
 
     def _step(self, samples: Sequence[Sample]) -> float:
         """One optimizer step; the loss, mean over the generated tokens of all samples."""
@@ -227,6 +243,8 @@ class Trainer:
         self.errors.append(float(sums[0] / sums[1]))
         if self.head is not None:
             self.divergences.append(float(sums[2] / sums[3]))
+        if self.best_epoch == epoch:
+            self.best = [p.detach().clone() for p in self.student.parameters()]
         if self.ranks.writer:
             self.ranks.writer.add_scalar("held-out error", self.errors[-1], self.step)
             if self.head is not None:
@@ -288,8 +306,9 @@ def distill_end_to_end(
 
     The samples held out are those of the layer-wise stage. `training` gains the recipe, the seconds and the held-out
     error ||M - M_student||^2 / ||M||^2 before the first epoch and after each (and the KL, in nats a token, for a loss
-    of logits). With `resume`, a killed run with the same
-    model, samples, initial adapters and settings continues from that file, to the same bits.
+    of logits). The adapters are those of the epoch where the KL, or else the error, is smallest, `kept_epoch`: as 0,
+    `initial` itself, if no epoch is better. With `resume`, a killed run with the same model, samples, initial adapters
+    and settings continues from that file, to the same bits.
     """
     method = method_of(initial.config)
     identity = training_identity(model, samples, method, initial.tensors(), recipe) if resume is not None else {}
@@ -305,7 +324,7 @@ def distill_end_to_end(
         )
     before = initial.config.training
     found: dict[str, Any] = {"steps": trainer.step, "seconds": round(trainer.seconds, 1)}
-    found |= {"held_out_errors": trainer.errors}
+    found |= {"kept_epoch": trainer.best_epoch, "held_out_errors": trainer.errors}
     if trainer.divergences:
         found |= {"held_out_kl": trainer.divergences}
     training = before | {
