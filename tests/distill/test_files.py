@@ -38,8 +38,8 @@ FILES: dict[str, bytes] = {
     "windows.jsonl": MARK + LINES.replace(b"\n", b"\r\n"),
     "inside.json": json.dumps({"version": 1, "data": ROWS}, indent=1).encode(),
     "one line.json": json.dumps({"version": 1, "data": ROWS}).encode() + b"\n",
-    "lines.jsonl.gz": gzip.compress(LINES),
-    "list.json.gz": gzip.compress(MARK + LIST),
+    "lines.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "list.json.gz": gzip.compress(MARK + LIST, mtime=0),
     "lines.jsonl.zst": zstd(LINES),
     "list.json.zst": zstd(LIST),
 }
