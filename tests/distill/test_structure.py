@@ -17,7 +17,7 @@ FLOORS = [
     {"command_line", "config", "data", "settings_file"},
     {"calibration", "checkpoint", "inputs"},
     {"selection"},
-    {"prior", "quality", "student"},
+    {"applied", "prior", "quality", "student"},
     {"end_to_end", "layer_wise"},
     {"work"},
     {"scale"},

@@ -18,7 +18,13 @@ import pytest
 from caprese_serve.demo import ADAPTERS, MODEL
 from caprese_serve.server import vllm_program
 
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "OMP_NUM_THREADS": "1",
+}
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--served-model-name", "demo")
 
 

@@ -145,7 +145,7 @@ def test_round_trip(
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     Adapters(config, left, right).save(path)
     loaded = Adapters.load(path)
-    settings = {"score": "paper", "prior": 0.0, "core": 0.0}
+    settings = {"score": "paper", "prior": 0.0, "core": 0.0, "densities": None}
     assert loaded.config.model_dump() == raw | settings | {"caprese_version": __version__}
     assert all(torch.equal(loaded.left[i], left[i]) and loaded.left[i].dtype == dtype for i in layers)
     assert all(torch.equal(loaded.right[i], right[i]) for i in layers)
