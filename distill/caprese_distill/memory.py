@@ -6,8 +6,8 @@ With D the hidden size, F neurons, r the rank:
     moments     X'X and X'E, fitted and held out, float64: 32 D^2 bytes a sparse layer
     solve       eight D x D matrices in float64 beside them
     weighted    twice those moments; the activations of a training step, or of LOGIT_ROWS tokens' distributions
-    training    L, R, their gradients and Adam's two averages in float32: 32 D r bytes a sparse layer; for a loss of
-                logits, LOGIT_ROWS tokens' distributions before the backward pass
+    training    L, R, those of the best epoch, their gradients and Adam's two averages in float32: 40 D r bytes a sparse
+                layer; for a loss of logits, LOGIT_ROWS tokens' distributions before the backward pass
     core        where all tokens keep the same k neurons, copies: D (F - k) values of a layer's W_2 layer-wise, and in
                 training the 3 D k values of the neurons kept
     activations of the largest batch, from what each layer's operations keep (see `_BatchMemory`)
@@ -101,13 +101,13 @@ def estimate_memory(model: Any, work: Work, device: torch.device, stored: torch.
         batch = _BatchMemory(largest, model, info, method)
         checkpointed = recipe.gradient_checkpointing
         stages["end to end"] = {
-            "L and R, gradients, Adam": 16 * pairs + in_lists,
+            "L and R, the best epoch's, gradients, Adam": 20 * pairs + in_lists,
             "layer-wise L and R": size * pairs,
             f"activations with{'' if checkpointed else 'out'} gradient checkpointing": batch.trained(
                 checkpointed, recipe.loss != "hidden"
             ),
         } | kept
-        disk = max(disk, 12 * pairs) + (2 if work.weighting else 1) * size * pairs
+        disk = max(disk, 16 * pairs) + (2 if work.weighting else 1) * size * pairs
     process, output = psutil.Process().memory_info().rss, size * pairs
     disk = 2 * disk + output  # the next checkpoint is written beside the last one
     weights = {f"weights, {count:,} in {str(model.dtype).removeprefix('torch.')}": count * size}

@@ -24,6 +24,7 @@ from caprese_distill.layer_wise.passes import Pass, run_pass
 from caprese_distill.layer_wise.weighted import run_weighted_pass
 from caprese_distill.loading import load_model, load_skeleton, stored_dtype
 from caprese_distill.memory import check_disk, check_memory, estimate_memory
+from caprese_distill.progress import progress_bar
 from caprese_distill.selection import selectors_of
 from caprese_distill.stage_files import all_progress, clean_up, held_bytes
 from caprese_distill.stages import remaining_work, run_stages
@@ -85,11 +86,13 @@ def test_memory_is_that_of_the_tensors(model_dir: ModelDir, tmp_path: Path, meth
     assert memory.stages["layer-wise"][f"moments of {layers} layers"] == sum(m.xx.nbytes + m.xe.nbytes for m in parts)
     with student_of(model, info, resolved) as student:
         trainer = Trainer(model, student, samples, recipe, RankContext())
+        with progress_bar(None, "tok/s") as bar:
+            trainer._evaluate_held_out(bar)
         trainer._step(trainer.steps[0])
         parameters = student.parameters()
         states = [t for p in parameters for key, t in trainer.optimizer.state[p].items() if key != "step"]
-        assert memory.stages["end to end"]["L and R, gradients, Adam"] == sum(
-            t.nbytes for t in (*parameters, *(p.grad for p in parameters if p.grad is not None), *states)
+        assert memory.stages["end to end"]["L and R, the best epoch's, gradients, Adam"] == sum(
+            t.nbytes for t in (*parameters, *trainer.best, *(p.grad for p in parameters if p.grad is not None), *states)
         )
         checkpoint.save(tmp_path / "checkpoint", *trainer.snapshot(), {})
     checkpoint.save(tmp_path / "moments", *state.snapshot(), {})

@@ -288,6 +288,7 @@ def training_identity(
         "dtype": str(model.dtype),
         "device": str(device_of(model.get_input_embeddings())),
         "torch": torch.__version__,
+        "kept": "best epoch",  # whose L and R a checkpoint holds, too
     }
     settings = selection_settings(method, None) | {"initial adapters": checkpoint.digest(initial)}
     return checkpoint.fingerprint(model, samples, **settings, **asdict(recipe), **versions)
