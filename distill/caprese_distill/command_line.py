@@ -38,8 +38,8 @@ def given_options(context: typer.Context, settings: type[Settings]) -> dict[str,
 def prefer_huge_pages() -> None:
     """Let torch ask Linux for huge pages (2 MiB in place of 4 KiB) in this process. Call it before torch is imported.
 
-    Logits of a few thousand tokens take a gibibyte, which is mapped anew at each step: with small pages, the kernel
-    spends up to two fifths of a training step's time on faults. A user's own THP_MEM_ALLOC_ENABLE is left as it is.
+    Logits of a few thousand tokens take a gibibyte, which is mapped anew at each step, a fault for each of its pages.
+    A user's own THP_MEM_ALLOC_ENABLE is left as it is.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

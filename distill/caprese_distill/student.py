@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caprese_kernels.config import Method
+from caprese_kernels.errors import CapreseError
 
 from .data.batches import Batch
 from .placement import device_of
@@ -226,3 +227,14 @@ def frozen(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
             model.eval()
         for p in wanted:
             p.requires_grad_(True)
+
+
+def check_gradient(gradient: Tensor, layer: int, batch: Batch) -> None:
+    """Raise CapreseError for a gradient, or what was made of it, that is not finite."""
+    if not torch.isfinite(gradient).all():
+        raise CapreseError(
+            f"gradient at layer {layer}",
+            expected="finite values",
+            found=f"NaN or Inf, samples of lines {[s.line for s in batch.samples]}",
+            fix="use --dtype bfloat16 or float32",
+        )

@@ -160,14 +160,17 @@ class AdapterConfig(BaseModel):
     @property
     def uses_version_2(self) -> bool:
         """Whether it says what only version 2 can say."""
-        return (self.score, self.prior, self.core, self.densities) != ("paper", 0.0, 0.0, None)
+        return not self._selects_as_the_paper or self.densities is not None
+
+    @property
+    def _selects_as_the_paper(self) -> bool:
+        return (self.score, self.prior, self.core) == ("paper", 0.0, 0.0)
 
     @property
     def prior_required(self) -> bool:
         """Whether a file with this configuration must have priors: CATS (prior 0, core 0) never selects by them, and
         the paper's method needs none."""
-        selects = (self.score, self.prior, self.core) != ("paper", 0.0, 0.0)
-        return selects and (self.method != "cats" or self.prior > 0 or self.core > 0)
+        return not self._selects_as_the_paper and (self.method != "cats" or self.prior > 0 or self.core > 0)
 
 
 class CapreseConfig(BaseModel):

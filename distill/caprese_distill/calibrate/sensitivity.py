@@ -25,7 +25,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caprese_kernels.config import Method
-from caprese_kernels.errors import CapreseError
 
 from ..data.batches import Batch, pack
 from ..data.samples import Sample
@@ -33,7 +32,7 @@ from ..head import LOGIT_ROWS, Head
 from ..placement import device_of, return_freed
 from ..progress import progress_bar
 from ..selection import Priors, Selectors, keep_mask, select, selectors_of
-from ..student import frozen
+from ..student import check_gradient, frozen
 from .allocate import density_of, grid
 
 Harms = dict[int, dict[int, float]]  # by layer and k, the number of neurons kept
@@ -64,13 +63,7 @@ class Sensitivity:
         batch = replace(self.batch, device=z.device)  # layers may be on several devices
         rows = batch.rows()
         parts = z.flatten(0, 1)[rows].float() * gradient.flatten(0, 1)[rows].float()
-        if not torch.isfinite(parts).all():
-            raise CapreseError(
-                f"gradient at layer {layer}",
-                expected="finite values",
-                found=f"NaN or Inf, samples of lines {[s.line for s in batch.samples]}",
-                fix="use --dtype bfloat16 or float32",
-            )
+        check_gradient(parts, layer, batch)
         for index, selectors in enumerate(self.selectors.values()):
             selector = selectors[layer]
             keep = keep_mask(selector, batch, select(selector, batch, g, z), g)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from caprese_kernels.adapters import Adapters
 from caprese_kernels.config import Method, method_of
-from caprese_kernels.errors import CapreseError
 
 from ..blocks import find_blocks
 from ..checkpoint import digest
@@ -37,7 +36,7 @@ from ..head import LOGIT_ROWS, Head, divergence
 from ..placement import device_of
 from ..progress import progress_bar
 from ..selection import selectors_of
-from ..student import Student, frozen
+from ..student import Student, check_gradient, frozen
 from .moments import Moments, Observer
 from .passes import Pass, block_devices, checkpointed, pass_identity
 from .solve import Solution, ratio, solve
@@ -211,13 +210,7 @@ def run_weighted_pass(
             target = student.original(batch)
             observer.expect(batch, {})  # the student's pass is not the original's
             for i, gradient in gradients(batch, target).items():
-                if not torch.isfinite(gradient).all():
-                    raise CapreseError(
-                        f"gradient at layer {i}",
-                        expected="finite values",
-                        found=f"NaN or Inf, samples of lines {[s.line for s in batch.samples]}",
-                        fix="use --dtype bfloat16 or float32",
-                    )
+                check_gradient(gradient, i, batch)
                 state.add(i, batch.held_out, (rows[i]["x"], rows[i]["e"], rows[i]["y"]), gradient)
             record(1)
     return state
