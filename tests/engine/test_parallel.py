@@ -112,7 +112,7 @@ def test_tensor_parallel_with_a_core(model_dir: ModelDir, tmp_path: Path, core: 
     assert merged["prompt_mass_outside_core"] == pytest.approx(mass_outside(case, prompts, 1, RANKS), rel=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "method"), [("llama-bias", "griffin"), ("gemma2", "cats")])
+@pytest.mark.parametrize(("architecture", "method"), [("llama-bias", "griffin"), ("qwen2", "cats")])
 def test_tensor_parallel_with_reselection(model_dir: ModelDir, tmp_path: Path, architecture: str, method: str) -> None:
     """In a round each rank adds its own neurons' statistic; GRIFFIN's norms and CATS's counts are of both."""
     case = new_case(model_dir, tmp_path, architecture, method, True, reselect=8)
